@@ -1,0 +1,143 @@
+"""Resumable checkpoints: write aside -> fsync -> manifest -> rename -> rotate; verify before loading.
+
+Every process holds the same weights and optimizer state and nothing random has state, so the main process alone writes
+and a checkpoint is whole without the others.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cifar_accel.run_folder import sync, write_json
+
+FORMAT = 1
+NAME = re.compile(r"step-\d{8}")
+
+
+def save_checkpoint(
+    run_dir: Path,
+    model: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    ema: dict[str, torch.Tensor] | None,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-XXXXXXXX/ of `run_dir`; only the main process calls it.
+
+    The folder appears by a rename once every byte is on the disk, and only then are older ones beyond `keep` removed,
+    so a kill at any moment leaves the last good checkpoint. The host waits here for the device, to copy the tensors.
+
+    Args:
+        run_dir: the run folder.
+        model: state dict of the unwrapped model.
+        optimizer: state dict of the optimizer.
+        ema: state dict of the averaged weights, or None.
+        state: the loop's state, JSON values; `step` is the number of finished optimizer steps.
+        keep: how many checkpoints stay.
+
+    Raises:
+        OSError: it could not be written; earlier checkpoints are as they were.
+    """
+    parent = run_dir / "checkpoints"
+    final = parent / f"step-{state['step']:08d}"
+    scratch = parent / f"{final.name}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        save_file(_flat(model), scratch / "model.safetensors")
+        torch.save(optimizer, scratch / "optimizer.pt")
+        if ema is not None:
+            save_file(_flat(ema), scratch / "ema.safetensors")
+        (scratch / "state.json").write_text(json.dumps(state))
+        files = {}
+        for file in sorted(scratch.iterdir()):
+            sync(file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        write_json(scratch / "manifest.json", {"format": FORMAT, "step": state["step"], "files": files})
+        sync(scratch)
+        if final.exists():  # left by an earlier attempt and found damaged, or this step was saved before
+            shutil.rmtree(final)
+        os.rename(scratch, final)
+        sync(parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    for old in list_checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _flat(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if NAME.fullmatch(f.name) and f.is_dir()), reverse=True)
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with checkpoint folder `path`, or None when every file is there with its size and SHA-256."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] > FORMAT:
+            return f"was written by a newer version (format {manifest['format']})"
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name:
+                return f"its manifest names a file outside the folder ({name})"
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has the wrong size"
+            if sha256(path / name) != entry["sha256"]:
+                return f"{name} does not have the SHA-256 of its manifest"
+        if not {"model.safetensors", "optimizer.pt", "state.json"} <= manifest["files"].keys():
+            return "its manifest names no model, optimizer or state"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"its manifest or a file cannot be read ({e})"
+    return None
+
+
+def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; says of each newer one why it is passed over."""
+    for path in list_checkpoints(run_dir):
+        problem = fault(path)
+        if problem is None:
+            return path
+        say(f"resume: {path} is passed over: {problem}")
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The loop's state in checkpoint folder `path`."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
+
+
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: torch.nn.Module | None
+) -> None:
+    """Load checkpoint folder `path` into the unwrapped model, the optimizer and the average, in place; all ranks enter.
+
+    Raises ValueError when it was not written by this model and optimizer.
+    """
+    try:
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        if ema is not None:
+            ema.load_state_dict(load_file(path / "ema.safetensors"))
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError, KeyError, OSError) as e:
+        raise ValueError(f"--resume {path}: is a checkpoint of another model or optimizer ({str(e).splitlines()[0]})") from e
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

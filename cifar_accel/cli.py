@@ -1,0 +1,198 @@
+"""The command line: `python -m cifar_accel OPTIONS` trains; `cifar-accel COMMAND` does the rest.
+
+Parsing and every check of the options come before torch is imported.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import tyro
+
+from cifar_accel.config import TrainingArguments, recipe_defaults, resolve
+
+COMMANDS = {
+    "train": "train a model (the same as python -m cifar_accel)",
+    "evaluate": "evaluate a run folder on its test set",
+    "study": "run every run of a study file that is not finished",
+    "report": "tables, plots and a page of all runs below a folder",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script `cifar-accel`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return {"train": train_command, "evaluate": evaluate_command, "study": study_command, "report": report_command}[
+            argv[0]
+        ](argv[1:])
+    print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
+    for name, text in COMMANDS.items():
+        print(f"  {name:<10}{text}")
+    print("\ncifar-accel COMMAND --help explains one of them.")
+    if argv and argv[0] not in ("-h", "--help"):
+        from cifar_accel.config import did_you_mean
+
+        return fail(f"unknown command {argv[0]}{did_you_mean(argv[0], COMMANDS)}")
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line on the main process, above the progress bar if there is one."""
+    if os.environ.get("RANK", "0") == "0":
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line)
+            sys.stdout.flush()
+        else:
+            print(line, flush=True)
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Print one line on stderr and return the exit code.
+
+    Other ranks wait a moment first: when the main process has the same complaint, its launcher ends them meanwhile.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+    print(f"cifar_accel: {'' if rank == '0' else f'[rank {rank}] '}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
+    """tyro, with its boxed complaint folded into one line. Exits with 2, or 0 after --help."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(kind, args=list(argv), prog=prog, **({} if default is None else {"default": default}))
+    except SystemExit as e:
+        if e.code:
+            text = re.sub(r"\x1b\[[0-9;]*m", "", captured.getvalue())
+            lines = [line.strip(" │\t") for line in text.splitlines() if not re.match(r"\s*[╭╰]", line)]
+            lines = [line for line in lines if line and not set(line) <= {"─"}]
+            cut = next((i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))), None)
+            raise SystemExit(fail(f"{' '.join(lines[:cut])} ({prog} --help lists all options)")) from None
+        raise
+
+
+def parse_training(argv: Sequence[str], prog: str = "cifar_accel") -> tuple[TrainingArguments, dict[str, str]]:
+    """Options of a training and where each value comes from. Raises ValueError, or SystemExit for a usage error."""
+    types = {f.name: f.type for f in fields(TrainingArguments)}
+    words: list[str] = []
+    given: set[str] = set()
+    for word in argv:
+        name, equals, value = word.partition("=")
+        field = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--"):
+            given.add(field.removeprefix("no_") if field not in types else field)
+            if types.get(field) is bool and equals:  # sweeps write --pretrained=False
+                if value.lower() not in ("true", "false"):
+                    raise ValueError(f"{name}={value}: must be true or false")
+                word = name if value.lower() == "true" else f"--no-{name.removeprefix('--')}"
+            elif "None" in str(types.get(field)) and value.lower() == "none":
+                word = f"{name}=None"
+        elif word == "none" and words and "None" in str(types.get(words[-1].removeprefix("--").replace("-", "_"))):
+            word = "None"
+        words.append(word)
+    recipe = next((w.partition("=")[2] for w in words if w.startswith("--recipe=")), None)
+    if "--recipe" in words[:-1]:
+        recipe = words[words.index("--recipe") + 1]
+    defaults = recipe_defaults(recipe or TrainingArguments.recipe)
+    return resolve(parse(TrainingArguments, words, prog, defaults), given & types.keys())
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Train; exit code 0 when finished, 2 for bad input, 143 when stopped by a signal, 1 for anything else."""
+    try:
+        args, origin = parse_training(argv)
+        if args.pipeline == "timm" and args.workers is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            args = replace(args, workers=min(8, max(1, (os.cpu_count() or 1) // local)))
+            origin["workers"] = "derived"
+        say("loading torch, timm and accelerate")
+        from cifar_accel.train import train
+    except ValueError as e:
+        return fail(str(e))
+
+    def work() -> dict[str, Any]:
+        summary = train(args, origin, say)
+        if os.environ.get("RANK", "0") == "0":
+            from cifar_accel.report import plot_run
+
+            plot_run(summary["path"], say)
+        return summary
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], dict[str, Any]]) -> int:
+    """Run `work`, turn its end into an exit code, and take the process group down whatever happens."""
+    from cifar_accel.train import Diverged
+
+    try:
+        summary = work()
+        return 143 if summary.get("status") == "preempted" else 0
+    except ValueError as e:
+        return fail(str(e))
+    except Diverged as e:
+        return fail(str(e), 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; checkpoints already written are kept", 143)
+    except Exception:
+        traceback.print_exc()
+        return fail("stopped by the error above; checkpoints already written are kept", 1)
+    finally:
+        import torch
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def evaluate_command(argv: Sequence[str]) -> int:
+    """Evaluate a run folder."""
+    from cifar_accel.config import EvaluateArguments
+
+    args = parse(EvaluateArguments, argv, "cifar-accel evaluate")
+    try:
+        from cifar_accel.evaluate import evaluate_run
+    except ValueError as e:
+        return fail(str(e))
+    return guarded(lambda: evaluate_run(args, say))
+
+
+def study_command(argv: Sequence[str]) -> int:
+    """Run a study; exit code 0 when every run is finished, 1 when one failed, 143 when stopped by a signal."""
+    from cifar_accel.config import StudyArguments
+    from cifar_accel.study import run_study
+
+    extra = list(argv)[list(argv).index("--") + 1 :] if "--" in argv else []
+    own = list(argv)[: list(argv).index("--")] if "--" in argv else list(argv)
+    args = parse(StudyArguments, own, "cifar-accel study")
+    try:
+        return run_study(args, extra, say)
+    except ValueError as e:
+        return fail(str(e))
+
+
+def report_command(argv: Sequence[str]) -> int:
+    """Print the tables of all runs below a folder and write report.md and report.html there."""
+    from cifar_accel.config import ReportArguments
+    from cifar_accel.report import write_report
+
+    args = parse(ReportArguments, argv, "cifar-accel report")
+    try:
+        print(write_report(args))
+    except ValueError as e:
+        return fail(str(e))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

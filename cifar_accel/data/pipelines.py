@@ -1,0 +1,208 @@
+"""Two input pipelines behind one interface: `device` (resident images, batched augmentation) and `timm` (PIL, workers).
+
+Both take the samples, the mixing and every random number from `order.py`, so either gives the same run on any number of
+processes and goes on at any step. They differ only in who makes the pixels.
+"""
+
+import math
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cifar_accel.config import TrainingArguments
+from cifar_accel.data import augment
+from cifar_accel.data.order import Order, permutation, random_bits
+from cifar_accel.data.sources import Split
+
+
+class Batch(NamedTuple):
+    """One micro-batch on the device."""
+
+    images: torch.Tensor  # float32 [m, 3, S, S], normalised and mixed
+    labels: torch.Tensor  # int64 [m]
+    targets: torch.Tensor  # float32 [m, classes]: mixed and smoothed
+
+
+class Rows(NamedTuple):
+    """What a micro-batch is made of."""
+
+    step: int
+    epoch: int
+    samples: NDArray[np.int64]  # [n]: the m of the micro-batch itself, then partners that are not among them
+    partners: NDArray[np.int64]  # [m]: for each of the m, where in `samples` its mixing partner is
+
+
+@dataclass
+class Pipeline:
+    """Batches of one split for one process; `mean` and `std` (one value a channel) are for images in [0, 1]."""
+
+    args: TrainingArguments
+    split: Split
+    device: torch.device
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        self.labels = torch.from_numpy(self.split.labels).to(self.device)
+        self.resident = self.args.pipeline == "device"
+        if self.resident:
+            self.images = torch.from_numpy(np.asarray(self.split.images)).to(self.device)  # uint8 [N, 3, H, W]
+        scale = torch.tensor(self.std, device=self.device).mul(255).reciprocal()
+        self.scale = scale.view(1, -1, 1, 1)
+        self.offset = (torch.tensor(self.mean, device=self.device) * 255 * scale).view(1, -1, 1, 1)
+
+    def training_batches(self, order: Order, start: int, stop: int) -> Iterator[Batch]:
+        """Micro-batches of optimizer steps start..stop-1, `order.accumulation` of them a step, over epoch borders."""
+        args, classes = self.args, len(self.split.classes)
+        mixing = bool(args.mixup or args.cutmix)
+        raw = self._training_pixels if self.resident else partial(self._worker_pixels, True)
+        for rows, pixels in zip(plan(order, start, stop, mixing), raw(plan(order, start, stop, mixing)), strict=True):
+            images = self._normalise(pixels)
+            if args.reprob:
+                images = augment.erase(images, args.reprob, args.seed, rows.epoch, rows.samples)
+            labels = self.labels[self._to_device(rows.samples)]
+            own = labels[: len(rows.partners)]
+            targets = smooth_one_hot(own, classes, args.smoothing)
+            if mixing:
+                partners = self._to_device(rows.partners)
+                how = order.mix(rows.step, args.mixup, args.cutmix, args.mixup_prob)
+                images, kept = augment.mix(images, partners, how)
+                targets = torch.lerp(smooth_one_hot(labels[partners], classes, args.smoothing), targets, kept)
+            yield Batch(images, own, targets)
+
+    def evaluation_batches(self, batch_size: int, world: int = 1, rank: int = 0) -> Iterator[Batch]:
+        """This process's share of the split, every image once over all processes; the last batch may be short."""
+        share = np.array_split(np.arange(len(self.split)), world)[rank]
+        rows = [Rows(0, 0, share[i : i + batch_size], share[:0]) for i in range(0, len(share), batch_size)]
+        raw = self._evaluation_pixels if self.resident else partial(self._worker_pixels, False)
+        for row, pixels in zip(rows, raw(iter(rows)), strict=True):
+            labels = self.labels[self._to_device(row.samples)]
+            yield Batch(self._normalise(pixels), labels, smooth_one_hot(labels, len(self.split.classes), 0.0))
+
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in 0..255 (any dtype, may be overwritten) -> normalised float32 on the device."""
+        return pixels.to(self.device, non_blocking=True).float().mul_(self.scale).sub_(self.offset)
+
+    def _to_device(self, index: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(index).to(self.device, non_blocking=True)
+
+    # -- pixels made on the device
+
+    def _training_pixels(self, rows: Iterator[Rows]) -> Iterator[torch.Tensor]:
+        args, (h, w) = self.args, self.split.images.shape[2:]
+        for row in rows:
+            images = self.images.index_select(0, self._to_device(row.samples))
+            draws = augment.draw(args, args.seed, row.epoch, row.samples, (h, w))
+            yield augment.augment(images, draws, args.image_size, args.interpolation)
+
+    def _evaluation_pixels(self, rows: Iterator[Rows]) -> Iterator[torch.Tensor]:
+        """timm's test transform: the shorter side to image_size / crop_pct, then the centre."""
+        size, h, w = self.args.image_size, *self.split.images.shape[2:]
+        shorter = math.floor(size / self.args.crop_pct)
+        side = (round(h * shorter / min(h, w)), round(w * shorter / min(h, w)))
+        top, left = round((side[0] - size) / 2), round((side[1] - size) / 2)
+        for row in rows:
+            images = self.images.index_select(0, self._to_device(row.samples))
+            if side != (h, w):
+                images = augment.resize(images, side, self.args.interpolation)
+            yield images[..., top : top + size, left : left + size]
+
+    # -- pixels made by timm in worker processes
+
+    def _worker_pixels(self, training: bool, rows: Iterator[Rows]) -> Iterator[torch.Tensor]:
+        """uint8 [n, 3, S, S] of each of `rows`, in order, made ahead of time by `--workers` processes."""
+        loader = DataLoader(
+            _TimmImages(self.args, self.split.images, self.mean, training),
+            sampler=rows,  # type: ignore[arg-type]  # any iterator of indices will do; ours are whole micro-batches
+            batch_size=None,
+            num_workers=self.args.workers or 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # its own, so that it draws nothing from the global one
+        )
+        yield from loader
+
+
+def plan(order: Order, start: int, stop: int, mixing: bool) -> Iterator[Rows]:
+    """The micro-batches of one process over optimizer steps start..stop-1."""
+    epoch, epoch_order = -1, np.empty(0, np.int64)
+    for step in range(start, stop):
+        if step // order.steps_per_epoch != epoch:
+            epoch = step // order.steps_per_epoch
+            epoch_order = permutation(order.seed, epoch, order.samples)
+        samples = order.global_batch(step, epoch_order)
+        for micro in range(order.accumulation):
+            own = order.positions(micro)
+            partners = order.partners(own)
+            places = np.concatenate([own, np.setdiff1d(partners, own)]) if mixing else own
+            by_place = np.argsort(places)
+            partners = by_place[np.searchsorted(places[by_place], partners)] if mixing else own
+            yield Rows(step, epoch, samples[places], partners)
+
+
+def smooth_one_hot(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """Targets float32 [n, classes] of labels int64 [n]: each row sums to 1, `smoothing` of it spread over all classes."""
+    off = smoothing / classes
+    targets = torch.full((len(labels), classes), off, device=labels.device)
+    return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+
+
+class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
+    """timm's transforms over an array of images; an index is one `Rows`, an item its pixels uint8 [n, 3, S, S]."""
+
+    def __init__(self, args: TrainingArguments, images: NDArray[np.uint8], mean: tuple[float, ...], training: bool):
+        from timm.data import create_transform
+
+        self.images, self.seed, self.training = images, args.seed, training
+        augmentation: dict[str, Any] = dict(
+            scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
+            auto_augment=None if args.aa == "none" else args.aa, color_jitter=args.color_jitter or None,
+        )  # fmt: skip
+        # use_prefetcher: leave the image uint8; mean is the colour that geometric operations fill with
+        self.transform: Any = create_transform(
+            args.image_size, is_training=training, use_prefetcher=True, interpolation=args.interpolation, mean=mean,
+            crop_pct=args.crop_pct, **(augmentation if training else {}),
+        )  # fmt: skip
+        if training and args.scale is None:  # timm has no plain resize or padded crop in training: put ours in its place
+            self.transform.transforms[0] = _PilCrop(args.crop_padding, args.image_size, args.interpolation)
+
+    def __getitem__(self, rows: Rows) -> torch.Tensor:
+        seeds = random_bits(self.seed, "sample_seed", rows.epoch, rows.samples)
+        return torch.stack([self._one(i, int(s)) for i, s in zip(rows.samples, seeds, strict=True)])
+
+    def _one(self, index: int, seed: int) -> torch.Tensor:
+        if self.training:  # timm draws from all three generators
+            random.seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+            torch.default_generator.manual_seed(seed >> 1)
+        return self.transform(Image.fromarray(self.images[index].transpose(1, 2, 0)))
+
+
+class _PilCrop:
+    """Padded random crop (torchvision's, by reflection) and resize to the model's input."""
+
+    def __init__(self, padding: int, size: int, interpolation: str):
+        self.padding, self.size, self.resample = padding, size, Image.Resampling[interpolation.upper()]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from torchvision.transforms import RandomCrop
+
+        if self.padding:
+            crop = RandomCrop(image.size[::-1], padding=self.padding, padding_mode="reflect")
+            image = crop(image)
+        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), self.resample)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Workers live until the training process dismisses them, also when a signal reaches the whole process group."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,428 @@
+"""Data sets: a name, folder or hub id -> uint8 arrays, decoded once and then memory-mapped.
+
+A new kind of data set is one function that yields a `Raw` split by split, and one line in `find_source`.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import urllib.error
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from PIL import Image
+
+from cifar_accel.config import did_you_mean
+from cifar_accel.data.order import stratified_subset
+
+CACHE_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+NETWORK_TIMEOUT_S = 15
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, 3, H, W], labels int64 [N], and what the labels mean."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: list[str]
+    coarse_labels: NDArray[np.int64] | None = None
+    coarse_classes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: NDArray[np.int64]) -> "Split":
+        """The samples at `index` (a copy)."""
+        coarse = None if self.coarse_labels is None else self.coarse_labels[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], coarse_labels=coarse)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split with a fingerprint of their content."""
+
+    name: str
+    train: Split
+    test: Split
+    fingerprint: str
+
+
+@dataclass
+class Raw:
+    """One split before decoding: `items` are encoded images (bytes or paths), or already an array [N, 3, H, W]."""
+
+    items: Sequence[Any] | NDArray[np.uint8]
+    labels: Sequence[int] | NDArray[Any]
+    classes: list[str]
+    names: Callable[[int], str] = str  # how item i is called in an error message
+    coarse_labels: Sequence[int] | None = None
+    coarse_classes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set lies: `identity()` is a digest of its content, `read()` yields (split name, Raw)."""
+
+    identity: Callable[[], str]
+    read: Callable[[], Iterator[tuple[str, Raw]]]
+
+
+def load_dataset(name: str, data_dir: str, image_size: int, say: Callable[[str], None] = print) -> Dataset:
+    """Load data set `name`, decoding it only if that was not done before.
+
+    The first process to take the lock downloads and decodes; the others wait and then map the same files.
+
+    Args:
+        name: see `--dataset`.
+        data_dir: folder for downloads and the decoded arrays; made when missing.
+        image_size: the side that images of unequal size are brought to (images of one size stay as they are).
+        say: called with a line before anything slow.
+
+    Raises:
+        ValueError: unknown name, missing or malformed data, no network, or a data_dir that cannot be written.
+    """
+    root = Path(data_dir).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{re.sub('[^A-Za-z0-9]+', '-', name)[-80:]}.lock"):
+            source = find_source(name, root, say)
+            key = blake2b(f"{CACHE_FORMAT} {source.identity()}".encode(), digest_size=12).hexdigest()
+            folders = root / f"decoded-{key}", root / f"decoded-{key}-{image_size}px"  # the second: of unequal sizes
+            folder = next((f for f in folders if f.exists()), None)
+            if folder is None:
+                say(f"data: decoding {name} into {folders[0]} (once)")
+                try:
+                    folder = _decode(source, name, folders[0], None)
+                except _UnequalSizes:
+                    say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
+                    folder = _decode(source, name, folders[1], image_size)
+    except OSError as e:
+        raise ValueError(f"--data-dir {data_dir}: {e.strerror or e}") from e
+    meta = json.loads((folder / "meta.json").read_text())
+    train, test = (_map_split(folder, split, meta) for split in ("train", "test"))
+    return Dataset(name, train, test, key)
+
+
+def _map_split(folder: Path, split: str, meta: dict[str, Any]) -> Split:
+    def array(kind: str) -> Any:  # copy-on-write: torch wants writable memory, and nobody writes
+        return np.load(folder / f"{split}_{kind}.npy", mmap_mode="c")
+
+    coarse = np.array(array("coarse")) if meta["coarse_classes"] else None
+    return Split(array("images"), np.array(array("labels")), meta["classes"], coarse, meta["coarse_classes"])
+
+
+def limit(split: Split, n: int, flag: str, seed: int) -> Split:
+    """A seeded stratified subset of `n` images; the whole split for 0. Raises ValueError when there are fewer."""
+    if n > len(split):
+        raise ValueError(f"{flag} {n}: there are only {len(split):,} images")
+    return split if n in (0, len(split)) else split.subset(stratified_subset(split.labels, n, seed))
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Cut `split` into a training and a validation part, by class. Raises ValueError when either would be empty."""
+    held = stratified_subset(split.labels, round(len(split) * fraction), seed)
+    kept = np.setdiff1d(np.arange(len(split)), held)
+    if not len(held) or not len(kept):
+        raise ValueError(f"--validation-fraction {fraction:g}: leaves {len(kept)} to train on and {len(held)} to validate")
+    return split.subset(kept), split.subset(held)
+
+
+def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
+    """What `--dataset` names: a built-in set, an existing folder, or a hub id. Raises ValueError for anything else."""
+    builtin = {"cifar100": _cifar, "cifar10": _cifar, "digits": _digits}
+    if name in builtin:
+        return builtin[name](name, root, say)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if any(path.rglob("*.parquet")):
+            return _parquet(path)
+        if (path / "train").is_dir():
+            return _image_folder(path)
+        raise ValueError(f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder per class")
+    if path.exists():
+        raise ValueError(f"--dataset {name}: is a file; give the folder that holds the data")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _hub(name, root, say)
+    if os.sep in name:
+        raise ValueError(f"--dataset {name}: no such folder")
+    raise ValueError(f"--dataset {name}: unknown; there are {', '.join(builtin)}, a folder or a hub id"
+                     f"{did_you_mean(name, builtin)}")  # fmt: skip
+
+
+# ---- one function per kind of data set
+
+
+def _cifar(name: str, root: Path, say: Callable[[str], None]) -> Source:
+    """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision, which checks the md5 of every file before it opens it."""
+    from torchvision import datasets
+
+    kind = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # of a silent connection, not of the whole download
+        try:
+            if not (root / kind.base_folder).exists():
+                say(f"data: downloading {name} from {kind.url} into {root}")
+            for train in (True, False):
+                data = kind(str(root), train=train, download=True)
+                raw = Raw(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), data.targets, data.classes)
+                if name == "cifar100":
+                    _add_coarse(raw, Path(data.root, kind.base_folder), "train" if train else "test")
+                yield ("train" if train else "test"), raw
+        except (urllib.error.URLError, TimeoutError, RuntimeError) as e:
+            raise ValueError(
+                f"--dataset {name}: cannot be downloaded ({getattr(e, 'reason', e)}); put {kind.filename} into {root}, "
+                "or pass a folder in hub parquet layout"
+            ) from e
+        finally:
+            socket.setdefaulttimeout(None)
+
+    return Source(lambda: kind.tgz_md5, read)
+
+
+def _add_coarse(raw: Raw, folder: Path, split: str) -> None:
+    """CIFAR-100's 20 super-classes, which torchvision leaves out; the files passed its md5 check just before."""
+    import pickle
+
+    with open(folder / split, "rb") as rows, open(folder / "meta", "rb") as names:
+        raw.coarse_labels = pickle.load(rows, encoding="latin1")["coarse_labels"]
+        raw.coarse_classes = pickle.load(names, encoding="latin1")["coarse_label_names"]
+
+
+def _digits(name: str, root: Path, say: Callable[[str], None]) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8, 17 grey levels; a fifth of each class is the test split."""
+    import sklearn
+    from sklearn.datasets import load_digits
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        bunch = load_digits()
+        images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)
+        test = stratified_subset(bunch.target, len(images) // 5, seed=0)
+        for split, index in (("train", np.setdiff1d(np.arange(len(images)), test)), ("test", test)):
+            yield split, Raw(images[index], bunch.target[index], [str(d) for d in range(10)])
+
+    return Source(lambda: f"digits {sklearn.__version__}", read)
+
+
+def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
+    """A data set of the Hugging Face hub that is stored as parquet."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    from cifar_accel.hub import require_network
+
+    def fetch(local: bool) -> Path:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.parquet", cache_dir=root / "hub",
+                                      local_files_only=local))  # fmt: skip
+
+    try:
+        return _parquet(fetch(local=True))
+    except LocalEntryNotFoundError:
+        pass
+    require_network(f"--dataset {name}", "pass a local folder in the same layout")
+    say(f"data: downloading {name} from {constants.ENDPOINT} into {root / 'hub'}")
+    try:
+        folder = fetch(local=False)
+    except RepositoryNotFoundError as e:
+        raise ValueError(f"--dataset {name}: neither a folder here nor a data set on {constants.ENDPOINT}") from e
+    except Exception as e:  # the hub's HTTP library, and so its errors, changes with its version
+        raise ValueError(f"--dataset {name}: cannot be downloaded ({str(e).splitlines()[0]})") from e
+    return _parquet(folder)
+
+
+def _parquet(path: Path) -> Source:
+    """A folder in the hub's parquet layout: files named train-* and test-* (or folders of these names)."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        words = [part.lower() for part in file.relative_to(path).parts]
+        hits = [s for s in ("train", "test", "val") if any(re.match(rf"{s}(?![a-z])|validation", w) for w in words)]
+        files.setdefault(hits[0] if hits else "other", []).append(file)
+    if "test" not in files and "val" in files:
+        files["test"] = files.pop("val")
+    for split in ("train", "test"):
+        if split not in files:
+            raise ValueError(f"--dataset {path}: no parquet file is named {split}-*.parquet")
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        for split in ("train", "test"):
+            yield split, _read_parquet(files[split])
+
+    return Source(lambda: _digest(path, [f for s in ("train", "test") for f in files[s]]), read)
+
+
+def _read_parquet(files: list[Path]) -> Raw:
+    """Encoded images, labels and class names of one split's parquet files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(files[0])
+        columns = {f.name: f.type for f in schema}
+        image = next((c for c in ("img", "image", "images", *columns) if _holds_images(columns.get(c))), None)
+        label = next((c for c in ("fine_label", "label", "labels") if c in columns), None)
+        if image is None or label is None:
+            what = "image column (bytes, or a struct with bytes)" if image is None else "label column (fine_label or label)"
+            raise ValueError(f"--dataset: {files[0]} has no {what}; it has {', '.join(columns)}")
+        coarse = "coarse_label" if label == "fine_label" and "coarse_label" in columns else None
+        table = pa.concat_tables(pq.read_table(f, columns=[c for c in (image, label, coarse) if c]) for f in files)
+    except pa.ArrowException as e:
+        raise ValueError(f"--dataset: {files[0]} cannot be read as parquet ({str(e).splitlines()[0]})") from e
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    cells = table.column(image).combine_chunks()
+    cells = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
+
+    def integers(column: str) -> NDArray[np.int64]:
+        if not pa.types.is_integer(columns[column]) or table.column(column).null_count:
+            raise ValueError(f"--dataset: column {column} of {files[0]} must hold whole numbers without gaps")
+        return table.column(column).to_numpy().astype(np.int64)
+
+    def class_names(column: str, labels: NDArray[np.int64]) -> list[str]:
+        return features.get(column, {}).get("names") or [str(c) for c in range(labels.max(initial=-1) + 1)]
+
+    labels = integers(label)
+    raw = Raw(cells, labels, class_names(label, labels), names=lambda i: f"row {i} of {files[0].name} and its sisters")
+    if coarse:
+        raw.coarse_labels = integers(coarse)
+        raw.coarse_classes = class_names(coarse, raw.coarse_labels)
+    return raw
+
+
+def _holds_images(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if kind is not None and pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_folder(path: Path) -> Source:
+    """train/CLASS/*.png and test/CLASS/*.png (or val/, validation/)."""
+    test = next((path / n for n in ("test", "val", "validation") if (path / n).is_dir()), None)
+    if test is None:
+        raise ValueError(f"--dataset {path}: has a train/ folder but no test/, val/ or validation/ folder")
+    classes = sorted(f.name for f in (path / "train").iterdir() if f.is_dir())
+    if not classes:
+        raise ValueError(f"--dataset {path / 'train'}: is empty; it must hold one folder of images per class")
+    files: dict[str, list[tuple[Path, int]]] = {}
+    for split, folder in (("train", path / "train"), ("test", test)):
+        files[split] = []
+        for kind in sorted(f for f in folder.iterdir() if f.is_dir()):
+            if kind.name not in classes:
+                raise ValueError(f"--dataset {kind}: there is no class of this name in {path / 'train'}")
+            images = sorted(f for f in kind.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
+            if not images:
+                raise ValueError(f"--dataset {kind}: this class folder holds no image ({', '.join(IMAGE_ENDINGS)})")
+            files[split] += [(f, classes.index(kind.name)) for f in images]
+        if not files[split]:
+            raise ValueError(f"--dataset {folder}: is empty; it must hold one folder of images per class")
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        for split, rows in files.items():
+            paths = [f for f, _ in rows]
+            yield split, Raw(paths, [label for _, label in rows], classes, names=lambda i, p=paths: str(p[i]))
+
+    return Source(lambda: _digest(path, [f for rows in files.values() for f, _ in rows]), read)
+
+
+# ---- from encoded images to the cache
+
+
+def _digest(root: Path, files: list[Path]) -> str:
+    """Digest of the files' names and bytes."""
+    digest = blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class _UnequalSizes(Exception):
+    """The images of a data set are not all of one size."""
+
+
+def _decode(source: Source, name: str, folder: Path, side: int | None) -> Path:
+    """Write the arrays of `source` to `folder`, which appears only once it is whole; returns it.
+
+    Without `side` the images must all be of one size (raises _UnequalSizes), else each is brought to side x side.
+    """
+    scratch = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        shape = (side, side) if side else None
+        classes: list[str] = []
+        coarse_classes: list[str] = []
+        for split, raw in source.read():
+            if not len(raw.items):
+                raise ValueError(f"--dataset {name}: the {split} split holds no image")
+            classes, coarse_classes = max(classes, raw.classes, key=len), raw.coarse_classes
+            shape = _write_images(raw, scratch / f"{split}_images.npy", shape, resize=bool(side))
+            np.save(scratch / f"{split}_labels.npy", np.asarray(raw.labels, np.int64))
+            if raw.coarse_labels is not None:
+                np.save(scratch / f"{split}_coarse.npy", np.asarray(raw.coarse_labels, np.int64))
+        for split in ("train", "test"):
+            labels = np.load(scratch / f"{split}_labels.npy")
+            if labels.min() < 0 or labels.max() >= len(classes):
+                raise ValueError(f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}")
+        meta = {"name": name, "classes": classes, "coarse_classes": coarse_classes}
+        (scratch / "meta.json").write_text(json.dumps(meta))
+        os.rename(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: bool) -> tuple[int, int]:
+    """Decode `raw` into a .npy file uint8 [N, 3, H, W], a chunk at a time; returns (H, W).
+
+    `shape` is the (H, W) to keep to, that of the first image when None. Images of another size are resized on their
+    shorter side and cut to the centre if `resize`, else _UnequalSizes is raised.
+    """
+    if isinstance(raw.items, np.ndarray):
+        np.save(path, raw.items)
+        return raw.items.shape[2:]
+
+    def pixels(i: int) -> NDArray[np.uint8]:
+        item = raw.items[i]
+        encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
+        try:
+            with Image.open(encoded) as image:
+                rgb = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise ValueError(f"--dataset: {raw.names(i)} is not a whole image ({e})") from e
+        return np.asarray(_fit(rgb, side[0]) if resize else rgb)
+
+    side = shape or pixels(0).shape[:2]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        out = np.lib.format.open_memmap(path, "w+", np.uint8, (len(raw.items), 3, *side))
+        for i, image in enumerate(_in_chunks(pool, pixels, len(raw.items))):
+            if image.shape[:2] != side:
+                raise _UnequalSizes
+            out[i] = image.transpose(2, 0, 1)
+        out.flush()
+    return side
+
+
+def _in_chunks(pool: ThreadPoolExecutor, f: Callable[[int], Any], n: int, chunk: int = 2048) -> Iterator[Any]:
+    for start in range(0, n, chunk):  # pool.map alone would hold every decoded image at once
+        yield from pool.map(f, range(start, min(start + chunk, n)))
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """Resize the shorter side to `side` (bicubic, antialiased) and cut to the centre."""
+    scale = side / min(image.size)
+    w, h = (max(side, round(v * scale)) for v in image.size)
+    left, top = (w - side) // 2, (h - side) // 2
+    return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))

@@ -1,0 +1,118 @@
+"""Exact evaluation: counts are summed over all processes and every image counts once."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from cifar_accel import tracking
+from cifar_accel.config import EvaluateArguments, TrainingArguments
+from cifar_accel.data.pipelines import Batch, Pipeline
+from cifar_accel.data.sources import limit, load_dataset
+from cifar_accel.run_folder import read_json
+
+
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[Batch], images: int, channels_last: bool = False
+) -> dict[str, float]:
+    """Loss and accuracy of `model` over a split of `images` images; all ranks enter, each with its own share.
+
+    `model` must not be wrapped: a wrapper's forward may communicate, and the ranks have different numbers of batches.
+    The host waits for the device once, at the end.
+
+    Returns:
+        loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1]. evaluated_images: how many were counted.
+    """
+    was_training = model.training
+    model.eval()
+    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has no float64
+    sums = torch.zeros(4, dtype=wide, device=accelerator.device)  # loss, correct, correct in the first five, images
+    with torch.no_grad(), accelerator.autocast():
+        for batch in batches:
+            x = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
+            logits = model(x).float()
+            ranked = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+            sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(batch.labels))]).to(wide)
+    model.train(was_training)
+    loss_sum, correct, correct5, count = accelerator.reduce(sums).tolist()
+    assert count == images, f"evaluated {count:.0f} of {images} images"
+    return {
+        "loss": loss_sum / count,
+        "accuracy": correct / count,
+        "top5_accuracy": correct5 / count,
+        "evaluated_images": int(count),
+    }
+
+
+def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate the weights in `args.run`/model at the precision and with the test images of the run. All ranks enter.
+
+    Raises ValueError when the folder is no run, is unfinished, or the classes differ.
+    """
+    path = Path(args.run).expanduser()
+    config = read_json(path / "config.json")
+    if not config or "options" not in config:
+        raise ValueError(f"{path}: is no run folder (it has no config.json of a run)")
+    if not (path / "model" / "model.safetensors").is_file():
+        raise ValueError(f"{path}: has no model/ yet, the run is not finished; the command in its config.json goes on with it")
+    known = {f.name for f in fields(TrainingArguments)}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config["options"].items() if k in known}
+    given = {"dataset": args.dataset, "data_dir": args.data_dir}
+    options |= {name: value for name, value in given.items() if value is not None}
+    run = replace(TrainingArguments(**options), device=args.device)
+    data = load_dataset(run.dataset, run.data_dir, run.image_size, say)
+    if len(data.test.classes) != config["options"]["classes"]:
+        raise ValueError(
+            f"--dataset {run.dataset}: has {len(data.test.classes)} classes, the run has {config['options']['classes']}"
+        )
+    split = limit(data.test, min(run.limit_test, len(data.test)), "--limit-test", run.seed)
+    accelerator = make_accelerator(run.device, config["options"]["mixed_precision"])
+    model = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True).to(accelerator.device)
+    options = config["options"]
+    pipeline = Pipeline(run, split, accelerator.device, options["input_mean"], options["input_std"])
+    batches = pipeline.evaluation_batches(args.batch_size, accelerator.num_processes, accelerator.process_index)
+    result = evaluate(accelerator, model, batches, len(split), run.channels_last)
+    say(f"accuracy  {result['accuracy']:.4%}  ({result['evaluated_images']:,} test images of {run.dataset})")
+    say(f"top 5     {result['top5_accuracy']:.4%}\nloss      {result['loss']:.4f}")
+    if accelerator.is_main_process and args.tracker != "none":
+        tracker = tracking.start_tracker(
+            args.tracker, say, project=run.project, name=run.run_name, group=run.group, job_type="evaluate",
+            config=options, folder=path, run_id=None,
+        )  # fmt: skip
+        tracker.finish({f"test/{name}": value for name, value in result.items()}, 0)
+    return {"status": "finished", **result}
+
+
+def make_accelerator(device: str, mixed_precision: str | None = None) -> Accelerator:
+    """Accelerate on `device` (auto, cpu, cuda, mps), at the launcher's precision unless one is given. All ranks enter.
+
+    Raises ValueError when the device is not there, cannot compute so, or the processes do not find each other.
+    """
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if (device == "cuda" and not cuda) or (device == "mps" and not mps):
+        raise ValueError(f"--device {device}: torch {torch.__version__} sees no such device on this machine")
+    cpu = device == "cpu" or not (cuda or mps)
+    if precision == "fp16" and cpu:
+        raise ValueError("mixed precision fp16 needs a GPU; on a CPU launch with --mixed_precision bf16 or no")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != world:
+        raise ValueError(
+            f"the launcher started {world} processes but Accelerate sees {accelerator.num_processes}: they would all "
+            "write one folder; start them with torchrun, or with accelerate launch --multi_gpu"
+        )
+    return accelerator

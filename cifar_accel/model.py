@@ -1,0 +1,174 @@
+"""Models: aliases, timm.create_model, local weights, starting checkpoints, and the saved form."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cifar_accel.config import TrainingArguments, did_you_mean, parse_keywords
+from cifar_accel.hub import require_network
+
+# The report's two models. Another short name is one line here.
+ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
+
+
+def check_name(args: TrainingArguments) -> None:
+    """Raise ValueError for a model that does not exist, naming the nearest; cheap, so that it comes before the data."""
+    name = ALIASES.get(args.model, args.model)
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--model {args.model}: {folder} holds no config.json; give a folder in timm's local-dir form")
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [*ALIASES, *timm.list_models()]
+        raise ValueError(f"--model {args.model}: timm {timm.__version__} has no such model{did_you_mean(architecture, known)}")
+    tags = [m.partition(".")[2] for m in timm.list_pretrained(architecture + ".*")]
+    if tag and tag not in tags:
+        raise ValueError(f"--model {args.model}: {architecture} has no weights '{tag}'; there are {', '.join(tags) or 'none'}")
+
+
+def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], None] = print) -> torch.nn.Module:
+    """Create the model with `num_classes` outputs, on the CPU, in float32.
+
+    Raises:
+        ValueError: unknown name or arguments, weights that cannot be had or do not fit.
+    """
+    check_name(args)
+    name = ALIASES.get(args.model, args.model)
+    local = name.startswith("local-dir:")
+    keywords = parse_keywords(args.model_kwargs)
+    if _fixed_input_size(name):
+        keywords.setdefault("img_size", args.image_size)
+    if args.pretrained and not local:
+        _announce_download(name, say)
+    torch.manual_seed(args.seed)  # the initial values of what is not loaded
+    try:
+        model = timm.create_model(name, pretrained=args.pretrained, num_classes=num_classes, **keywords)
+    except TypeError as e:  # an argument that the architecture does not take
+        raise ValueError(f"--model {args.model}: {str(e).splitlines()[0]} (see --model-kwargs)") from e
+    except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
+        reason = " ".join(str(e).split())[:300]
+        hint = "" if local or not args.pretrained else "; --no-pretrained or --checkpoint PATH starts without these weights"
+        raise ValueError(f"--model {args.model}: cannot be made: {reason}{hint}") from e
+    if args.checkpoint:
+        say(load_weights(model, args.checkpoint))
+    return model
+
+
+def _fixed_input_size(name: str) -> bool:
+    """Whether the architecture takes `img_size` (a ViT does, a CNN does not)."""
+    if name.startswith("local-dir:"):
+        try:
+            config = json.loads(Path(name.removeprefix("local-dir:"), "config.json").read_text())
+            return bool(config["pretrained_cfg"].get("fixed_input_size")) and bool(config["architecture"])
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise ValueError(f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg") from e
+    return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+
+
+def _announce_download(name: str, say: Callable[[str], None]) -> None:
+    """Say where the weights come from; raise ValueError when there are none or the hub is out of reach."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not (cfg.has_weights or cfg.hf_hub_id):
+        raise ValueError(f"--model {name}: timm has no weights for it; pass --no-pretrained or --checkpoint PATH")
+    files = ("model.safetensors", "pytorch_model.bin", cfg.hf_hub_filename)
+    if cfg.hf_hub_id and not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files if f):
+        remedy = "pass --checkpoint PATH, --model local-dir:PATH, or --no-pretrained"
+        say(f"model: downloading the weights {cfg.hf_hub_id} from the Hugging Face hub")
+        require_network(f"--model {name}: its weights {cfg.hf_hub_id}", remedy)
+
+
+def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Read a state dict from a run folder, a model or checkpoint folder, a .safetensors or a .pth file.
+
+    Nothing that could run code is unpickled. Raises ValueError when the file is missing or cannot be read so.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        inside = [file / "model" / "model.safetensors", file / "model.safetensors"]
+        steps = sorted(file.glob("checkpoints/step-*/model.safetensors"))
+        found = [f for f in inside if f.is_file()] + steps[-1:]
+        if not found:
+            raise ValueError(f"--checkpoint {path}: this folder holds no model.safetensors (nor model/, nor checkpoints/)")
+        file = found[0]
+    if not file.is_file():
+        raise ValueError(f"--checkpoint {path}: no such file or folder")
+    try:
+        if file.suffix == ".safetensors":
+            return file, load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever a damaged or hostile file provokes
+        raise ValueError(f"--checkpoint {file}: cannot be read safely as weights ({str(e).splitlines()[0][:120]})") from e
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"--checkpoint {file}: holds no table of tensors (a state dict)")
+    for prefix in ("module.", "_orig_mod."):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return file, state
+
+
+def load_weights(model: torch.nn.Module, path: str) -> str:
+    """Load `path` (see `read_weights`) into `model` in place and return a line that says what matched.
+
+    A classifier of another size keeps its new values. Raises ValueError when anything else is missing or does not fit.
+    """
+    file, state = read_weights(path)
+    own = model.state_dict()
+    head = {name for name in own if name.startswith(tuple(f"{p}." for p in _classifier_names(model)))}
+    wrong = [k for k, v in own.items() if k in state and state[k].shape != v.shape and k not in head]
+    missing = [k for k in own if k not in state and k not in head]
+    if wrong or missing:
+        what = f"{wrong[0]} has shape {_shape(state[wrong[0]])}, the model's is {_shape(own[wrong[0]])}" if wrong else (
+            f"{len(missing)} of the model's {len(own)} tensors are not in it, first {missing[0]}")  # fmt: skip
+        raise ValueError(f"--checkpoint {file}: does not fit --model: {what}")
+    matched = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
+    model.load_state_dict(matched, strict=False)
+    fresh = [k for k in own if k not in matched]
+    unused = [k for k in state if k not in own]
+    return (
+        f"model: {len(matched)} of {len(own)} tensors from {file}"
+        + (f"; new: {', '.join(fresh)}" if fresh else "")
+        + (f"; not used: {len(unused)}, first {unused[0]}" if unused else "")
+    )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _classifier_names(model: Any) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def classifier_parameters(model: Any) -> set[torch.nn.Parameter]:
+    """The parameters of the final classifier, found by name in timm's configuration."""
+    prefixes = tuple(f"{name}." for name in _classifier_names(model))
+    return {p for name, p in model.named_parameters() if name.startswith(prefixes)}
+
+
+def input_statistics(args: TrainingArguments, model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channel means and deviations for images in [0, 1]: the options', else the model's own."""
+    cfg = model.pretrained_cfg
+    return tuple(args.mean or cfg.get("mean")), tuple(args.std or cfg.get("std"))
+
+
+def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[str]) -> None:
+    """Write `folder` (made when missing) so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back."""
+    mean, std = input_statistics(args, model)
+    data_config = dict(input_size=(3, args.image_size, args.image_size), mean=mean, std=std, crop_pct=args.crop_pct,
+                       interpolation=args.interpolation)  # fmt: skip
+    timm.models.save_for_hf(
+        model, str(folder), model_config={"label_names": classes}, safe_serialization=True, data_config=data_config
+    )

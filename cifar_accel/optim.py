@@ -1,0 +1,79 @@
+"""Optimizers by name, learning-rate schedules as functions of the optimizer step, and gradient clipping."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
+import torch
+from timm.utils import dispatch_clip_grad
+
+from cifar_accel.config import TrainingArguments, did_you_mean
+from cifar_accel.model import classifier_parameters
+
+# A new optimizer is one line here: a function of the parameter groups and the options.
+OPTIMIZERS: dict[str, Callable[[Any, TrainingArguments], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, a: torch.optim.AdamW(groups, a.learning_rate, amsgrad=a.amsgrad),
+    "sgdm": lambda groups, a: torch.optim.SGD(groups, a.learning_rate, momentum=a.momentum),
+}
+
+# A new schedule is one line here: the share of the way (0 at the end of the warm-up, 1 at the last step) -> rate.
+SCHEDULES: dict[str, Callable[[float, TrainingArguments], float]] = {
+    "cosine": lambda t, a: a.min_lr + (a.learning_rate - a.min_lr) * (1 + math.cos(math.pi * t)) / 2,
+    "linear_decay": lambda t, a: a.learning_rate * (1 - 0.999 * t),  # torch's LinearLR with an end factor of 0.001
+    "constant": lambda t, a: a.learning_rate,
+    # Smith & Topin 2018 with the default rates of torch's OneCycleLR: from 1/25 up, then by a cosine to 1/250,000
+    "one_cycle": lambda t, a: a.learning_rate * (4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * t)) / 2),
+}
+
+
+def check_names(args: TrainingArguments) -> None:
+    """Raise ValueError for an optimizer or schedule that does not exist, naming the nearest."""
+    if args.scheduler not in SCHEDULES:
+        there = ", ".join(SCHEDULES)
+        raise ValueError(f"--scheduler {args.scheduler}: unknown; there are {there}{did_you_mean(args.scheduler, SCHEDULES)}")
+    if args.optimizer not in OPTIMIZERS and args.optimizer not in timm.optim.list_optimizers():
+        near = did_you_mean(args.optimizer, [*OPTIMIZERS, *timm.optim.list_optimizers()])
+        raise ValueError(f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}")
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, args: TrainingArguments) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `total_steps`: linear warm-up, then the schedule."""
+    if step < warmup_steps:
+        start = args.learning_rate / 25 if args.scheduler == "one_cycle" else args.warmup_lr
+        return start + (args.learning_rate - start) * step / warmup_steps
+    return SCHEDULES[args.scheduler]((step - warmup_steps) / max(1, total_steps - 1 - warmup_steps), args)
+
+
+def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]]:
+    """Parameter groups of `model`: one, or with --no-decay-all a second, undecayed one.
+
+    Spared are biases, norms and gains (NFNet's four-dimensional `gain` and scalar `skipinit_gain` too) and what the
+    model itself lists, such as position embeddings.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if args.decay_all:
+        return [{"params": [p for _, p in named], "weight_decay": args.weight_decay}]
+    listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    spared = {n for n, p in named if p.ndim <= 1 or n in listed or n.rpartition(".")[2].endswith("gain")}
+    return [
+        {"params": [p for n, p in named if n not in spared], "weight_decay": args.weight_decay},
+        {"params": [p for n, p in named if n in spared], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimizer named by the options. Raises ValueError when timm's cannot be made with them."""
+    groups = [g for g in parameter_groups(model, args) if g["params"]]
+    if args.optimizer in OPTIMIZERS:
+        return OPTIMIZERS[args.optimizer](groups, args)
+    try:
+        return timm.optim.create_optimizer_v2(groups, args.optimizer, lr=args.learning_rate, momentum=args.momentum)
+    except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as e:
+        raise ValueError(f"--optimizer {args.optimizer}: cannot be made: {str(e).splitlines()[0]}") from e
+
+
+def clip_gradients(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Clip the gradients of `model` in place as the options say; adaptive clipping spares the classifier."""
+    spared = classifier_parameters(model) if args.clip_mode == "agc" else set()
+    dispatch_clip_grad([p for p in model.parameters() if p not in spared], args.clip_grad, args.clip_mode)

@@ -1,0 +1,198 @@
+"""The run folder: whether a command starts, continues or refuses, its lock, config.json and summary.json.
+
+Imports nothing heavy, so that a refusal comes before torch is loaded.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cifar_accel.config import VOLATILE, TrainingArguments, flag
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cifar_accel")
+
+
+@dataclass
+class Opened:
+    """What to do with the run folder `path`.
+
+    `resume_from` is a run or checkpoint folder to go on from, or None; `finished` holds the summary of a run that has
+    nothing left to do; `lock` is held as long as this object lives.
+    """
+
+    path: Path
+    resume_from: Path | None = None
+    finished: dict[str, Any] | None = None
+    lock: FileLock | None = None
+
+
+def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]) -> Opened:
+    """Decide what to do with SAVE_DIR/RUN_NAME and take its lock; only the main process calls it.
+
+    Raises:
+        ValueError: the folder cannot be written, is in use, holds a run of another configuration, or --resume PATH
+            holds no checkpoint.
+    """
+    assert args.run_name is not None
+    path = Path(args.save_dir).expanduser() / args.run_name
+    if args.resume == "never":
+        path = _fresh(path)
+    _make(path, args)
+    opened = Opened(path, lock=_lock(path))
+    source = path if args.resume in ("auto", "never") else Path(args.resume).expanduser()
+    if source != path:
+        source = _find_resume(source)
+        opened.resume_from = source
+        source = source.parent.parent if source.name.startswith("step-") else source
+    config = read_json(source / "config.json")
+    if config is None:
+        return opened
+    changed = changed_options(config, args, precision)
+    if changed:
+        raise ValueError(
+            f"--resume {args.resume}: {source} holds a run of another configuration ({'; '.join(changed)}); "
+            "give the same options, another --run-name, or --resume never"
+        )
+    summary = read_json(path / "summary.json")
+    if summary and summary.get("status") == "finished" and not _more_steps(args, summary):
+        opened.finished = summary
+    if opened.resume_from is None:
+        opened.resume_from = path
+        say(f"run: {path} holds this run, unfinished" if not opened.finished else f"run: {path} is finished")
+    return opened
+
+
+def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:
+    """Whether a run that --max-steps cut short is now allowed further."""
+    return summary["steps"] < min(args.max_steps or summary["total_steps"], summary["total_steps"])
+
+
+def _fresh(path: Path) -> Path:
+    """`path`, or path-2, path-3, ... if something is there."""
+    n, fresh = 1, path
+    while fresh.exists() and any(fresh.iterdir()):
+        n += 1
+        fresh = path.with_name(f"{path.name}-{n}")
+    return fresh
+
+
+def _make(path: Path, args: TrainingArguments) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        where = e.filename or path
+        reason = "is a file" if isinstance(e, FileExistsError | NotADirectoryError) else (e.strerror or str(e))
+        raise ValueError(f"--save-dir {args.save_dir}: cannot write a run there: {where}: {reason}") from e
+
+
+def _lock(path: Path) -> FileLock:
+    """Take the folder's lock, which the system drops when this process ends, however it ends."""
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = (path / ".owner").read_text().strip() if (path / ".owner").exists() else "another process"
+        raise ValueError(f"--run-name: {path} is in use by {owner}; wait for it, or give another --run-name") from None
+    (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}\n")
+    return lock
+
+
+def _find_resume(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"--resume {path}: no such folder; give auto, never, or a run or checkpoint folder")
+    if not (path / "checkpoints").is_dir() and not (path / "manifest.json").is_file():
+        raise ValueError(f"--resume {path}: holds no checkpoint (neither a run folder nor a checkpoints/step-* folder)")
+    return path
+
+
+def changed_options(config: dict[str, Any], args: TrainingArguments, precision: str) -> list[str]:
+    """Options that differ between a recorded run and this command and change what is computed, as `flag old -> new`."""
+    old = config.get("options", {})
+    new = json.loads(json.dumps({**asdict(args), "mixed_precision": precision}))
+    names = [n for n in new if n not in VOLATILE and n in old and old[n] != new[n]]
+    return [f"{flag(n)} {old[n]} -> {new[n]}" for n in names]
+
+
+def describe_config(args: TrainingArguments, origin: dict[str, str], derived: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        args: the resolved options.
+        origin: where each value comes from.
+        derived: values known only at start (precision, processes, batch arithmetic, data), with their origin.
+    """
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except ImportError:
+            continue
+    return {
+        "options": {**asdict(args), **derived},
+        "provenance": {**origin, **dict.fromkeys(derived, "derived")},
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), **installed},
+        "hardware": _hardware(),
+        "git": _git_state(),
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    """Host, cores and accelerators; torch is loaded by the time a run is described."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    return {"host": platform.node(), "platform": platform.platform(), "cpu_cores": os.cpu_count(), "gpus": gpus,
+            "cpu_threads": torch.get_num_threads()}  # fmt: skip
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the package's checkout and whether it differs from it; None when it is not a checkout."""
+
+    def git(*words: str) -> str:
+        where = str(Path(__file__).parent)
+        done = subprocess.run(["git", "-C", where, *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or None when it is missing or not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def sync(path: Path) -> None:
+    """Wait until `path` (a file, or a folder's entries) is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that `path` holds either the old or the new text, never a part."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    sync(scratch)
+    os.replace(scratch, path)

@@ -1,0 +1,160 @@
+"""Where figures go: metrics.jsonl always, an experiment tracker beside it; both on the main process alone.
+
+A tracker is a function that takes (project, name, group, job_type, config, folder, run id) and returns a `Tracker`.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each line on the disk's side of the process before the next step.
+
+    A disk that cannot take a line costs that line and one warning, never the run.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self.path, self.say, self.warned = path, say, False
+
+    def truncate(self, step: int) -> None:
+        """Drop what follows `step` (and a line cut short by a kill), so that a continued run logs each step once."""
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            scratch = self.path.with_name(self.path.name + ".tmp")
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(scratch, self.path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row`."""
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            if not self.warned:
+                self.say(f"warning: {self.path} cannot be written ({e.strerror}); training goes on without it")
+            self.warned = True
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line without its end is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+@dataclass
+class Tracker:
+    """An open tracker: its run id, a function that logs one row, and one that closes it and says where it is."""
+
+    id: str | None
+    log: Callable[[dict[str, Any]], None]
+    finish: Callable[[dict[str, Any], int], None]
+
+
+def start_tracker(kind: str, say: Callable[[str], None], **about: Any) -> Tracker:
+    """Open tracker `kind`; any failure of it, now or later, is said once and never ends the run."""
+    silent = Tracker(None, lambda row: None, lambda summary, code: None)
+    try:
+        opened = TRACKERS[kind](say, **about)
+    except Exception as e:
+        say(f"warning: no {kind} tracking ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+        return silent
+    failed = False
+
+    def guard(call: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: Any) -> None:
+            nonlocal failed
+            if failed:
+                return
+            try:
+                call(*args)
+            except Exception as e:
+                failed = True
+                say(f"warning: {kind} tracking stopped ({type(e).__name__}: {e}); metrics.jsonl goes on")
+
+        return guarded
+
+    return Tracker(opened.id, guard(opened.log), guard(opened.finish))
+
+
+def start_wandb(
+    say: Callable[[str], None],
+    *,
+    project: str,
+    name: str,
+    group: str | None,
+    job_type: str,
+    config: dict[str, Any],
+    folder: Path,
+    run_id: str | None,
+) -> Tracker:
+    """Open a wandb run that never prompts and never hangs: offline without a key or a network.
+
+    `config` are the hyper-parameters, `folder` is where wandb/ lies, `run_id` is that of the run to go on with.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+    about = dict(
+        project=os.environ.get("WANDB_PROJECT", project), name=name, group=group, job_type=job_type, config=config,
+        dir=str(folder), id=run_id or secrets.token_hex(4), resume="allow",
+    )  # fmt: skip
+    # The service would otherwise hold rows for 15 s, and lose them with the process.
+    settings = wandb.Settings(init_timeout=10, finish_timeout=20, console="off", x_file_stream_transmit_interval=1)
+    if mode == "offline":
+        about.pop("resume")  # an offline run cannot ask; the same id joins the parts when they are synchronised
+    try:
+        run = wandb.init(mode=mode, settings=settings, **about)
+    except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as e:
+        say(f"wandb: offline, the server does not answer ({str(e).splitlines()[0]})")
+        wandb.teardown()
+        about.pop("resume", None)
+        run = wandb.init(mode="offline", settings=settings, **about)
+    run.define_metric("trainer/step")
+    for prefix in ("train", "eval", "test"):
+        run.define_metric(f"{prefix}/*", step_metric="trainer/step")
+    say(f"wandb: {run.url or 'offline, in ' + str(Path(run.dir).parent)}")
+
+    def log(row: dict[str, Any]) -> None:
+        run.log({"trainer/step" if key == "step" else key: value for key, value in row.items()})
+
+    def finish(summary: dict[str, Any], code: int) -> None:
+        run.summary.update({k: v for k, v in summary.items() if v is not None})
+        run.finish(exit_code=code)
+        if run.settings.mode == "offline" or not run.url:
+            say(f"wandb: to see it online: wandb sync {Path(run.dir).parent}")
+
+    return Tracker(run.id, log, finish)
+
+
+def _wandb_key() -> bool:
+    """Whether wandb would find a key, without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+    from urllib.parse import urlparse
+
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+# A new tracker is one function like start_wandb and one line here (and its name in TrainingArguments.tracker).
+TRACKERS: dict[str, Callable[..., Tracker]] = {
+    "wandb": start_wandb,
+    "none": lambda say, **about: Tracker(None, lambda row: None, lambda summary, code: None),
+}
