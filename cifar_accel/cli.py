@@ -16,7 +16,10 @@ from typing import Any
 
 import tyro
 
-from cifar_accel.config import TrainingArguments, recipe_defaults, resolve
+from cifar_accel.config import (
+    EvaluateArguments, ReportArguments, StudyArguments, TrainingArguments, did_you_mean, recipe_defaults, resolve,
+)
+from cifar_accel.run_folder import open_run
 
 COMMANDS = {
     "train": "train a model (the same as python -m cifar_accel)",
@@ -38,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {name:<10}{text}")
     print("\ncifar-accel COMMAND --help explains one of them.")
     if argv and argv[0] not in ("-h", "--help"):
-        from cifar_accel.config import did_you_mean
-
+    
         return fail(f"unknown command {argv[0]}{did_you_mean(argv[0], COMMANDS)}")
     return 0
 
@@ -116,17 +118,27 @@ def train_command(argv: Sequence[str]) -> int:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             args = replace(args, workers=min(8, max(1, (os.cpu_count() or 1) // local)))
             origin["workers"] = "derived"
-        say("loading torch, timm and accelerate")
-        from cifar_accel.train import train
+        opened = None
+        if os.environ.get("RANK", "0") == "0":
+            opened = open_run(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), say)
+            if opened.finished and os.environ.get("WORLD_SIZE", "1") == "1":
+                return 0
     except ValueError as e:
         return fail(str(e))
 
     def work() -> dict[str, Any]:
-        summary = train(args, origin, say)
-        if os.environ.get("RANK", "0") == "0":
+        say("loading torch, timm and accelerate")
+        from cifar_accel.train import train
+
+        try:
+            summary = train(args, origin, say, opened)
+        finally:
+            if opened:
+                opened.discard()
+        if opened and not opened.finished:
             from cifar_accel.report import plot_run
 
-            plot_run(summary["path"], say)
+            plot_run(opened.path, say)
         return summary
 
     return guarded(work)
@@ -134,42 +146,37 @@ def train_command(argv: Sequence[str]) -> int:
 
 def guarded(work: Callable[[], dict[str, Any]]) -> int:
     """Run `work`, turn its end into an exit code, and take the process group down whatever happens."""
-    from cifar_accel.train import Diverged
-
     try:
         summary = work()
         return 143 if summary.get("status") == "preempted" else 0
     except ValueError as e:
         return fail(str(e))
-    except Diverged as e:
-        return fail(str(e), 1)
     except KeyboardInterrupt:
         return fail("interrupted; checkpoints already written are kept", 143)
-    except Exception:
-        traceback.print_exc()
-        return fail("stopped by the error above; checkpoints already written are kept", 1)
+    except Exception as e:
+        if type(e).__name__ != "Diverged":
+            traceback.print_exc()
+        return fail(f"{type(e).__name__}: {e}; checkpoints already written are kept", 1)
     finally:
-        import torch
-
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def evaluate_command(argv: Sequence[str]) -> int:
     """Evaluate a run folder."""
-    from cifar_accel.config import EvaluateArguments
-
     args = parse(EvaluateArguments, argv, "cifar-accel evaluate")
-    try:
+
+    def work() -> dict[str, Any]:
         from cifar_accel.evaluate import evaluate_run
-    except ValueError as e:
-        return fail(str(e))
-    return guarded(lambda: evaluate_run(args, say))
+
+        return evaluate_run(args, say)
+
+    return guarded(work)
 
 
 def study_command(argv: Sequence[str]) -> int:
     """Run a study; exit code 0 when every run is finished, 1 when one failed, 143 when stopped by a signal."""
-    from cifar_accel.config import StudyArguments
     from cifar_accel.study import run_study
 
     extra = list(argv)[list(argv).index("--") + 1 :] if "--" in argv else []
@@ -183,7 +190,6 @@ def study_command(argv: Sequence[str]) -> int:
 
 def report_command(argv: Sequence[str]) -> int:
     """Print the tables of all runs below a folder and write report.md and report.html there."""
-    from cifar_accel.config import ReportArguments
     from cifar_accel.report import write_report
 
     args = parse(ReportArguments, argv, "cifar-accel report")

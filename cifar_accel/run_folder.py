@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,24 @@ class Opened:
     """What to do with the run folder `path`.
 
     `resume_from` is a run or checkpoint folder to go on from, or None; `finished` holds the summary of a run that has
-    nothing left to do; `lock` is held as long as this object lives.
+    nothing left to do; `lock` is held as long as this object lives; `created` are the folders made for it.
     """
 
     path: Path
     resume_from: Path | None = None
     finished: dict[str, Any] | None = None
     lock: FileLock | None = None
+    created: list[Path] = field(default_factory=list)
+
+    def discard(self) -> None:
+        """Leave no trace of a run that was refused before it began."""
+        if self.lock is not None and not (self.path / "config.json").exists():
+            self.lock.release()
+            for name in (".owner", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            for folder in self.created:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]) -> Opened:
@@ -46,16 +57,27 @@ def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]
     path = Path(args.save_dir).expanduser() / args.run_name
     if args.resume == "never":
         path = _fresh(path)
-    _make(path, args)
-    opened = Opened(path, lock=_lock(path))
+    opened = Opened(path, created=[f for f in (path, *path.parents) if not f.exists()])
+    try:
+        _make(path, args)
+        opened.lock = _lock(path)
+        _look_inside(opened, args, precision, say)
+    except BaseException:
+        opened.discard()
+        raise
+    return opened
+
+
+def _look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]) -> None:
+    """Set `resume_from` or `finished` of `opened` by what the folder, or --resume PATH, holds."""
+    path = opened.path
     source = path if args.resume in ("auto", "never") else Path(args.resume).expanduser()
     if source != path:
-        source = _find_resume(source)
-        opened.resume_from = source
+        opened.resume_from = source = _find_resume(source)
         source = source.parent.parent if source.name.startswith("step-") else source
     config = read_json(source / "config.json")
     if config is None:
-        return opened
+        return
     changed = changed_options(config, args, precision)
     if changed:
         raise ValueError(
@@ -65,10 +87,10 @@ def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]
     summary = read_json(path / "summary.json")
     if summary and summary.get("status") == "finished" and not _more_steps(args, summary):
         opened.finished = summary
-    if opened.resume_from is None:
+        say(f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
+            "to train it anew, give --resume never")  # fmt: skip
+    elif opened.resume_from is None:
         opened.resume_from = path
-        say(f"run: {path} holds this run, unfinished" if not opened.finished else f"run: {path} is finished")
-    return opened
 
 
 def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from cifar_accel.evaluate import evaluate, make_accelerator
 from cifar_accel.model import ALIASES, build_model, check_name, input_statistics, save_model
 from cifar_accel.optim import build_optimizer, check_names, clip_gradients, learning_rate
 from cifar_accel.progress import Progress
-from cifar_accel.run_folder import Opened, describe_config, open_run, read_json, write_json
+from cifar_accel.run_folder import Opened, describe_config, read_json, write_json
 
 
 class Diverged(RuntimeError):
@@ -99,13 +99,16 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def train(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
+def train(
+    args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None], opened: Opened | None
+) -> dict[str, Any]:
     """Run the training that `args` describe, from wherever its run folder stands. All ranks enter.
 
     Args:
         args: resolved options (see `config.resolve`).
         origin: where each came from.
         say: prints a line on the main process.
+        opened: what is to be done with the run folder, on the main process; None on the others.
 
     Returns:
         What summary.json holds; its `status` is finished or preempted.
@@ -115,11 +118,9 @@ def train(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], 
         Diverged: the loss is not finite.
     """
     stop = StopRequest()
-    opened, accelerator = start_processes(args, say)
+    opened, accelerator = start_processes(args, opened, say)
     if opened.finished:
-        say(f"run: nothing left to do after step {opened.finished['steps']:,}: "
-            f"accuracy {opened.finished['accuracy']:.2%} (--resume never trains anew)")  # fmt: skip
-        return opened.finished | {"path": opened.path}
+        return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
     config_file = run.path / "config.json"
     tracker = tracking.Tracker(None, lambda row: None, lambda summary, code: None)
@@ -142,7 +143,7 @@ def train(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], 
             raise RuntimeError(str(e)) from e
         raise
     tracker.finish(summary, 0 if status == "finished" else 143)
-    return summary | {"path": run.path}
+    return summary
 
 
 def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
@@ -364,24 +365,18 @@ def keep_weights(run: Run, name: str) -> None:
 # ---- before the loop
 
 
-def start_processes(args: TrainingArguments, say: Callable[[str], None]) -> tuple[Opened, Accelerator]:
-    """Open the run folder on the main process and join the others. All ranks enter.
+def start_processes(
+    args: TrainingArguments, opened: Opened | None, say: Callable[[str], None]
+) -> tuple[Opened, Accelerator]:
+    """Join the other processes and learn from the main one what to do with the run folder. All ranks enter.
 
-    Raises ValueError when the folder refuses, the device is not there, or the processes do not find each other.
+    Raises ValueError when the device is not there or the processes do not find each other.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    opened = Opened(Path(args.save_dir).expanduser() / str(args.run_name))
-    if os.environ.get("RANK", "0") == "0":
-        opened = open_run(args, precision, say)
-        if opened.finished and world == 1:
-            return opened, None  # type: ignore[return-value]  # nothing will be run
-    if world > 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
         say(f"processes: waiting for all {world}")
     accelerator = make_accelerator(args.device)
-    shared = [str(opened.path), opened.resume_from and str(opened.resume_from), opened.finished]
-    path, resume_from, finished = broadcast_object_list(shared)
-    return replace(opened, path=Path(path), resume_from=resume_from and Path(resume_from), finished=finished), accelerator
+    return broadcast_object_list([opened and replace(opened, lock=None)])[0], accelerator
 
 
 def set_up(
