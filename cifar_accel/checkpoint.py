@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cifar_accel.run_folder import sync, write_json
@@ -67,8 +68,10 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.rename(scratch, final)
         sync(parent)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(e, RuntimeError | SafetensorError):  # how torch and safetensors report a write that failed
+            raise OSError(f"cannot be written ({str(e).splitlines()[0]})") from e
         raise
     for old in list_checkpoints(run_dir)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -134,7 +137,9 @@ def load_checkpoint(
             ema.load_state_dict(load_file(path / "ema.safetensors"))
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     except (RuntimeError, ValueError, KeyError, OSError) as e:
-        raise ValueError(f"--resume {path}: is a checkpoint of another model or optimizer ({str(e).splitlines()[0]})") from e
+        raise ValueError(
+            f"--resume {path}: is a checkpoint of another model or optimizer ({str(e).splitlines()[0]})"
+        ) from e
 
 
 def sha256(file: Path) -> str:

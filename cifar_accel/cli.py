@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,13 @@ from typing import Any
 import tyro
 
 from cifar_accel.config import (
-    EvaluateArguments, ReportArguments, StudyArguments, TrainingArguments, did_you_mean, recipe_defaults, resolve,
+    EvaluateArguments,
+    ReportArguments,
+    StudyArguments,
+    TrainingArguments,
+    did_you_mean,
+    recipe_defaults,
+    resolve,
 )
 from cifar_accel.run_folder import open_run
 
@@ -41,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {name:<10}{text}")
     print("\ncifar-accel COMMAND --help explains one of them.")
     if argv and argv[0] not in ("-h", "--help"):
-    
         return fail(f"unknown command {argv[0]}{did_you_mean(argv[0], COMMANDS)}")
     return 0
 
@@ -63,8 +69,13 @@ def fail(message: str, code: int = 2) -> int:
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    print(f"cifar_accel: {'' if rank == '0' else f'[rank {rank}] '}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(
+        f"cifar_accel: {'' if rank == '0' else f'[rank {rank}] '}{' '.join(message.split())}",
+        file=sys.stderr,
+        flush=True,
+    )
     return code
 
 
@@ -79,7 +90,9 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
             text = re.sub(r"\x1b\[[0-9;]*m", "", captured.getvalue())
             lines = [line.strip(" │\t") for line in text.splitlines() if not re.match(r"\s*[╭╰]", line)]
             lines = [line for line in lines if line and not set(line) <= {"─"}]
-            cut = next((i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))), None)
+            cut = next(
+                (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))), None
+            )
             raise SystemExit(fail(f"{' '.join(lines[:cut])} ({prog} --help lists all options)")) from None
         raise
 
@@ -103,10 +116,8 @@ def parse_training(argv: Sequence[str], prog: str = "cifar_accel") -> tuple[Trai
         elif word == "none" and words and "None" in str(types.get(words[-1].removeprefix("--").replace("-", "_"))):
             word = "None"
         words.append(word)
-    recipe = next((w.partition("=")[2] for w in words if w.startswith("--recipe=")), None)
-    if "--recipe" in words[:-1]:
-        recipe = words[words.index("--recipe") + 1]
-    defaults = recipe_defaults(recipe or TrainingArguments.recipe)
+    recipes = re.findall(r"^--recipe[=\n](.+)$", "\n".join(words), re.MULTILINE)  # the last one counts, as for any flag
+    defaults = recipe_defaults(recipes[-1] if recipes else TrainingArguments.recipe)
     return resolve(parse(TrainingArguments, words, prog, defaults), given & types.keys())
 
 

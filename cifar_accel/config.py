@@ -20,14 +20,25 @@ RECIPES: dict[str, dict[str, Any]] = {
     # cut away). Two slips of its scheduler are mended: the warm-up there repeated its first epoch and its peak stayed
     # at 4.52e-4; here the rate warms up to --learning-rate and falls from there, step by step.
     "report": dict(
-        pipeline="timm", aa="rand-m15-n2", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.5,
-        mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_pct=0.875, mixup=0.8, mixup_prob=0.7, smoothing=0.1, amsgrad=True,
+        pipeline="timm",
+        aa="rand-m15-n2",
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip=0.5,
+        vflip=0.5,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        crop_pct=0.875,
+        mixup=0.8,
+        mixup_prob=0.7,
+        smoothing=0.1,
+        amsgrad=True,
     ),
     # What most CIFAR papers do: reflect-padded crop, horizontal flip, label smoothing, decay on weights only.
     "plain": dict(crop_padding=4, hflip=0.5, smoothing=0.1, decay_all=False),
     # Small pictures of signs, where a flip changes the meaning.
     "digits": dict(smoothing=0.1, decay_all=False),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class TrainingArguments:
     limit_test: int = 0
     """Use this many test images, a seeded stratified subset (0: all)."""
     validation_fraction: float = 0.0
-    """Share of the training images held out, by class, for the evaluations; the test set is then read once, at the end."""
+    """Share of the training images held out, by class, for the evaluations; the test set is read once, at the end."""
     pipeline: Literal["device", "timm"] = "device"
     """Input: device (images live on the device, augmented there in batches) or timm (PIL transforms in workers)."""
     workers: int | None = None
@@ -160,7 +171,7 @@ class TrainingArguments:
     save_epochs: int = -1
     """Keep the weights of every so many epochs as model-epoch-XXXX (-1: of the last only)."""
     resume: str = "auto"
-    """auto (go on with the run in its folder), never (a fresh folder), or the path of a run or checkpoint to go on from."""
+    """auto (go on with the run in its folder), never (a fresh folder), or a run or checkpoint folder to go on from."""
     tracker: Literal["wandb", "none"] = "wandb"
     """Experiment tracker beside metrics.jsonl; wandb works offline by itself without a key or a network."""
     project: str = "cifar_accel"
@@ -254,6 +265,13 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         origin.update(dict.fromkeys(values, "derived"))
 
     check_ranges(args)
+    # A path means the same from wherever the run is continued or evaluated.
+    if os.path.isdir(os.path.expanduser(args.dataset)):
+        args = replace(args, dataset=os.path.abspath(os.path.expanduser(args.dataset)))
+    if args.model.startswith("local-dir:"):
+        args = replace(args, model="local-dir:" + os.path.abspath(os.path.expanduser(args.model[len("local-dir:") :])))
+    if args.checkpoint:
+        args = replace(args, checkpoint=os.path.abspath(os.path.expanduser(args.checkpoint)))
     if args.warmup_epochs is None:
         share = {"linear_decay": 0.0, "constant": 0.0, "one_cycle": 0.3}.get(args.scheduler, 0.2)
         derive(warmup_epochs=round(args.epochs * share, 4))
@@ -298,7 +316,7 @@ def check_ranges(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{flag(name)} {value:g}: must be 0 or greater")
-    for name in "hflip vflip reprob mixup_prob smoothing model_ema_decay crop_pct".split():
+    for name in ["hflip", "vflip", "reprob", "mixup_prob", "smoothing", "model_ema_decay", "crop_pct"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{flag(name)} {getattr(args, name):g}: must lie between 0 and 1")
     if not 0 <= args.validation_fraction < 1:

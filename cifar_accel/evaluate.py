@@ -62,9 +62,13 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     if not config or "options" not in config:
         raise ValueError(f"{path}: is no run folder (it has no config.json of a run)")
     if not (path / "model" / "model.safetensors").is_file():
-        raise ValueError(f"{path}: has no model/ yet, the run is not finished; the command in its config.json goes on with it")
+        raise ValueError(
+            f"{path}: has no model/ yet, the run is not finished; the command in its config.json goes on with it"
+        )
     known = {f.name for f in fields(TrainingArguments)}
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config["options"].items() if k in known}
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in config["options"].items() if k in known
+    }
     given = {"dataset": args.dataset, "data_dir": args.data_dir}
     options |= {name: value for name, value in given.items() if value is not None}
     run = replace(TrainingArguments(**options), device=args.device)
@@ -84,9 +88,16 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     say(f"top 5     {result['top5_accuracy']:.4%}\nloss      {result['loss']:.4f}")
     if accelerator.is_main_process and args.tracker != "none":
         tracker = tracking.start_tracker(
-            args.tracker, say, project=run.project, name=run.run_name, group=run.group, job_type="evaluate",
-            config=options, folder=path, run_id=None,
-        )  # fmt: skip
+            args.tracker,
+            say,
+            project=run.project,
+            name=run.run_name,
+            group=run.group,
+            job_type="evaluate",
+            config=options,
+            folder=path,
+            run_id=None,
+        )
         tracker.finish({f"test/{name}": value for name, value in result.items()}, 0)
     return {"status": "finished", **result}
 

@@ -26,7 +26,9 @@ def config_file() -> tuple[Path | None, str]:
     """The accelerate config file to use, and why."""
     if os.environ.get("ACCELERATE_CONFIG_FILE"):
         return Path(os.environ["ACCELERATE_CONFIG_FILE"]), "ACCELERATE_CONFIG_FILE"
-    cache = Path(os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))).expanduser()
+    cache = Path(
+        os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    ).expanduser()
     own = cache / "accelerate" / "default_config.yaml"
     if own.is_file():
         return own, "your own accelerate config"
@@ -43,7 +45,9 @@ def count_gpus() -> int:
     if not shutil.which("nvidia-smi"):
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
-    return listed if visible is None else min(listed, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+    return (
+        listed if visible is None else min(listed, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+    )
 
 
 def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
@@ -67,21 +71,41 @@ def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
         return module, environment, f"launch: one process, settings of {file} ({why})"
     if kind == "MULTI_CPU":
         rest = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return [*rest, "-m", "cifar_accel", *words], {}, f"launch: {processes} CPU processes by torchrun, {file} ({why})"
+        return (
+            [*rest, "-m", "cifar_accel", *words],
+            {},
+            f"launch: {processes} CPU processes by torchrun, {file} ({why})",
+        )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     if file.parent.name == "accelerate_configs" and file.stem == "multi_gpu":
         launcher += ["--num_processes", str(count_gpus())]
     return [*launcher, "-m", "cifar_accel", *words], {}, f"launch: accelerate launch --config_file {file} ({why})"
 
 
+def tour() -> int:
+    """The report's study in miniature, its tables, and the command for the real thing; returns the exit code."""
+    from cifar_accel.cli import report_command, study_command
+
+    code = study_command([str(Path(__file__).parent.parent / "studies" / "tour.yaml")])
+    if code in (0, 1):
+        print()
+        code = report_command(["checkpoint/tour"]) or code
+        print("\nThe real thing, on CIFAR-100 (downloads the data and NFNet-F0's ImageNet weights):")
+        print("    ./launch.sh --model nfnet")
+    return code
+
+
 def main() -> int:
-    """Replace this process by the training."""
+    """Replace this process by the training; without options, run the tour."""
+    if not sys.argv[1:]:
+        return tour()
     try:
         command, environment, why = command_for(sys.argv[1:])
     except ValueError as e:
         print(f"cifar_accel: {e}", file=sys.stderr)
         return 2
-    print(why, flush=True)
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        print(why, flush=True)
     os.execvpe(command[0], command, os.environ | environment)
 
 

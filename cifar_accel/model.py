@@ -23,15 +23,21 @@ def check_name(args: TrainingArguments) -> None:
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
-            raise ValueError(f"--model {args.model}: {folder} holds no config.json; give a folder in timm's local-dir form")
+            raise ValueError(
+                f"--model {args.model}: {folder} holds no config.json; give a folder in timm's local-dir form"
+            )
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*ALIASES, *timm.list_models()]
-        raise ValueError(f"--model {args.model}: timm {timm.__version__} has no such model{did_you_mean(architecture, known)}")
+        raise ValueError(
+            f"--model {args.model}: timm {timm.__version__} has no such model{did_you_mean(architecture, known)}"
+        )
     tags = [m.partition(".")[2] for m in timm.list_pretrained(architecture + ".*")]
     if tag and tag not in tags:
-        raise ValueError(f"--model {args.model}: {architecture} has no weights '{tag}'; there are {', '.join(tags) or 'none'}")
+        raise ValueError(
+            f"--model {args.model}: {architecture} has no weights '{tag}'; there are {', '.join(tags) or 'none'}"
+        )
 
 
 def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], None] = print) -> torch.nn.Module:
@@ -55,11 +61,26 @@ def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], 
         raise ValueError(f"--model {args.model}: {str(e).splitlines()[0]} (see --model-kwargs)") from e
     except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:300]
-        hint = "" if local or not args.pretrained else "; --no-pretrained or --checkpoint PATH starts without these weights"
+        hint = (
+            ""
+            if local or not args.pretrained
+            else "; --no-pretrained or --checkpoint PATH starts without these weights"
+        )
         raise ValueError(f"--model {args.model}: cannot be made: {reason}{hint}") from e
     if args.checkpoint:
         say(load_weights(model, args.checkpoint))
+    _check_input_size(model, args)
     return model
+
+
+def _check_input_size(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raise ValueError when the model cannot take an image of --image-size; one image on the CPU tells."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"--image-size {args.image_size}: --model {args.model} cannot take it: {reason}") from e
 
 
 def _fixed_input_size(name: str) -> bool:
@@ -69,7 +90,9 @@ def _fixed_input_size(name: str) -> bool:
             config = json.loads(Path(name.removeprefix("local-dir:"), "config.json").read_text())
             return bool(config["pretrained_cfg"].get("fixed_input_size")) and bool(config["architecture"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ValueError(f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg") from e
+            raise ValueError(
+                f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg"
+            ) from e
     return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
 
 
@@ -98,7 +121,9 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
         steps = sorted(file.glob("checkpoints/step-*/model.safetensors"))
         found = [f for f in inside if f.is_file()] + steps[-1:]
         if not found:
-            raise ValueError(f"--checkpoint {path}: this folder holds no model.safetensors (nor model/, nor checkpoints/)")
+            raise ValueError(
+                f"--checkpoint {path}: this folder holds no model.safetensors (nor model/, nor checkpoints/)"
+            )
         file = found[0]
     if not file.is_file():
         raise ValueError(f"--checkpoint {path}: no such file or folder")
@@ -107,7 +132,9 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
             return file, load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged or hostile file provokes
-        raise ValueError(f"--checkpoint {file}: cannot be read safely as weights ({str(e).splitlines()[0][:120]})") from e
+        raise ValueError(
+            f"--checkpoint {file}: cannot be read safely as weights ({str(e).splitlines()[0][:120]})"
+        ) from e
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -129,8 +156,11 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     wrong = [k for k, v in own.items() if k in state and state[k].shape != v.shape and k not in head]
     missing = [k for k in own if k not in state and k not in head]
     if wrong or missing:
-        what = f"{wrong[0]} has shape {_shape(state[wrong[0]])}, the model's is {_shape(own[wrong[0]])}" if wrong else (
-            f"{len(missing)} of the model's {len(own)} tensors are not in it, first {missing[0]}")  # fmt: skip
+        what = (
+            f"{wrong[0]} has shape {_shape(state[wrong[0]])}, the model's is {_shape(own[wrong[0]])}"
+            if wrong
+            else (f"{len(missing)} of the model's {len(own)} tensors are not in it, first {missing[0]}")
+        )
         raise ValueError(f"--checkpoint {file}: does not fit --model: {what}")
     matched = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
     model.load_state_dict(matched, strict=False)
@@ -165,10 +195,15 @@ def input_statistics(args: TrainingArguments, model: Any) -> tuple[tuple[float, 
 
 
 def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[str]) -> None:
-    """Write `folder` (made when missing) so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back."""
+    """Write `folder` so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model back."""
     mean, std = input_statistics(args, model)
-    data_config = dict(input_size=(3, args.image_size, args.image_size), mean=mean, std=std, crop_pct=args.crop_pct,
-                       interpolation=args.interpolation)  # fmt: skip
+    data_config = dict(
+        input_size=(3, args.image_size, args.image_size),
+        mean=mean,
+        std=std,
+        crop_pct=args.crop_pct,
+        interpolation=args.interpolation,
+    )
     timm.models.save_for_hf(
         model, str(folder), model_config={"label_names": classes}, safe_serialization=True, data_config=data_config
     )

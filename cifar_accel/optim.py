@@ -31,7 +31,9 @@ def check_names(args: TrainingArguments) -> None:
     """Raise ValueError for an optimizer or schedule that does not exist, naming the nearest."""
     if args.scheduler not in SCHEDULES:
         there = ", ".join(SCHEDULES)
-        raise ValueError(f"--scheduler {args.scheduler}: unknown; there are {there}{did_you_mean(args.scheduler, SCHEDULES)}")
+        raise ValueError(
+            f"--scheduler {args.scheduler}: unknown; there are {there}{did_you_mean(args.scheduler, SCHEDULES)}"
+        )
     if args.optimizer not in OPTIMIZERS and args.optimizer not in timm.optim.list_optimizers():
         near = did_you_mean(args.optimizer, [*OPTIMIZERS, *timm.optim.list_optimizers()])
         raise ValueError(f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}")

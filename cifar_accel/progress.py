@@ -20,7 +20,9 @@ class Progress:
             self.bar.set_description_str(self._epoch(start), refresh=False)
 
     def _epoch(self, step: int) -> str:
-        return f"epoch {min(step // self.per_epoch + 1, -(-self.total // self.per_epoch))}/{self.total // self.per_epoch}"
+        return (
+            f"epoch {min(step // self.per_epoch + 1, -(-self.total // self.per_epoch))}/{self.total // self.per_epoch}"
+        )
 
     def step(self) -> None:
         """One optimizer step is done."""
@@ -41,7 +43,9 @@ class Progress:
         else:
             done = row["step"] - self.start
             left = duration((time.perf_counter() - self.began) / done * (self.stop - row["step"]))
-            print(f"{self._epoch(row['step'] - 1)}  step {row['step']:,}/{self.total:,}  {shown}, {left} left", flush=True)
+            print(
+                f"{self._epoch(row['step'] - 1)}  step {row['step']:,}/{self.total:,}  {shown}, {left} left", flush=True
+            )
 
     def close(self) -> None:
         """Leave the last state on the screen."""

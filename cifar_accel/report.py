@@ -20,7 +20,6 @@ PUBLISHED = {
     ("nfnet", "adamw", "linear_decay"): (1.6641, 0.7336),
     ("vit", "adamw", "cosine"): (1.7612, 0.7317),
 }
-PUBLISHED_MODELS = {"nfnet": "NFNet-F0", "vit": "ViT-B/8"}
 PLOTS = {"loss.png": "loss", "accuracy.png": "accuracy", "lr.png": "learning rate"}
 
 
@@ -82,6 +81,7 @@ def _plot(run: RunFiles) -> None:
     tests = [r for r in run.rows if "eval/loss" in r]
     held_out = "held-out images" if run.options.get("validation_fraction") else "test"
     mixed = "augmented" + (" and mixed" if run.options["mixup"] or run.options["cutmix"] else "") + " batches"
+    soft = f", label smoothing {run.options['smoothing']:g}" if run.options["smoothing"] else ""
     title = f"{run.setting[1]}, {run.setting[2]} + {run.setting[3]}, {run.setting[0]}"
 
     def curve(axes: Any, rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0) -> None:
@@ -93,7 +93,7 @@ def _plot(run: RunFiles) -> None:
             axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
 
     def loss(axes: Any) -> None:
-        curve(axes, train, "train/loss", f"train ({mixed})", "tab:blue")
+        curve(axes, train, "train/loss", f"train ({mixed}{soft})", "tab:blue")
         curve(axes, tests, "eval/loss", held_out, "tab:orange")
         axes.set(ylabel="cross-entropy, nats", title=f"Loss: {title}")
 
@@ -102,8 +102,13 @@ def _plot(run: RunFiles) -> None:
         curve(axes, tests, "eval/accuracy", held_out, "tab:orange", 100)
         if tests:
             last = tests[-1]
-            axes.annotate(f"{last['eval/accuracy']:.2%}", (last["epoch"], last["eval/accuracy"] * 100),
-                          xytext=(-6, 8), textcoords="offset points", ha="right")  # fmt: skip
+            axes.annotate(
+                f"{last['eval/accuracy']:.2%}",
+                (last["epoch"], last["eval/accuracy"] * 100),
+                xytext=(0, -16),
+                textcoords="offset points",
+                ha="right",
+            )
         axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=f"Accuracy: {title}")
 
     def rate(axes: Any) -> None:
@@ -158,15 +163,19 @@ def write_report(args: ReportArguments) -> str:
         if run.rows and not all((run.path / name).exists() for name in PLOTS):
             plot_run(run.path, lambda line: None)
     done = [run for run in runs if run.finished]
-    open_runs = [f"{run.path.relative_to(folder)}: {run.summary.get('status', 'running or killed')}"
-                 + (f", {run.summary['error']}" if run.summary.get("error") else "") for run in runs if not run.finished]  # fmt: skip
+    open_runs = [
+        f"{run.path.relative_to(folder)}: {run.summary.get('status', 'running or killed')}"
+        + (f", {run.summary['error']}" if run.summary.get("error") else "")
+        for run in runs
+        if not run.finished
+    ]
     tables = [default_table(done), settings_table(done)]
-    text = "\n".join(f"## {title}\n\n{markdown(head, body)}\n" for title, head, body in tables if body)
-    text += _legend() + ("\nNot finished:\n\n" + "".join(f"- {line}\n" for line in open_runs) if open_runs else "")
+    text = "".join(f"## {title}\n\n{markdown(head, body)}\n\n" for title, head, body in tables if body) + _LEGEND
+    text += "\n## Not finished\n\n" + "".join(f"- {line}\n" for line in open_runs) if open_runs else ""
     try:
         (folder / "report.md").write_text(text)
         if done:
-            _save_figure(folder / "accuracy.png" if folder != done[0].path else folder / "report.png", lambda a: _compare(a, done))
+            _save_figure(folder / "overview.png", lambda axes: _compare(axes, done))
         (folder / "report.html").write_text(page(folder, runs, tables, open_runs))
     except OSError as e:
         raise ValueError(f"{folder}: the report cannot be written there ({e.strerror})") from e
@@ -185,19 +194,16 @@ def default_table(runs: list[RunFiles]) -> Table:
 
 def settings_table(runs: list[RunFiles]) -> Table:
     """The report's second table: optimizers and schedules."""
-    rows = [[s[1], s[0], s[2], s[3], *figures] for s, figures in _by_setting(runs)]
-    return "Optimizers and schedules", ["model", "data", "optimizer", "schedule", *_FIGURES], rows
+    rows = [[s[1], s[2], s[3], *figures] for s, figures in _by_setting(runs)]
+    return "Optimizers and schedules", ["model", "optimizer", "schedule", *_FIGURES], rows
 
 
-_FIGURES = ["training loss", "accuracy (%)", "report: model", "report: loss", "report: accuracy (%)"]
-
-
-def _legend() -> str:
-    return (
-        "Training loss is the mean over the last epoch, accuracy is top-1 on the test images after it. The report's "
-        "columns are its\nown figures on CIFAR-100 at 32x32 after 25 epochs, for the model family, optimizer and schedule "
-        "of the row.\n"
-    )
+_FIGURES = ["loss", "acc. %", "report loss", "report acc. %"]
+_LEGEND = """\
+loss: mean training loss over the last epoch; acc.: top-1 on the test images after
+it. The report's figures are for the family, optimizer and schedule of the row,
+with NFNet-F0 and ViT-B/8 on CIFAR-100 at 32x32, 25 epochs.
+"""
 
 
 def _by_setting(runs: list[RunFiles]) -> Iterable[tuple[tuple[str, str, str, str], list[str]]]:
@@ -211,9 +217,9 @@ def _by_setting(runs: list[RunFiles]) -> Iterable[tuple[tuple[str, str, str, str
         return text + (f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else "")
 
     for setting, same in groups.items():
-        family = next((f for f in PUBLISHED_MODELS if f in setting[1].lower().replace("deit", "vit")), "")
-        published = PUBLISHED.get((family, *setting[2:]))
-        theirs = [PUBLISHED_MODELS[family], f"{published[0]:.4f}", f"{published[1]:.2%}"[:-1]] if published else ["–"] * 3
+        name = setting[1].lower().replace("deit", "vit")
+        published = next((PUBLISHED.get((f, *setting[2:])) for f in ("nfnet", "vit") if f in name), None)
+        theirs = [f"{published[0]:.4f}", f"{100 * published[1]:.2f}"] if published else ["–", "–"]
         losses = [run.summary["train_loss"] for run in same if run.summary["train_loss"] is not None]
         ours = [figure(losses, 4) if losses else "–", figure([100 * run.summary["accuracy"] for run in same], 2)]
         yield setting, [*ours, *theirs]
@@ -250,29 +256,35 @@ td{font-variant-numeric:tabular-nums}img{max-width:100%;height:auto}.plots{displ
 def page(folder: Path, runs: list[RunFiles], tables: list[Table], open_runs: list[str]) -> str:
     """The report as one HTML page that refers to the plots beside it by relative paths."""
     e = html.escape
-    overview = "accuracy.png" if all(run.path != folder for run in runs) else "report.png"
     parts = [f"<h1>{e(folder.resolve().name)}</h1>"]
     for title, head, body in tables:
         if body:
             cells = "".join(f"<th>{e(c)}</th>" for c in head)
             lines = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in body)
             parts.append(f"<h2>{e(title)}</h2><div class=scroll><table><tr>{cells}</tr>{lines}</table></div>")
-    parts.append(f"<p>{e(_legend())}</p>")
+    parts.append(f"<p>{e(_LEGEND)}</p>")
     if open_runs:
         parts.append("<h2>Not finished</h2><ul>" + "".join(f"<li>{e(line)}</li>" for line in open_runs) + "</ul>")
-    if (folder / overview).exists():
-        parts.append(f'<p><img src="{overview}" alt="accuracy of all runs"></p>')
+    if (folder / "overview.png").exists():
+        parts.append('<p><img src="overview.png" alt="accuracy of all runs"></p>')
     for run in runs:
         name = str(run.path.relative_to(folder)) if run.path != folder else run.path.name
         base = "" if run.path == folder else "/".join(map(_quote, run.path.relative_to(folder).parts)) + "/"
-        images = "".join(f'<img src="{base}{p}" alt="{e(t)} of {e(name)}">' for p, t in PLOTS.items() if (run.path / p).exists())
+        images = "".join(
+            f'<img src="{base}{p}" alt="{e(t)} of {e(name)}">' for p, t in PLOTS.items() if (run.path / p).exists()
+        )
         accuracy = run.summary.get("accuracy")
         result = f"accuracy {accuracy:.2%}, " if accuracy is not None else ""
         seed = f"seed {run.options['seed']}, {run.summary.get('steps', 0):,} steps"
         command = shlex.join(["python", "-m", "cifar_accel", *run.command[1:]])
-        parts.append(f"<h2>{e(name)}</h2><p>{e(result + seed)}</p><p><code>{e(command)}</code></p><div class=plots>{images}</div>")
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{e(folder.resolve().name)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")  # fmt: skip
+        parts.append(
+            f"<h2>{e(name)}</h2><p>{e(result + seed)}</p><p><code>{e(command)}</code></p>"
+            f"<div class=plots>{images}</div>"
+        )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{e(folder.resolve().name)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
 
 
 def _quote(part: str) -> str:

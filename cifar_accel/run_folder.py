@@ -87,8 +87,10 @@ def _look_inside(opened: Opened, args: TrainingArguments, precision: str, say: C
     summary = read_json(path / "summary.json")
     if summary and summary.get("status") == "finished" and not _more_steps(args, summary):
         opened.finished = summary
-        say(f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
-            "to train it anew, give --resume never")  # fmt: skip
+        say(
+            f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
+            "to train it anew, give --resume never"
+        )
     elif opened.resume_from is None:
         opened.resume_from = path
 
@@ -177,8 +179,13 @@ def _hardware() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
-    return {"host": platform.node(), "platform": platform.platform(), "cpu_cores": os.cpu_count(), "gpus": gpus,
-            "cpu_threads": torch.get_num_threads()}  # fmt: skip
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": gpus,
+        "cpu_threads": torch.get_num_threads(),
+    }
 
 
 def _git_state() -> dict[str, Any] | None:
@@ -190,7 +197,10 @@ def _git_state() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

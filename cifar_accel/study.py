@@ -32,7 +32,9 @@ def read_study(path: str) -> tuple[str, list[dict[str, Any]]]:
     if not isinstance(study, dict) or not (study.get("parameters") or study.get("runs")):
         raise ValueError(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
     if study.get("method", "grid") != "grid":
-        raise ValueError(f"{path}: method {study['method']} needs wandb's agent (wandb sweep {path}); here only grid runs")
+        raise ValueError(
+            f"{path}: method {study['method']} needs wandb's agent (wandb sweep {path}); here only grid runs"
+        )
     known = {f.name for f in fields(TrainingArguments)}
     common: dict[str, list[Any]] = {}
     for name, choice in (study.get("parameters") or {}).items():

@@ -106,11 +106,17 @@ def start_wandb(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
-    about = dict(
-        project=os.environ.get("WANDB_PROJECT", project), name=name, group=group, job_type=job_type, config=config,
-        dir=str(folder), id=run_id or secrets.token_hex(4), resume="allow",
-    )  # fmt: skip
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+    about: dict[str, Any] = dict(
+        project=os.environ.get("WANDB_PROJECT", project),
+        name=name,
+        group=group,
+        job_type=job_type,
+        config=config,
+        dir=str(folder),
+        id=run_id or secrets.token_hex(4),
+        resume="allow",
+    )
     # The service would otherwise hold rows for 15 s, and lose them with the process.
     settings = wandb.Settings(init_timeout=10, finish_timeout=20, console="off", x_file_stream_transmit_interval=1)
     if mode == "offline":

@@ -44,7 +44,9 @@ class State:
     time_s: float = 0.0  # spent training; stands still during evaluation and saving
     wall_s: float = 0.0  # spent altogether, over all starts
     window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])  # loss sum, correct, images, seconds
-    epoch: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss sum, correct, images since the epoch began
+    epoch: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # loss sum, correct, images since the epoch began
     train_loss: float | None = None  # mean over the last whole epoch
     evaluation: dict[str, float] = field(default_factory=dict)  # the last one
     best_accuracy: float = 0.0
@@ -129,9 +131,16 @@ def train(
         again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
         write_json(config_file, old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config)
         tracker = tracking.start_tracker(
-            args.tracker, say, project=args.project, name=args.run_name, group=args.group, job_type="train",
-            config=run.config["options"], folder=run.path, run_id=state.tracker_id,
-        )  # fmt: skip
+            args.tracker,
+            say,
+            project=args.project,
+            name=args.run_name,
+            group=args.group,
+            job_type="train",
+            config=run.config["options"],
+            folder=run.path,
+            run_id=state.tracker_id,
+        )
         state.tracker_id = tracker.id
     try:
         status = fit(run, state, tracker)
@@ -165,7 +174,7 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         for micro in range(run.order.accumulation):
-            images, labels, targets = next(batches)
+            images, _, targets = next(batches)
             images = images.contiguous(memory_format=memory_format)
             seed_dropout(run, state.step, micro)
             last_micro = micro == run.order.accumulation - 1
@@ -271,7 +280,7 @@ class Clock:
 
 
 def seed_dropout(run: Run, step: int, micro: int) -> None:
-    """Seed what the model itself draws (dropout, stochastic depth) from what it is for, so that a resume draws the same."""
+    """Seed what the model itself draws (dropout, stochastic depth), so that a resume draws the same."""
     value = int(random_bits(run.args.seed, "dropout", step, run.order.positions(micro)[0])[0] >> 1)
     torch.default_generator.manual_seed(value)
     if run.accelerator.device.type == "cuda":
@@ -394,7 +403,7 @@ def set_up(
     order = make_order(args, len(data.train), accelerator)
     total_steps = args.epochs * order.steps_per_epoch
     stop_step = min(args.max_steps or total_steps, total_steps)
-    say(f"model: making {ALIASES.get(args.model, args.model)}")
+    say(f"model: making {name_of(args)}")
     module: Any = build_model(args, len(data.train.classes), say)
     module.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     ema = ModelEmaV3(module, args.model_ema_decay) if args.model_ema else None
@@ -403,19 +412,52 @@ def set_up(
     model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
     state = resume(opened, accelerator, module, optimizer, ema, data.fingerprint, say)
     mean, std = input_statistics(args, module)
-    pipelines = [Pipeline(args, split, accelerator.device, mean, std) for split in (data.train, held_out, data.test)]
-    config = describe_config(args, origin, {
-        "mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes,
-        "device_batch_size": order.micro_batch_size, "accumulation_steps": order.accumulation,
-        "steps_per_epoch": order.steps_per_epoch, "total_steps": total_steps, "stop_step": stop_step,
-        "device_name": str(accelerator.device), "memory_format": "channels_last" if args.channels_last else "contiguous",
-        "train_images": len(data.train), "held_out_images": len(held_out), "test_images": len(data.test),
-        "classes": len(data.train.classes), "data_fingerprint": data.fingerprint, "input_mean": mean, "input_std": std,
-        "parameters": sum(p.numel() for p in module.parameters()),
-    })  # fmt: skip
-    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    run = Run(args, say, accelerator, opened.path, module, model, ema, optimizer, order, *pipelines,
-              total_steps, stop_step, config, stop, host_group)  # fmt: skip
+
+    def pipeline(split: Split) -> Pipeline:
+        return Pipeline(args, split, accelerator.device, mean, std)
+
+    config = describe_config(
+        args,
+        origin,
+        {
+            "mixed_precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
+            "device_batch_size": order.micro_batch_size,
+            "accumulation_steps": order.accumulation,
+            "steps_per_epoch": order.steps_per_epoch,
+            "total_steps": total_steps,
+            "stop_step": stop_step,
+            "device_name": str(accelerator.device),
+            "memory_format": "channels_last" if args.channels_last else "contiguous",
+            "train_images": len(data.train),
+            "held_out_images": len(held_out),
+            "test_images": len(data.test),
+            "classes": len(data.train.classes),
+            "data_fingerprint": data.fingerprint,
+            "input_mean": mean,
+            "input_std": std,
+            "parameters": sum(p.numel() for p in module.parameters()),
+        },
+    )
+    run = Run(
+        args=args,
+        say=say,
+        accelerator=accelerator,
+        path=opened.path,
+        module=module,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        order=order,
+        train=pipeline(data.train),
+        evaluation=pipeline(held_out),
+        test=pipeline(data.test),
+        total_steps=total_steps,
+        stop_step=stop_step,
+        config=config,
+        stop=stop,
+        host_group=torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
+    )
     announce(run, origin)
     return run, state
 
@@ -444,7 +486,9 @@ def make_order(args: TrainingArguments, samples: int, accelerator: Accelerator) 
     accumulation = accelerator.gradient_accumulation_steps  # what `accelerate launch` was told
     accelerator.gradient_accumulation_steps = 1  # the loop divides the loss itself
     if accumulation > 1 and args.micro_batch_size:
-        raise ValueError(f"--micro-batch-size and the launcher's gradient_accumulation_steps {accumulation} are both given")
+        raise ValueError(
+            f"--micro-batch-size and the launcher's gradient_accumulation_steps {accumulation} are both given"
+        )
     if args.micro_batch_size:
         accumulation = next(a for a in range(1, size + 1) if size % a == 0 and size // a <= args.micro_batch_size)
     if size % accumulation:
@@ -454,7 +498,7 @@ def make_order(args: TrainingArguments, samples: int, accelerator: Accelerator) 
         )
     if samples < args.batch_size:
         raise ValueError(
-            f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images), so an epoch has no step"
+            f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): an epoch has no step"
         )
     return Order(args.seed, samples, args.batch_size, world, accelerator.process_index, accumulation)
 
@@ -499,6 +543,11 @@ def resume(
     return state
 
 
+def name_of(args: TrainingArguments) -> str:
+    """The model's full name in timm."""
+    return ALIASES.get(args.model, args.model)
+
+
 def announce(run: Run, origin: dict[str, str]) -> None:
     """Print every derived value once, with its reason."""
     args, order, config = run.args, run.order, run.config["options"]
@@ -513,12 +562,14 @@ def announce(run: Run, origin: dict[str, str]) -> None:
         "device": f"{config['device_name']}, precision {precision} ({reason})",
         "data": f"{args.dataset}: {config['train_images']:,} training, {config['test_images']:,} test images, "
         f"{config['classes']} classes; {args.pipeline} pipeline{workers}",
-        "batch": f"{args.batch_size} = {order.world} process{'es' * (order.world > 1)} x {order.micro_batch_size} images x "
+        "batch": f"{args.batch_size} = {order.world} process{'es' * (order.world > 1)} "
+        f"x {order.micro_batch_size} images x "
         f"{order.accumulation} accumulation step{'s' * (order.accumulation > 1)}",
         "steps": f"{args.epochs} epochs x {order.steps_per_epoch:,} = {run.total_steps:,}"
         + (f", stopping after {run.stop_step:,}" if run.stop_step < run.total_steps else ""),
-        "schedule": f"{args.scheduler} to {args.learning_rate:g}, warm-up {args.warmup_epochs:g} epochs{how} = {warmup:,} steps",
-        "model": f"{ALIASES.get(args.model, args.model)}, {config['parameters'] / 1e6:.2f} M parameters, {args.optimizer}",
+        "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, "
+        f"warm-up {args.warmup_epochs:g} epochs{how} = {warmup:,} steps",
+        "model": f"{name_of(args)}, {config['parameters'] / 1e6:.2f} M parameters; {args.optimizer}",
     }
     for name, text in lines.items():
         run.say(f"{name:<9} {text}")

@@ -31,7 +31,7 @@ def random_bits(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.uint64
 
 def uniform(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.float64]:
     """Random numbers in [0, 1) with 53 bits, one for each (seed, purpose, *words)."""
-    return (random_bits(seed, purpose, *words) >> np.uint64(11)) * 2.0**-53
+    return (random_bits(seed, purpose, *words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -105,7 +105,7 @@ class Order:
         return epoch_order[start : start + self.batch_size]
 
     def mix(self, step: int, mixup: float, cutmix: float, prob: float) -> Mix:
-        """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), Beta(alpha, alpha) per batch."""
+        """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), one Beta(alpha, alpha) a batch."""
         if not (mixup or cutmix) or uniform(self.seed, "mix", step)[0] >= prob:
             return Mix(1.0)
         cut = bool(cutmix) and (not mixup or uniform(self.seed, "mix_kind", step)[0] < 0.5)

@@ -7,7 +7,7 @@ processes and goes on at any step. They differ only in who makes the pixels.
 import math
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class Pipeline:
         self.scale = scale.view(1, -1, 1, 1)
         self.offset = (torch.tensor(self.mean, device=self.device) * 255 * scale).view(1, -1, 1, 1)
 
-    def training_batches(self, order: Order, start: int, stop: int) -> Iterator[Batch]:
+    def training_batches(self, order: Order, start: int, stop: int) -> Generator[Batch, None, None]:
         """Micro-batches of optimizer steps start..stop-1, `order.accumulation` of them a step, over epoch borders."""
         args, classes = self.args, len(self.split.classes)
         mixing = bool(args.mixup or args.cutmix)
@@ -150,7 +150,7 @@ def plan(order: Order, start: int, stop: int, mixing: bool) -> Iterator[Rows]:
 
 
 def smooth_one_hot(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
-    """Targets float32 [n, classes] of labels int64 [n]: each row sums to 1, `smoothing` of it spread over all classes."""
+    """Targets float32 [n, classes] of labels int64 [n]; each row sums to 1, `smoothing` of it over all classes alike."""
     off = smoothing / classes
     targets = torch.full((len(labels), classes), off, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
@@ -164,15 +164,26 @@ class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
 
         self.images, self.seed, self.training = images, args.seed, training
         augmentation: dict[str, Any] = dict(
-            scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
-            auto_augment=None if args.aa == "none" else args.aa, color_jitter=args.color_jitter or None,
-        )  # fmt: skip
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            auto_augment=None if args.aa == "none" else args.aa,
+            color_jitter=args.color_jitter or None,
+        )
         # use_prefetcher: leave the image uint8; mean is the colour that geometric operations fill with
         self.transform: Any = create_transform(
-            args.image_size, is_training=training, use_prefetcher=True, interpolation=args.interpolation, mean=mean,
-            crop_pct=args.crop_pct, **(augmentation if training else {}),
-        )  # fmt: skip
-        if training and args.scale is None:  # timm has no plain resize or padded crop in training: put ours in its place
+            args.image_size,
+            is_training=training,
+            use_prefetcher=True,
+            interpolation=args.interpolation,
+            mean=mean,
+            crop_pct=args.crop_pct,
+            **(augmentation if training else {}),
+        )
+        if (
+            training and args.scale is None
+        ):  # timm has no plain resize or padded crop in training: put ours in its place
             self.transform.transforms[0] = _PilCrop(args.crop_padding, args.image_size, args.interpolation)
 
     def __getitem__(self, rows: Rows) -> torch.Tensor:

@@ -13,6 +13,7 @@ import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Raw:
     labels: Sequence[int] | NDArray[Any]
     classes: list[str]
     names: Callable[[int], str] = str  # how item i is called in an error message
-    coarse_labels: Sequence[int] | None = None
+    coarse_labels: Sequence[int] | NDArray[Any] | None = None
     coarse_classes: list[str] = field(default_factory=list)
 
 
@@ -135,7 +136,9 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     held = stratified_subset(split.labels, round(len(split) * fraction), seed)
     kept = np.setdiff1d(np.arange(len(split)), held)
     if not len(held) or not len(kept):
-        raise ValueError(f"--validation-fraction {fraction:g}: leaves {len(kept)} to train on and {len(held)} to validate")
+        raise ValueError(
+            f"--validation-fraction {fraction:g}: leaves {len(kept)} to train on and {len(held)} to validate"
+        )
     return split.subset(kept), split.subset(held)
 
 
@@ -150,15 +153,18 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
             return _parquet(path)
         if (path / "train").is_dir():
             return _image_folder(path)
-        raise ValueError(f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder per class")
+        raise ValueError(
+            f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder per class"
+        )
     if path.exists():
         raise ValueError(f"--dataset {name}: is a file; give the folder that holds the data")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _hub(name, root, say)
     if os.sep in name:
         raise ValueError(f"--dataset {name}: no such folder")
-    raise ValueError(f"--dataset {name}: unknown; there are {', '.join(builtin)}, a folder or a hub id"
-                     f"{did_you_mean(name, builtin)}")  # fmt: skip
+    raise ValueError(
+        f"--dataset {name}: unknown; there are {', '.join(builtin)}, a folder or a hub id{did_you_mean(name, builtin)}"
+    )
 
 
 # ---- one function per kind of data set
@@ -224,8 +230,11 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
     from cifar_accel.hub import require_network
 
     def fetch(local: bool) -> Path:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.parquet", cache_dir=root / "hub",
-                                      local_files_only=local))  # fmt: skip
+        return Path(
+            snapshot_download(
+                name, repo_type="dataset", allow_patterns="*.parquet", cache_dir=root / "hub", local_files_only=local
+            )
+        )
 
     try:
         return _parquet(fetch(local=True))
@@ -273,7 +282,11 @@ def _read_parquet(files: list[Path]) -> Raw:
         image = next((c for c in ("img", "image", "images", *columns) if _holds_images(columns.get(c))), None)
         label = next((c for c in ("fine_label", "label", "labels") if c in columns), None)
         if image is None or label is None:
-            what = "image column (bytes, or a struct with bytes)" if image is None else "label column (fine_label or label)"
+            what = (
+                "image column (bytes, or a struct with bytes)"
+                if image is None
+                else "label column (fine_label or label)"
+            )
             raise ValueError(f"--dataset: {files[0]} has no {what}; it has {', '.join(columns)}")
         coarse = "coarse_label" if label == "fine_label" and "coarse_label" in columns else None
         table = pa.concat_tables(pq.read_table(f, columns=[c for c in (image, label, coarse) if c]) for f in files)
@@ -294,8 +307,8 @@ def _read_parquet(files: list[Path]) -> Raw:
     labels = integers(label)
     raw = Raw(cells, labels, class_names(label, labels), names=lambda i: f"row {i} of {files[0].name} and its sisters")
     if coarse:
-        raw.coarse_labels = integers(coarse)
-        raw.coarse_classes = class_names(coarse, raw.coarse_labels)
+        coarse_labels = integers(coarse)
+        raw.coarse_labels, raw.coarse_classes = coarse_labels, class_names(coarse, coarse_labels)
     return raw
 
 
@@ -331,9 +344,13 @@ def _image_folder(path: Path) -> Source:
     def read() -> Iterator[tuple[str, Raw]]:
         for split, rows in files.items():
             paths = [f for f, _ in rows]
-            yield split, Raw(paths, [label for _, label in rows], classes, names=lambda i, p=paths: str(p[i]))
+            yield split, Raw(paths, [label for _, label in rows], classes, names=partial(_nth, paths))
 
     return Source(lambda: _digest(path, [f for rows in files.values() for f, _ in rows]), read)
+
+
+def _nth(paths: list[Path], i: int) -> str:
+    return str(paths[i])
 
 
 # ---- from encoded images to the cache

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# From a fresh machine to a training: makes .venv in this checkout, installs the project into it, and starts.
+#
+#   ./launch.sh                    the tour: the report's study in miniature, on any machine, in about two minutes
+#   ./launch.sh test [ARGS]        the linters, the type checker and the tests (ARGS go to pytest)
+#   ./launch.sh OPTIONS            train, as `accelerate launch -m cifar_accel OPTIONS` does
+#
+# Needs python3 >= 3.11, nothing else; uses uv when it is there. PYTHON chooses the interpreter. Signals reach the
+# training, and its exit code comes back: 0 done, 2 bad input, 143 stopped by a signal after a checkpoint, 1 the rest.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv="$here/.venv"
+
+die() { echo "launch.sh: $*" >&2; exit 2; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python3.14}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  die "no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python3 ./launch.sh"
+}
+
+# Install the project with extra $1 ("" or "dev"), unless this very state was installed before.
+install() {
+  local extra=$1 stamp="$venv/.installed$1" state target="$here"
+  state=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
+  if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then return; fi
+  [ -n "$extra" ] && target="$here[$extra]"
+  if command -v uv >/dev/null; then
+    echo "launch.sh: installing into $venv with uv (torch is large: the first time takes a minute or more)"
+    [ -x "$venv/bin/python" ] || uv venv --quiet --python "$(find_python)" "$venv"
+    VIRTUAL_ENV="$venv" uv pip install --quiet --constraint "$here/constraints.txt" --editable "$target"
+  else
+    echo "launch.sh: installing into $venv with pip (torch is large: the first time takes a minute or more)"
+    if [ ! -x "$venv/bin/pip" ]; then
+      "$(find_python)" -m venv "$venv" || die "python3 cannot make a virtual environment (on Debian: apt install python3-venv)"
+    fi
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$here/constraints.txt" --editable "$target"
+  fi
+  echo "$state" > "$stamp"
+}
+
+case "${1-}" in
+  test)
+    shift
+    install dev
+    cd "$here"
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    "$venv/bin/mypy"
+    exec "$venv/bin/python" -m pytest "$@"
+    ;;
+  *)
+    install ""
+    exec "$venv/bin/python" -m cifar_accel.launch "$@"
+    ;;
+esac

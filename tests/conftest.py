@@ -1,0 +1,124 @@
+"""What the tests share: decoded data, real CIFAR-100 where the environment names it, and ways to run things."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality needs one thread count, and tests share few cores
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["WANDB_MODE"] = "offline"
+
+# The smallest real training: 8 optimizer steps an epoch, a second in all once torch is loaded.
+TINY = (
+    "--dataset digits --model test_nfnet --no-pretrained --recipe digits --limit-train 256 --limit-test 100 "
+    "--batch-size 32 --epochs 4 --learning-rate 3e-3 --log-every 3"
+).split()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    """One folder of decoded data for all tests, and all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    return str((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cache")
+
+
+@pytest.fixture(scope="session")
+def cifar() -> str:
+    """Real CIFAR-100 in hub parquet layout; the test is skipped where CIFAR_ACCEL_DATA does not name it."""
+    path = os.environ.get("CIFAR_ACCEL_DATA", "")
+    if not path:
+        pytest.skip("CIFAR_ACCEL_DATA is not set")
+    return path
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """Folder of ImageNet-trained local-dir models; the test is skipped where CIFAR_ACCEL_WEIGHTS does not name it."""
+    path = os.environ.get("CIFAR_ACCEL_WEIGHTS", "")
+    if not path:
+        pytest.skip("CIFAR_ACCEL_WEIGHTS is not set")
+    return Path(path)
+
+
+@pytest.fixture
+def trainer(tmp_path, cache):
+    """Run the trainer as a user does; gives the finished process, with the run folder as `.run`."""
+
+    def run(*words, launcher=(sys.executable,), check=0, env=None, timeout=240, base=TINY):
+        command = [
+            *launcher,
+            "-m",
+            "cifar_accel",
+            *base,
+            "--data-dir",
+            cache,
+            "--save-dir",
+            str(tmp_path / "ck"),
+            *words,
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path
+        )
+        assert check is None or done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
+        done.run = next((p.parent for p in reversed(found) if p.parent.name != "model"), None)
+        return done
+
+    run.command = lambda *words: [
+        sys.executable,
+        "-m",
+        "cifar_accel",
+        *TINY,
+        "--data-dir",
+        cache,
+        "--save-dir",
+        str(tmp_path / "ck"),
+        *words,
+    ]
+    return run
+
+
+@pytest.fixture
+def in_process(capfd, monkeypatch, tmp_path):
+    """Call the command line in this process: (exit code, stdout, stderr). For what ends before training."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def call(function, *words):
+        try:
+            code = function([str(w) for w in words])
+        except SystemExit as e:
+            code = e.code
+        return (code, *capfd.readouterr())
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def without_clock(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in ("time_s", "train/images_per_s")} for line in lines]
+
+
+def wait_for(condition, timeout=120.0):
+    """Wait until `condition()` is true; fails after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")

@@ -1,0 +1,179 @@
+"""Bad input gets one line and exit code 2, and leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY, summary
+from safetensors.torch import save_file
+from test_sources import _cut, _empty_class, image_folder, parquet_folder
+
+from cifar_accel.cli import main, train_command
+
+FLAGS = [
+    (["--learnin-rate", "1"], "--learning-rate"),
+    (["--epochs", "many"], "--epochs"),
+    (["--pipeline", "tfdata"], "'device'"),
+    (["--recipe", "reprot"], "did you mean report?"),
+    (["--epochs", "0"], "--epochs 0: must be greater than 0"),
+    (["--epochs", "-3"], "--epochs -3"),
+    (["--batch-size", "0"], "--batch-size 0"),
+    (["--learning-rate", "0"], "--learning-rate 0"),
+    (["--learning-rate", "nan"], "--learning-rate nan"),
+    (["--learning-rate", "-1"], "--learning-rate -1"),
+    (["--image-size", "0"], "--image-size 0"),
+    (["--warmup-epochs", "9"], "longer than the run (--epochs 4)"),
+    (["--mixup-prob", "2"], "--mixup-prob 2: must lie between 0 and 1"),
+    (["--mixup-prob", "0.5"], "has no effect"),
+    (["--amsgrad", "--optimizer", "sgdm"], "has no effect"),
+    (["--save-every", "often"], "1epoch, 500steps or 10m"),
+    (["--save-epochs", "0"], "--save-epochs 0"),
+    (["--scale", "0.9", "0.1"], "increasing pair"),
+    (["--crop-padding", "4", "--scale", "0.1", "1"], "give one of them"),
+    (["--std", "1", "1", "0"], "--std"),
+    (["--model-kwargs", "patch"], "name=value"),
+    (["--run-name", "../elsewhere"], "relative path"),
+    (["--pretrained=perhaps"], "true or false"),
+    (["--aa", "rand-m9-n2"], "--pipeline timm"),
+    (["--validation-fraction", "1"], "--validation-fraction 1"),
+    (["--resume", "nowhere"], "--resume nowhere: no such folder"),
+    (["--save-dir", "/dev/null"], "--save-dir /dev/null"),
+    (["--save-dir", "/proc/x"], "--save-dir /proc/x"),
+]
+LOADED = [
+    (["--model", "nfnett"], "did you mean nfnet"),
+    (["--model", "test_nfnet.r161_in1k"], "no weights 'r161_in1k'"),
+    (["--model", "local-dir:nowhere"], "holds no config.json"),
+    (["--model", "test_vit", "--image-size", "30"], "--image-size 30: --model test_vit cannot take it"),
+    (["--model-kwargs", "colour=red"], "colour"),
+    (["--dataset", "cifar1000"], "did you mean cifar100"),
+    (["--dataset", "nowhere/at/all"], "no such folder"),
+    (["--optimizer", "sgmd"], "did you mean sgdm"),
+    (["--scheduler", "cosin"], "did you mean cosine"),
+    (["--batch-size", "300"], "larger than the training set"),
+    (["--limit-train", "99999"], "there are only 1,438 images"),
+    (["--checkpoint", "nowhere.pth"], "no such file"),
+    (["--device", "cuda"], "--device cuda"),
+    (["--validation-fraction", "0.001"], "leaves"),
+]
+
+
+@pytest.mark.parametrize(
+    "words, message", FLAGS + LOADED, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else ""
+)
+def test_one_line_and_exit_2(in_process, tmp_path, cache, words, message):
+    if words[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has what the case lacks")
+    base = [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), "--tracker", "none"]
+    code, _, err = in_process(train_command, *base, *words)
+    assert code == 2 and message in err
+    assert err.count("\n") == 1 and err.startswith("cifar_accel: ") and "Traceback" not in err
+    assert not (tmp_path / "ck").exists(), "nothing is left behind"
+
+
+def test_flags_are_checked_in_a_fresh_process():
+    done = subprocess.run([sys.executable, "-m", "cifar_accel", "--modle", "vit"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "Perhaps you meant: --model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: image_folder(p, splits=("train",)), "no test/"),
+        (_empty_class, "class folder holds no image"),
+        (_cut, "1.png is not a whole image"),
+        (lambda p: parquet_folder(p, columns=("img", "text")), "no label column"),
+        (lambda p: parquet_folder(p, columns=("text", "label")), "no image column"),
+        (lambda p: p.mkdir() or p, "neither *.parquet files nor a train/ folder"),
+    ],
+)
+def test_bad_data(in_process, tmp_path, cache, make, message):
+    base = [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), "--dataset", str(make(tmp_path / "data"))]
+    code, _, err = in_process(train_command, *base)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "ck").exists()
+
+
+def test_weights_of_another_model(in_process, tmp_path, cache):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
+    base = [
+        *TINY,
+        "--data-dir",
+        cache,
+        "--save-dir",
+        str(tmp_path / "ck"),
+        "--checkpoint",
+        str(tmp_path / "w.safetensors"),
+    ]
+    code, _, err = in_process(train_command, *base)
+    assert code == 2 and "does not fit --model" in err and err.count("\n") == 1
+
+
+def test_a_run_of_another_configuration(trainer):
+    trainer("--max-steps", "2", "--tracker", "none", "--run-name", "a")
+    refused = trainer("--max-steps", "2", "--run-name", "a", "--learning-rate", "1e-3", "--mixup", "0.1", check=2)
+    assert "(--mixup 0.0 -> 0.1; --learning-rate 0.003 -> 0.001)" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, trainer):
+    folder = tmp_path / "ck"
+    folder.write_text("a file")
+    refused = trainer(check=2)
+    assert "is a file" in refused.stderr and folder.read_text() == "a file"
+
+
+def test_a_batch_that_two_processes_cannot_share(trainer):
+    two = (str(os.path.dirname(sys.executable)) + "/torchrun", "--standalone", "--nproc_per_node", "2")
+    refused = trainer("--batch-size", "31", launcher=two, check=1)
+    assert "--batch-size 31: cannot be divided by 2 processes; 30 or 32 can" in refused.stderr
+
+
+def test_half_an_environment_of_a_launcher(trainer):
+    """WORLD_SIZE without the rest of what a launcher sets must not train as several main processes."""
+    refused = trainer(env={"WORLD_SIZE": "2"}, check=2)
+    assert "MASTER_ADDR" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["nfnet", "vit"])
+def test_no_network_for_the_weights(trainer, tmp_path, model):
+    """Up to the network and no further: the hub's address is one where nobody listens."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    base = [w for w in TINY if w not in ("--no-pretrained", "--model", "test_nfnet")]
+    refused = trainer("--model", model, base=base, env=nowhere, check=2, timeout=60)
+    assert "downloading the weights timm/" in refused.stdout
+    assert "cannot be reached" in refused.stderr and "--no-pretrained" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and refused.run is None
+
+
+def test_no_network_for_a_hub_data_set(trainer, tmp_path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    refused = trainer(
+        "--dataset", "uoft-cs/cifar100", "--data-dir", str(tmp_path / "d"), env=nowhere, check=2, timeout=60
+    )
+    assert "cannot be reached" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["evalute", "x"], "did you mean evaluate"),
+        (["evaluate", "nowhere"], "is no run folder"),
+        (["report", "nowhere"], "no such folder"),
+        (["report", "."], "no run folder"),
+        (["study", "nowhere.yaml"], "No such file"),
+    ],
+)
+def test_the_other_commands(in_process, words, message):
+    code, _, err = in_process(main, *words)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_an_unfinished_run_cannot_be_evaluated(trainer, in_process):
+    done = trainer("--learning-rate", "1e30", "--tracker", "none", check=1)
+    assert summary(done.run)["status"] == "failed"
+    code, _, err = in_process(main, "evaluate", done.run)
+    assert code == 2 and "has no model/ yet" in err

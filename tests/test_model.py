@@ -1,0 +1,121 @@
+import json
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cifar_accel.config import recipe_defaults
+from cifar_accel.model import ALIASES, build_model, classifier_parameters, load_weights, read_weights, save_model
+
+PLAIN = replace(recipe_defaults("digits"), model="test_nfnet", pretrained=False)
+
+
+def quiet(line):
+    pass
+
+
+def test_the_short_names_are_the_reports_models():
+    assert ALIASES == {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
+    with torch.device("meta"):
+        assert timm.create_model(ALIASES["vit"], img_size=32, num_classes=100)(torch.zeros(1, 3, 32, 32)).shape == (
+            1,
+            100,
+        )
+
+
+@pytest.mark.parametrize("name, keywords", [("test_nfnet", ()), ("test_vit", ("patch_size=8",)), ("test_vit", ())])
+def test_a_saved_model_is_a_local_dir_of_timm(tmp_path, name, keywords):
+    args = replace(PLAIN, model=name, model_kwargs=keywords)
+    model = build_model(args, 10, quiet).eval()
+    save_model(model, tmp_path / "model", args, [str(i) for i in range(10)])
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), again(x))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["num_classes"] == 10 and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["pretrained_cfg"]["mean"] == list(model.pretrained_cfg["mean"])
+
+
+def test_the_same_seed_gives_the_same_new_weights():
+    a, b = (build_model(PLAIN, 10, quiet).state_dict() for _ in range(2))
+    c = build_model(replace(PLAIN, seed=1), 10, quiet).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "state_dict", "wrapped", "run"])
+def test_starting_weights_in_every_form(tmp_path, form):
+    source = build_model(replace(PLAIN, seed=5), 10, quiet).state_dict()
+    path = tmp_path / {"safetensors": "w.safetensors", "run": "run"}.get(form, "w.pth")
+    if form == "safetensors":
+        save_file(source, path)
+    elif form == "run":
+        (path / "model").mkdir(parents=True)
+        save_file(source, path / "model" / "model.safetensors")
+    else:
+        wrapped = {f"module._orig_mod.{k}": v for k, v in source.items()}
+        torch.save(
+            {"pth": source, "state_dict": {"state_dict": source, "epoch": 3}, "wrapped": {"model": wrapped}}[form], path
+        )
+    said = []
+    model = build_model(replace(PLAIN, checkpoint=str(path)), 10, said.append)
+    assert all(torch.equal(v, source[k]) for k, v in model.state_dict().items())
+    assert f"{len(source)} of {len(source)} tensors" in said[0]
+
+
+def test_another_number_of_classes_keeps_a_new_classifier(tmp_path):
+    source = build_model(replace(PLAIN, seed=5), 1000, quiet).state_dict()
+    save_file(source, tmp_path / "w.safetensors")
+    line = load_weights(model := build_model(PLAIN, 10, quiet), str(tmp_path / "w.safetensors"))
+    assert "new: head.fc.weight, head.fc.bias" in line
+    assert torch.equal(model.state_dict()["stem.conv1.weight"], source["stem.conv1.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    save_file(build_model(replace(PLAIN, model="test_vit"), 10, quiet).state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match="does not fit --model: .* are not in it, first"):
+        build_model(replace(PLAIN, checkpoint=str(tmp_path / "vit.safetensors")), 10, quiet)
+    state = build_model(PLAIN, 10, quiet).state_dict()
+    state["stem.conv1.weight"] = torch.zeros(3, 3)
+    save_file(state, tmp_path / "bent.safetensors")
+    with pytest.raises(ValueError, match="stem.conv1.weight has shape 3x3"):
+        build_model(replace(PLAIN, checkpoint=str(tmp_path / "bent.safetensors")), 10, quiet)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"state_dict": Hostile()}), b"nothing", None])
+def test_hostile_and_broken_files_are_refused_unread(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    if content is None:
+        torch.save({"weight": Hostile()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read safely"):
+        read_weights(str(path))
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "test_vit", "test_efficientnet"])
+def test_the_classifier_is_found_by_name(name):
+    model = build_model(replace(PLAIN, model=name), 7, quiet)
+    assert sorted(tuple(p.shape)[0] for p in classifier_parameters(model)) == [7, 7]
+
+
+def test_imagenet_weights_from_a_folder(weights):
+    args = replace(
+        PLAIN,
+        model=f"local-dir:{weights / 'deit_tiny_patch16_224.fb_in1k'}",
+        pretrained=True,
+        model_kwargs=("patch_size=4",),
+    )
+    model = build_model(args, 100, quiet)
+    assert model.patch_embed.proj.weight.shape == (192, 3, 4, 4) and model.pos_embed.shape[1] == 65
+    assert model.blocks[0].attn.qkv.weight.std() > 0.04  # trained, not initialised (0.02)
