@@ -1,5 +1,6 @@
 """Models: aliases, timm.create_model, local weights, starting checkpoints, and the saved form."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,8 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
         crop_pct=args.crop_pct,
         interpolation=args.interpolation,
     )
+    if args.channels_last:  # safetensors takes the usual layout only
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(
         model, str(folder), model_config={"label_names": classes}, safe_serialization=True, data_config=data_config
     )

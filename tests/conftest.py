@@ -67,7 +67,7 @@ def trainer(tmp_path, cache):
         )
         assert check is None or done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
-        done.run = next((p.parent for p in reversed(found) if p.parent.name != "model"), None)
+        done.run = next((p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None)
         return done
 
     run.command = lambda *words: [

@@ -106,7 +106,7 @@ def test_hostile_and_broken_files_are_refused_unread(tmp_path, monkeypatch, cont
 @pytest.mark.parametrize("name", ["test_nfnet", "test_vit", "test_efficientnet"])
 def test_the_classifier_is_found_by_name(name):
     model = build_model(replace(PLAIN, model=name), 7, quiet)
-    assert sorted(tuple(p.shape)[0] for p in classifier_parameters(model)) == [7, 7]
+    assert sorted(p.shape[0] for p in classifier_parameters(model)) == [7, 7]
 
 
 def test_imagenet_weights_from_a_folder(weights):

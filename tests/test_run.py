@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import rows, summary, wait_for, without_clock
+from conftest import TINY, rows, summary, wait_for, without_clock
 
-from cifar_accel.cli import main
+from cifar_accel.cli import main, train_command
 from cifar_accel.report import PLOTS
 from cifar_accel.run_folder import read_json
 
@@ -135,7 +135,7 @@ def test_killed_and_resumed_is_never_killed(trainer, tmp_path, words):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_143(trainer, tmp_path, number):
-    words = ("--epochs", "40", "--run-name", "stopped")
+    words = ("--epochs", "16", "--run-name", "stopped")
     run = tmp_path / "ck" / "stopped"
     process = subprocess.Popen(trainer.command(*words), stdout=subprocess.PIPE, text=True)
     wait_for(lambda: (run / "metrics.jsonl").exists())
@@ -177,7 +177,7 @@ def test_two_processes_are_one_run(trainer):
 
 
 def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
-    words = ("--epochs", "60", "--tracker", "none", "--run-name", "stopped")
+    words = ("--epochs", "16", "--tracker", "none", "--run-name", "stopped")
     run = tmp_path / "ck" / "stopped"
     command = [*TWO, *trainer.command(*words)[1:]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -186,9 +186,9 @@ def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
     process.communicate(timeout=60)
     assert (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
     steps = summary(run)["steps"]
-    assert "resume: from" in trainer("--epochs", "60", "--tracker", "none", "--run-name", "stopped").stdout
+    assert "resume: from" in trainer("--epochs", "16", "--tracker", "none", "--run-name", "stopped").stdout
     lines = rows(run)
-    assert len({line["step"] for line in lines}) == len(lines) and lines[-1]["step"] == 480 > steps
+    assert len({line["step"] for line in lines}) == len(lines) and lines[-1]["step"] == 128 > steps
 
 
 def test_accelerate_config_and_launch(trainer, tmp_path):
@@ -297,23 +297,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(trainer):
     ],
 )
 def test_every_kind_of_step_trains(in_process, cache, tmp_path, words):
-    from conftest import TINY
-
-    from cifar_accel.cli import train_command
-
-    code, out, err = in_process(
-        train_command,
-        *TINY,
-        "--data-dir",
-        cache,
-        "--save-dir",
-        tmp_path,
-        "--tracker",
-        "none",
-        "--max-steps",
-        "16",
-        *words,
-    )
+    base = [*TINY, "--data-dir", cache, "--save-dir", tmp_path, "--tracker", "none"]
+    code, _, err = in_process(train_command, *base, *words)
     assert code == 0, err
     (file,) = tmp_path.rglob("metrics.jsonl")
     losses = [row["train/loss"] for row in rows(file.parent)]

@@ -105,7 +105,7 @@ class Order:
         return epoch_order[start : start + self.batch_size]
 
     def mix(self, step: int, mixup: float, cutmix: float, prob: float) -> Mix:
-        """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), one Beta(alpha, alpha) a batch."""
+        """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), Beta(a, a) per batch."""
         if not (mixup or cutmix) or uniform(self.seed, "mix", step)[0] >= prob:
             return Mix(1.0)
         cut = bool(cutmix) and (not mixup or uniform(self.seed, "mix_kind", step)[0] < 0.5)

@@ -150,7 +150,7 @@ def plan(order: Order, start: int, stop: int, mixing: bool) -> Iterator[Rows]:
 
 
 def smooth_one_hot(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
-    """Targets float32 [n, classes] of labels int64 [n]; each row sums to 1, `smoothing` of it over all classes alike."""
+    """Targets float32 [n, classes] of labels int64 [n]; rows sum to 1, `smoothing` of it over all classes."""
     off = smoothing / classes
     targets = torch.full((len(labels), classes), off, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
