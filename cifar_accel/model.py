@@ -18,8 +18,11 @@ from cifar_accel.hub import require_network
 ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
 
 
-def check_name(args: TrainingArguments) -> None:
-    """Raise ValueError for a model that does not exist, naming the nearest; cheap, so that it comes before the data."""
+def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
+    """Raise ValueError for a model that does not exist or whose weights cannot be had; comes before the data.
+
+    Announces a download of weights with `say`.
+    """
     name = ALIASES.get(args.model, args.model)
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
@@ -39,6 +42,8 @@ def check_name(args: TrainingArguments) -> None:
         raise ValueError(
             f"--model {args.model}: {architecture} has no weights '{tag}'; there are {', '.join(tags) or 'none'}"
         )
+    if args.pretrained:
+        _announce_download(name, say)
 
 
 def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], None] = print) -> torch.nn.Module:
@@ -47,14 +52,11 @@ def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], 
     Raises:
         ValueError: unknown name or arguments, weights that cannot be had or do not fit.
     """
-    check_name(args)
     name = ALIASES.get(args.model, args.model)
     local = name.startswith("local-dir:")
     keywords = parse_keywords(args.model_kwargs)
     if _fixed_input_size(name):
         keywords.setdefault("img_size", args.image_size)
-    if args.pretrained and not local:
-        _announce_download(name, say)
     torch.manual_seed(args.seed)  # the initial values of what is not loaded
     try:
         model = timm.create_model(name, pretrained=args.pretrained, num_classes=num_classes, **keywords)

@@ -1,0 +1,1 @@
+"""What is measured and how; `LOG.md` keeps what did not work."""

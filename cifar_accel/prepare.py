@@ -1,0 +1,308 @@
+"""Everything between the parsed options and the first step: processes, data, model, optimizer, resume.
+
+Read it from `set_up` downwards.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.utils import ModelEmaV3
+
+from cifar_accel import checkpoint
+from cifar_accel.config import TrainingArguments
+from cifar_accel.data.order import Order
+from cifar_accel.data.pipelines import Pipeline
+from cifar_accel.data.sources import Dataset, Split, hold_out, limit, load_dataset
+from cifar_accel.evaluate import make_accelerator
+from cifar_accel.model import ALIASES, build_model, check_model, input_statistics
+from cifar_accel.optim import build_optimizer, check_names
+from cifar_accel.run_folder import Opened, describe_config
+
+
+@dataclass
+class State:
+    """All of a run that changes, besides weights and optimizer; this is what a checkpoint's state.json holds."""
+
+    step: int = 0  # finished optimizer steps
+    time_s: float = 0.0  # spent training; stands still during evaluation and saving
+    wall_s: float = 0.0  # spent altogether, over all starts
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])  # loss sum, correct, images, seconds
+    epoch: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # loss sum, correct, images since the epoch began
+    train_loss: float | None = None  # mean over the last whole epoch
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last one
+    best_accuracy: float = 0.0
+    tracker_id: str | None = None
+    scaler: dict[str, Any] | None = None  # fp16 loss scale
+    data: str = ""  # fingerprint of the data set
+
+
+@dataclass
+class Run:
+    """Everything that is set up once and does not change."""
+
+    args: TrainingArguments
+    say: Callable[[str], None]
+    accelerator: Accelerator
+    path: Path
+    module: torch.nn.Module  # the bare model; what evaluation and saving use
+    model: torch.nn.Module  # the same, wrapped for training
+    ema: ModelEmaV3 | None
+    optimizer: Any
+    order: Order
+    train: Pipeline
+    evaluation: Pipeline  # the held-out images, or the test split
+    test: Pipeline
+    total_steps: int
+    stop_step: int
+    config: dict[str, Any]
+    stop: "StopRequest"
+    host_group: Any  # gloo group of all ranks for what the hosts agree on; None with one process
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def result(self) -> torch.nn.Module:
+        """The weights that are evaluated and saved: the average if one is kept."""
+        return self.ema.module if self.ema else self.module
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start_processes(
+    args: TrainingArguments, opened: Opened | None, say: Callable[[str], None]
+) -> tuple[Opened, Accelerator]:
+    """Join the other processes and learn from the main one what to do with the run folder. All ranks enter.
+
+    Raises ValueError when the device is not there or the processes do not find each other.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        say(f"processes: waiting for all {world}")
+    accelerator = make_accelerator(args.device)
+    return broadcast_object_list([opened and replace(opened, lock=None)])[0], accelerator
+
+
+def set_up(
+    args: TrainingArguments,
+    origin: dict[str, str],
+    say: Callable[[str], None],
+    opened: Opened,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> tuple[Run, State]:
+    """Load the data, make the model and the optimizer, and resume. All ranks enter. Raises ValueError for bad input."""
+    check_names(args)
+    check_model(args, say)
+    data, held_out = load_splits(args, say)
+    order = make_order(args, len(data.train), accelerator)
+    total_steps = args.epochs * order.steps_per_epoch
+    stop_step = min(args.max_steps or total_steps, total_steps)
+    say(f"model: making {name_of(args)}")
+    module: Any = build_model(args, len(data.train.classes), say)
+    module.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    ema = ModelEmaV3(module, args.model_ema_decay) if args.model_ema else None
+    if args.compile:
+        module.compile()
+    model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
+    state = resume(opened, accelerator, module, optimizer, ema, data.fingerprint, say)
+    mean, std = input_statistics(args, module)
+
+    def pipeline(split: Split) -> Pipeline:
+        return Pipeline(args, split, accelerator.device, mean, std)
+
+    config = describe(args, origin, accelerator, order, module, data, held_out, total_steps, stop_step)
+    run = Run(
+        args=args,
+        say=say,
+        accelerator=accelerator,
+        path=opened.path,
+        module=module,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        order=order,
+        train=pipeline(data.train),
+        evaluation=pipeline(held_out),
+        test=pipeline(data.test),
+        total_steps=total_steps,
+        stop_step=stop_step,
+        config=config,
+        stop=stop,
+        host_group=torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
+    )
+    announce(run, origin)
+    return run, state
+
+
+def describe(
+    args: TrainingArguments,
+    origin: dict[str, str],
+    accelerator: Accelerator,
+    order: Order,
+    module: torch.nn.Module,
+    data: Dataset,
+    held_out: Split,
+    total_steps: int,
+    stop_step: int,
+) -> dict[str, Any]:
+    """What config.json holds: the options and what follows from them on this machine."""
+    mean, std = input_statistics(args, module)
+    return describe_config(
+        args,
+        origin,
+        {
+            "mixed_precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
+            "device_batch_size": order.micro_batch_size,
+            "accumulation_steps": order.accumulation,
+            "steps_per_epoch": order.steps_per_epoch,
+            "total_steps": total_steps,
+            "stop_step": stop_step,
+            "device_name": str(accelerator.device),
+            "memory_format": "channels_last" if args.channels_last else "contiguous",
+            "train_images": len(data.train),
+            "held_out_images": len(held_out),
+            "test_images": len(data.test),
+            "classes": len(data.train.classes),
+            "data_fingerprint": data.fingerprint,
+            "input_mean": mean,
+            "input_std": std,
+            "parameters": sum(p.numel() for p in module.parameters()),
+        },
+    )
+
+
+def load_splits(args: TrainingArguments, say: Callable[[str], None]) -> tuple[Dataset, Split]:
+    """The data set, cut as the options say, and the split that is evaluated while training."""
+    local_main = os.environ.get("LOCAL_RANK", "0") == "0"
+    data = load_dataset(args.dataset, args.data_dir, args.image_size, say if local_main else lambda line: None)
+    train_split = limit(data.train, args.limit_train, "--limit-train", args.seed)
+    test = limit(data.test, args.limit_test, "--limit-test", args.seed)
+    held_out = test
+    if args.validation_fraction:
+        train_split, held_out = hold_out(train_split, args.validation_fraction, args.seed)
+    if args.pipeline == "device" and args.scale and max(train_split.images.shape[2:]) > args.image_size:
+        say("warning: the device pipeline shrinks crops without antialiasing; --pipeline timm does not")
+    return replace(data, train=train_split, test=test), held_out
+
+
+def make_order(args: TrainingArguments, samples: int, accelerator: Accelerator) -> Order:
+    """Cut the global batch over processes and accumulation steps. Raises ValueError when it cannot be cut equally."""
+    world = accelerator.num_processes
+    size, rest = divmod(args.batch_size, world)
+    if rest or not size:
+        near = f"{size * world} or {(size + 1) * world}" if size else str(world)
+        raise ValueError(f"--batch-size {args.batch_size}: cannot be divided by {world} processes; {near} can")
+    accumulation = accelerator.gradient_accumulation_steps  # what `accelerate launch` was told
+    accelerator.gradient_accumulation_steps = 1  # the loop divides the loss itself
+    if accumulation > 1 and args.micro_batch_size:
+        raise ValueError(
+            f"--micro-batch-size and the launcher's gradient_accumulation_steps {accumulation} are both given"
+        )
+    if args.micro_batch_size:
+        accumulation = next(a for a in range(1, size + 1) if size % a == 0 and size // a <= args.micro_batch_size)
+    if size % accumulation:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: {size} images a process cannot be divided by the launcher's "
+            f"gradient_accumulation_steps {accumulation}"
+        )
+    if samples < args.batch_size:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): an epoch has no step"
+        )
+    return Order(args.seed, samples, args.batch_size, world, accelerator.process_index, accumulation)
+
+
+def warmup_steps(args: TrainingArguments, order: Order) -> int:
+    """Optimizer steps of warm-up."""
+    return round((args.warmup_epochs or 0) * order.steps_per_epoch)
+
+
+def resume(
+    opened: Opened,
+    accelerator: Accelerator,
+    module: torch.nn.Module,
+    optimizer: Any,
+    ema: ModelEmaV3 | None,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> State:
+    """The state to start from: that of the newest whole checkpoint, or a fresh one. All ranks enter; rank 0 chooses."""
+    source = opened.resume_from
+    chosen: Path | None = None
+    if source is not None and accelerator.is_main_process:
+        if source.name.startswith("step-"):
+            problem = checkpoint.fault(source)
+            if problem:
+                raise ValueError(f"--resume {source}: {problem}")
+            chosen = source
+        else:
+            chosen = checkpoint.newest_valid(source, say)
+    name = broadcast_object_list([chosen and str(chosen)])[0]
+    if name is None:
+        return State(data=fingerprint)
+    state = State(**checkpoint.read_state(Path(name)))
+    if state.data != fingerprint:
+        raise ValueError(f"--resume {name}: was trained on other images than --dataset now holds")
+    checkpoint.load_checkpoint(Path(name), module, optimizer.optimizer, ema.module if ema else None)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    if accelerator.is_main_process:
+        (opened.path / "PREEMPTED").unlink(missing_ok=True)
+    say(f"resume: from {name}, after step {state.step:,}")
+    return state
+
+
+def name_of(args: TrainingArguments) -> str:
+    """The model's full name in timm."""
+    return ALIASES.get(args.model, args.model)
+
+
+def announce(run: Run, origin: dict[str, str]) -> None:
+    """Print every derived value once, with its reason."""
+    args, order, config = run.args, run.order, run.config["options"]
+    precision = {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"])
+    origin_of = {"ACCELERATE_MIXED_PRECISION": "from the launcher"}
+    reason = next((why for name, why in origin_of.items() if name in os.environ), "the default")
+    warmup = warmup_steps(args, order)
+    how = " (derived)" if origin["warmup_epochs"] == "derived" else ""
+    workers = f", {args.workers} workers" if args.pipeline == "timm" else ""
+    lines = {
+        "run": str(run.path),
+        "device": f"{config['device_name']}, precision {precision} ({reason})",
+        "data": f"{args.dataset}: {config['train_images']:,} training, {config['test_images']:,} test images, "
+        f"{config['classes']} classes; {args.pipeline} pipeline{workers}",
+        "batch": f"{args.batch_size} = {order.world} process{'es' * (order.world > 1)} "
+        f"x {order.micro_batch_size} images x "
+        f"{order.accumulation} accumulation step{'s' * (order.accumulation > 1)}",
+        "steps": f"{args.epochs} epochs x {order.steps_per_epoch:,} = {run.total_steps:,}"
+        + (f", stopping after {run.stop_step:,}" if run.stop_step < run.total_steps else ""),
+        "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, "
+        f"warm-up {args.warmup_epochs:g} epochs{how} = {warmup:,} steps",
+        "model": f"{name_of(args)}, {config['parameters'] / 1e6:.2f} M parameters; {args.optimizer}",
+    }
+    for name, text in lines.items():
+        run.say(f"{name:<9} {text}")
