@@ -73,7 +73,8 @@ def save_checkpoint(
         if isinstance(e, RuntimeError | SafetensorError):  # how torch and safetensors report a write that failed
             raise OSError(f"cannot be written ({str(e).splitlines()[0]})") from e
         raise
-    for old in list_checkpoints(run_dir)[keep:]:
+    older = [path for path in list_checkpoints(run_dir) if path.name < final.name]  # a newer one here is a damaged one
+    for old in older[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

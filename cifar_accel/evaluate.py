@@ -33,16 +33,18 @@ def evaluate(
     was_training = model.training
     model.eval()
     wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has no float64
-    sums = torch.zeros(4, dtype=wide, device=accelerator.device)  # loss, correct, correct in the first five, images
+    sums = torch.zeros(3, dtype=wide, device=accelerator.device)  # loss, correct, correct in the first five
+    seen = 0
     with torch.no_grad(), accelerator.autocast():
         for batch in batches:
             x = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
             logits = model(x).float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
             loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-            sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(batch.labels))]).to(wide)
+            sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).to(wide)
+            seen += len(batch.labels)
     model.train(was_training)
-    loss_sum, correct, correct5, count = accelerator.reduce(sums).tolist()
+    loss_sum, correct, correct5, count = accelerator.reduce(torch.cat([sums, sums.new_tensor([seen])])).tolist()
     assert count == images, f"evaluated {count:.0f} of {images} images"
     return {
         "loss": loss_sum / count,
@@ -115,6 +117,11 @@ def make_accelerator(device: str, mixed_precision: str | None = None) -> Acceler
     cpu = device == "cpu" or not (cuda or mps)
     if precision == "fp16" and cpu:
         raise ValueError("mixed precision fp16 needs a GPU; on a CPU launch with --mixed_precision bf16 or no")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"the accelerate config asks for {name}: here every device holds the whole model (MULTI_GPU)"
+            )
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,

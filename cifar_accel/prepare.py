@@ -4,6 +4,7 @@ Read it from `set_up` downwards.
 """
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -88,6 +89,8 @@ class StopRequest:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.signal = number
+        if number == signal.SIGINT:  # print might be in the middle of a line, and is not reentrant
+            os.write(2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -133,6 +136,7 @@ def set_up(
     def pipeline(split: Split) -> Pipeline:
         return Pipeline(args, split, accelerator.device, mean, std)
 
+    test = pipeline(data.test)
     config = describe(args, origin, accelerator, order, module, data, held_out, total_steps, stop_step)
     run = Run(
         args=args,
@@ -145,8 +149,8 @@ def set_up(
         optimizer=optimizer,
         order=order,
         train=pipeline(data.train),
-        evaluation=pipeline(held_out),
-        test=pipeline(data.test),
+        evaluation=test if held_out is data.test else pipeline(held_out),
+        test=test,
         total_steps=total_steps,
         stop_step=stop_step,
         config=config,
@@ -270,8 +274,11 @@ def resume(
     checkpoint.load_checkpoint(Path(name), module, optimizer.optimizer, ema.module if ema else None)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
-    if accelerator.is_main_process:
-        (opened.path / "PREEMPTED").unlink(missing_ok=True)
+    source_run = Path(name).parent.parent
+    if source_run.resolve() != opened.path.resolve():  # a new run that begins where another stood
+        state.tracker_id = None
+        if accelerator.is_main_process and (source_run / "metrics.jsonl").exists():
+            shutil.copy(source_run / "metrics.jsonl", opened.path)
     say(f"resume: from {name}, after step {state.step:,}")
     return state
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
 from cifar_accel import checkpoint, tracking
@@ -26,7 +27,7 @@ from cifar_accel.model import save_model
 from cifar_accel.optim import clip_gradients, learning_rate
 from cifar_accel.prepare import Run, State, StopRequest, set_up, start_processes, warmup_steps
 from cifar_accel.progress import Progress
-from cifar_accel.run_folder import Opened, read_json, write_json
+from cifar_accel.run_folder import Opened, read_json, sync, write_json
 
 
 class Diverged(RuntimeError):
@@ -59,6 +60,8 @@ def train(
     config_file = run.path / "config.json"
     tracker = tracking.Tracker(None, lambda row: None, lambda summary, code: None)
     if run.is_main:
+        for name in ("summary.json", "PREEMPTED"):  # they speak of an earlier start
+            (run.path / name).unlink(missing_ok=True)
         old = read_json(config_file) or run.config
         again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
         write_json(config_file, old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config)
@@ -111,6 +114,8 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
         last = state.step == run.stop_step
         stop, minutes_up = agree(run, run.stop.signal is not None, clock.minutes_up(args.save_every))
         logs = state.step % args.log_every == 0 or rest == 0 or last
+        if stop and run.stop.signal is None:
+            run.stop.signal = signal.SIGTERM  # it reached another rank
         saves = stop or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
         if logs or saves:
             sums.move_to(state)  # the host waits
@@ -122,7 +127,10 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
                     tracker.log(row)
                 progress.log(row)
             if rest == 0 and args.save_epochs > 0 and epoch % args.save_epochs == 0:
-                keep_weights(run, f"model-epoch-{epoch:04d}")
+                try:
+                    keep_weights(run, f"model-epoch-{epoch:04d}")
+                except OSError as e:
+                    run.say(f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on")
             if saves:
                 save(run, state)
                 clock.saved = time.perf_counter()
@@ -166,25 +174,28 @@ class Sums:
     def __init__(self, accelerator: Accelerator):
         wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has no float64
         self.accelerator = accelerator
-        self.values = torch.zeros(3, dtype=wide, device=accelerator.device)
+        self.values = torch.zeros(2, dtype=wide, device=accelerator.device)
+        self.images = 0  # of all ranks: they take equal shares
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count one micro-batch; correct means that the largest logit is at the largest target."""
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
-        self.values += torch.stack([loss.detach() * len(targets), correct, loss.new_tensor(len(targets))])
+        self.values += torch.stack([loss.detach() * len(targets), correct])
+        self.images += len(targets) * self.accelerator.num_processes
 
     def move_to(self, state: State) -> None:
         """Add the sums over all ranks to the state's window and epoch, and start anew. All ranks enter; the host waits.
 
         Raises Diverged on every rank when the loss is not finite.
         """
-        loss, correct, images = self.accelerator.reduce(self.values).tolist()
+        loss, correct = self.accelerator.reduce(self.values).tolist()
         if loss != loss or abs(loss) == float("inf"):
             raise Diverged(f"the loss became {loss} by step {state.step:,}")
-        self.values.zero_()
         for sums in (state.window, state.epoch):
-            for i, value in enumerate((loss, correct, images)):
+            for i, value in enumerate((loss, correct, self.images)):
                 sums[i] += value
+        self.values.zero_()
+        self.images = 0
 
 
 class Clock:
@@ -267,6 +278,9 @@ def evaluation_row(run: Run, state: State) -> dict[str, float]:
 
 def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
     """Exact figures of the run's weights over one split. All ranks enter."""
+    if run.host_group is not None:
+        for buffer in run.result.buffers():  # each rank has its own batch-norm statistics: the main one's are saved
+            torch.distributed.broadcast(buffer, 0)
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     batches = pipeline.evaluation_batches(evaluation_batch_size(run.args, run.order), world, rank)
     return evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.args.channels_last)
@@ -301,9 +315,17 @@ def keep_weights(run: Run, name: str) -> None:
         return
     final, scratch = run.path / name, run.path / f"{name}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
-    save_model(run.result, scratch, run.args, run.train.split.classes)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(scratch, final)
+    try:
+        save_model(run.result, scratch, run.args, run.train.split.classes)
+        for file in scratch.iterdir():
+            sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(scratch, final)
+    except BaseException as e:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(e, SafetensorError):
+            raise OSError(f"{final} cannot be written ({e})") from e
+        raise
 
 
 # ---- after the loop

@@ -41,6 +41,13 @@ def test_older_checkpoints_go_once_the_new_one_is_safe(saved):
     assert [p.name for p in checkpoint.list_checkpoints(saved.run)] == ["step-00000005", "step-00000004"]
 
 
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(saved):
+    """A run that went back behind a damaged checkpoint keeps the one it writes next."""
+    flip_a_bit(saved(9, keep=1))
+    good = saved(5, keep=1)
+    assert checkpoint.newest_valid(saved.run, lambda line: None) == good
+
+
 def flip_a_bit(path):
     data = bytearray((path / "model.safetensors").read_bytes())
     data[-1] ^= 1

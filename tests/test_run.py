@@ -176,6 +176,14 @@ def test_two_processes_are_one_run(trainer):
     assert b"pair" in text and b"train" in text
 
 
+def test_batch_norm_on_two_processes_is_evaluated_with_the_weights_that_are_saved(trainer, in_process):
+    """Each rank gathers its own running statistics; evaluation must use those of the saved model on every rank."""
+    words = ("--model", "test_efficientnet", "--epochs", "2", "--tracker", "none", "--limit-test", "359")
+    run = trainer(*words, launcher=TWO).run
+    code, out, _ = in_process(main, "evaluate", run)
+    assert code == 0 and f"loss      {summary(run)['test_loss']:.4f}" in out
+
+
 def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
     words = ("--epochs", "16", "--tracker", "none", "--run-name", "stopped")
     run = tmp_path / "ck" / "stopped"
@@ -210,6 +218,8 @@ def test_bf16_is_the_launchers(trainer):
     assert read_json(done.run / "config.json")["options"]["mixed_precision"] == "bf16"
     refused = trainer("--epochs", "2", check=2)
     assert "--mixed-precision bf16 -> no" in refused.stderr
+    sharded = trainer("--run-name", "b", env={"ACCELERATE_USE_FSDP": "true"}, check=2)
+    assert "asks for FSDP" in sharded.stderr
 
 
 def test_accumulation_from_the_option_and_from_the_launcher(trainer):
@@ -251,6 +261,7 @@ def test_resume_never_and_resume_path(trainer):
     assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
     done = trainer(*words, "--run-name", "c", "--resume", str(first / "checkpoints" / "step-00000008"))
     assert "after step 8" in done.stdout and sha256(done.run) == sha256(first)
+    assert without_clock(rows(done.run)) == without_clock(rows(first))
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(trainer):

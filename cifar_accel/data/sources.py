@@ -97,9 +97,9 @@ def load_dataset(name: str, data_dir: str, image_size: int, say: Callable[[str],
     root = Path(data_dir).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{re.sub('[^A-Za-z0-9]+', '-', name)[-80:]}.lock"):
-            source = find_source(name, root, say)
-            key = blake2b(f"{CACHE_FORMAT} {source.identity()}".encode(), digest_size=12).hexdigest()
+        source = find_source(name, root, say)
+        key = blake2b(f"{CACHE_FORMAT} {source.identity()}".encode(), digest_size=12).hexdigest()
+        with FileLock(root / f"decoded-{key}.lock"):
             folders = root / f"decoded-{key}", root / f"decoded-{key}-{image_size}px"  # the second: of unequal sizes
             folder = next((f for f in folders if f.exists()), None)
             if folder is None:
