@@ -59,14 +59,14 @@ def main() -> None:
         }
         measured = {name: [measure() for _ in range(given.rounds)] for name, measure in table.items()}
         libraries = [peak_mib(["-c", LIBRARIES]) for _ in range(3)]
-        whole = [peak_mib([*train, "--max-steps", "200"]) for _ in range(3)]
+        whole = [peak_mib([*train, "--max-steps", "40"]) for _ in range(3)]
     for name, values in measured.items():
         print(
             f"{name:<42}{statistics.median(values):6.2f} s   ({min(values):.2f} to {max(values):.2f}, n={len(values)})"
         )
     extra = statistics.median(whole) - statistics.median(libraries)
     print(f"{'peak memory of importing the libraries':<42}{statistics.median(libraries):6,.0f} MiB")
-    print(f"{'... of 200 steps and 10,000 test images':<42}{statistics.median(whole):6,.0f} MiB ({extra:+,.0f} MiB)")
+    print(f"{'... of 40 steps and 10,000 test images':<42}{statistics.median(whole):6,.0f} MiB ({extra:+,.0f} MiB)")
     print(json.dumps({"seconds": measured, "libraries_mib": libraries, "run_mib": whole, "cores": os.cpu_count()}))
 
 

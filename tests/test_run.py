@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, rows, summary, wait_for, without_clock
+from test_sources import image_folder, parquet_folder
 
 from cifar_accel.cli import main, train_command
 from cifar_accel.report import PLOTS
@@ -314,6 +315,38 @@ def test_every_kind_of_step_trains(in_process, cache, tmp_path, words):
     (file,) = tmp_path.rglob("metrics.jsonl")
     losses = [row["train/loss"] for row in rows(file.parent)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("make", [image_folder, parquet_folder])
+def test_own_images_train(in_process, cache, tmp_path, make):
+    """Folders made here: one of PNG files by class, one of parquet files as the hub has them."""
+    folder = make(tmp_path / "data")
+    words = [
+        "--dataset",
+        folder,
+        "--model",
+        "test_nfnet",
+        "--no-pretrained",
+        "--recipe",
+        "plain",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--tracker",
+        "none",
+        "--data-dir",
+        cache,
+        "--save-dir",
+        tmp_path / "ck",
+    ]
+    code, _, err = in_process(train_command, *words)
+    assert code == 0, err
+    (file,) = tmp_path.rglob("summary.json")
+    result, config = summary(file.parent), read_json(file.parent / "config.json")
+    assert result["status"] == "finished" and result["evaluated_images"] == config["options"]["test_images"]
+    names = {image_folder: ["cat", "dog"], parquet_folder: ["ant", "bee", "cow", "dog"]}[make]
+    assert read_json(file.parent / "model" / "config.json")["label_names"] == names
 
 
 def test_real_images_and_imagenet_weights(trainer, cifar, weights):
