@@ -35,7 +35,7 @@ def check_names(args: TrainingArguments) -> None:
             f"--scheduler {args.scheduler}: unknown; there are {there}{did_you_mean(args.scheduler, SCHEDULES)}"
         )
     if args.optimizer not in OPTIMIZERS and args.optimizer not in timm.optim.list_optimizers():
-        near = did_you_mean(args.optimizer, [*OPTIMIZERS, *timm.optim.list_optimizers()])
+        near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(args.optimizer, timm.optim.list_optimizers())
         raise ValueError(f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}")
 
 
