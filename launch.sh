@@ -26,18 +26,19 @@ find_python() {
 
 # Install the project with extra $1 ("" or "dev"), unless this very state was installed before.
 install() {
-  local extra=$1 stamp="$venv/.installed$1" state target="$here"
+  local extra=$1 stamp="$venv/.installed$1" state python target="$here"
+  if [ ! -x "$venv/bin/python" ]; then python=$(find_python) || exit 2; fi
   state=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
   if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then return; fi
   [ -n "$extra" ] && target="$here[$extra]"
   if command -v uv >/dev/null; then
     echo "launch.sh: installing into $venv with uv (torch is large: the first time takes a minute or more)"
-    [ -x "$venv/bin/python" ] || uv venv --quiet --python "$(find_python)" "$venv"
+    [ -x "$venv/bin/python" ] || uv venv --quiet --python "$python" "$venv"
     VIRTUAL_ENV="$venv" uv pip install --quiet --constraint "$here/constraints.txt" --editable "$target"
   else
     echo "launch.sh: installing into $venv with pip (torch is large: the first time takes a minute or more)"
     if [ ! -x "$venv/bin/pip" ]; then
-      "$(find_python)" -m venv "$venv" || die "python3 cannot make a virtual environment (on Debian: apt install python3-venv)"
+      "$python" -m venv "$venv" || die "python3 cannot make a virtual environment (on Debian: apt install python3-venv)"
     fi
     "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$here/constraints.txt" --editable "$target"
   fi

@@ -28,38 +28,36 @@ from cifar_accel.config import (
 )
 from cifar_accel.run_folder import open_run
 
-COMMANDS = {
-    "train": "train a model (the same as python -m cifar_accel)",
-    "evaluate": "evaluate a run folder on its test set",
-    "study": "run every run of a study file that is not finished",
-    "report": "tables, plots and a page of all runs below a folder",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script `cifar-accel`; returns the exit code."""
+    commands: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+        "train": (train_command, "train a model (the same as python -m cifar_accel)"),
+        "evaluate": (evaluate_command, "evaluate a run folder on its test set"),
+        "study": (study_command, "run every run of a study file that is not finished"),
+        "report": (report_command, "tables, plots and a page of all runs below a folder"),
+    }
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in COMMANDS:
-        return {"train": train_command, "evaluate": evaluate_command, "study": study_command, "report": report_command}[
-            argv[0]
-        ](argv[1:])
+    if argv and argv[0] in commands:
+        return commands[argv[0]][0](argv[1:])
+    if argv and argv[0] not in ("-h", "--help"):
+        return fail(f"unknown command {argv[0]}; there are {', '.join(commands)}{did_you_mean(argv[0], commands)}")
     print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
-    for name, text in COMMANDS.items():
+    for name, (_, text) in commands.items():
         print(f"  {name:<10}{text}")
     print("\ncifar-accel COMMAND --help explains one of them.")
-    if argv and argv[0] not in ("-h", "--help"):
-        return fail(f"unknown command {argv[0]}{did_you_mean(argv[0], COMMANDS)}")
     return 0
 
 
 def say(line: str) -> None:
     """Print a line on the main process, above the progress bar if there is one."""
     if os.environ.get("RANK", "0") == "0":
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(line)
-            sys.stdout.flush()
-        else:
-            print(line, flush=True)
+        with contextlib.suppress(OSError):  # a full disk behind stdout costs the line, not the run
+            if "tqdm" in sys.modules:
+                sys.modules["tqdm"].tqdm.write(line)
+                sys.stdout.flush()
+            else:
+                print(line, flush=True)
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -87,7 +85,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
             return tyro.cli(kind, args=list(argv), prog=prog, **({} if default is None else {"default": default}))
     except SystemExit as e:
         if e.code:
-            text = re.sub(r"\x1b\[[0-9;]*m", "", captured.getvalue())
+            text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", captured.getvalue())
             lines = [line.strip(" │\t") for line in text.splitlines() if not re.match(r"\s*[╭╰]", line)]
             lines = [line for line in lines if line and not set(line) <= {"─"}]
             cut = next(
@@ -95,6 +93,11 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
             )
             raise SystemExit(fail(f"{' '.join(lines[:cut])} ({prog} --help lists all options)")) from None
         raise
+
+
+def _off(kind: Any) -> str | None:
+    """How an option of type `kind` is turned off, which timm's users and ours write as none."""
+    return "None" if "None" in str(kind) else "0" if kind in (int, float) else None
 
 
 def parse_training(argv: Sequence[str], prog: str = "cifar_accel") -> tuple[TrainingArguments, dict[str, str]]:
@@ -111,10 +114,10 @@ def parse_training(argv: Sequence[str], prog: str = "cifar_accel") -> tuple[Trai
                 if value.lower() not in ("true", "false"):
                     raise ValueError(f"{name}={value}: must be true or false")
                 word = name if value.lower() == "true" else f"--no-{name.removeprefix('--')}"
-            elif "None" in str(types.get(field)) and value.lower() == "none":
-                word = f"{name}=None"
-        elif word == "none" and words and "None" in str(types.get(words[-1].removeprefix("--").replace("-", "_"))):
-            word = "None"
+            elif value.lower() == "none" and (off := _off(types.get(field))):
+                word = f"{name}={off}"
+        elif word == "none" and words and (off := _off(types.get(words[-1].removeprefix("--").replace("-", "_")))):
+            word = off
         words.append(word)
     recipes = re.findall(r"^--recipe[=\n](.+)$", "\n".join(words), re.MULTILINE)  # the last one counts, as for any flag
     defaults = recipe_defaults(recipes[-1] if recipes else TrainingArguments.recipe)
@@ -161,9 +164,11 @@ def guarded(work: Callable[[], dict[str, Any]]) -> int:
         summary = work()
         return 143 if summary.get("status") == "preempted" else 0
     except ValueError as e:
+        if os.environ.get("CIFAR_ACCEL_DEBUG"):  # for who looks for a bug behind the one line
+            traceback.print_exc()
         return fail(str(e))
     except KeyboardInterrupt:
-        return fail("interrupted; checkpoints already written are kept", 143)
+        return fail("stopped at once; checkpoints already written are kept", 143)
     except Exception as e:
         if type(e).__name__ != "Diverged":
             traceback.print_exc()

@@ -6,7 +6,7 @@ imports nothing heavy, so that `--help` and every usage error answer at once.
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -218,6 +218,20 @@ class ReportArguments:
     """A folder with run folders at any depth below it."""
 
 
+# Options that do nothing by themselves: what each needs, and whether it is there. Given in vain, it is an error.
+NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
+    "amsgrad": ("--optimizer adamw", lambda a: a.optimizer == "adamw"),
+    "color_jitter": ("--aa none (timm leaves it out beside a policy)", lambda a: a.aa == "none" or "3a" in a.aa),
+    "momentum": ("an optimizer that has one", lambda a: a.optimizer != "adamw"),
+    "mixup_prob": ("--mixup or --cutmix", lambda a: bool(a.mixup or a.cutmix)),
+    "clip_mode": ("--clip-grad", lambda a: a.clip_grad > 0),
+    "model_ema_decay": ("--model-ema", lambda a: a.model_ema),
+    "ratio": ("--scale", lambda a: a.scale is not None),
+    "workers": ("--pipeline timm", lambda a: a.pipeline == "timm"),
+    "min_lr": ("--scheduler cosine", lambda a: a.scheduler == "cosine"),
+    "warmup_lr": ("a warm-up", lambda a: a.warmup_epochs != 0 and a.scheduler != "one_cycle"),
+}
+
 # Options that may differ between a run and its continuation: they change where or how it runs, not what it computes.
 VOLATILE = frozenset(
     "data_dir workers micro_batch_size device max_steps log_every save_dir run_name save_every keep_checkpoints "
@@ -285,14 +299,12 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         if "pretrained" in given:
             raise ValueError("--pretrained and --checkpoint both name weights to start from: give one of them")
         derive(pretrained=False)
-    if args.amsgrad and args.optimizer != "adamw":
-        if "amsgrad" in given:
-            raise ValueError(f"--amsgrad has no effect on --optimizer {args.optimizer}: it belongs to adamw")
-        derive(amsgrad=False)
-    if not (args.mixup or args.cutmix) and args.mixup_prob != 1.0:
-        if "mixup_prob" in given:
-            raise ValueError("--mixup-prob has no effect: both --mixup and --cutmix are 0")
-        derive(mixup_prob=1.0)
+    for name, (needed, has_effect) in NEEDS.items():
+        if not has_effect(args):
+            if name in given:
+                raise ValueError(f"{flag(name)} has no effect without {needed}")
+            if getattr(args, name) != getattr(TrainingArguments, name):  # the recipe set it for another choice
+                derive(**{name: getattr(TrainingArguments, name)})
     if args.aa != "none" and args.pipeline == "device":
         raise ValueError(f"--aa {args.aa} needs --pipeline timm (the device pipeline has crops, flips and colour)")
     if args.run_name is None:
@@ -319,6 +331,8 @@ def check_ranges(args: TrainingArguments) -> None:
     for name in ["hflip", "vflip", "reprob", "mixup_prob", "smoothing", "model_ema_decay", "crop_pct"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{flag(name)} {getattr(args, name):g}: must lie between 0 and 1")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed {args.seed}: must be below 2**63")
     if not 0 <= args.validation_fraction < 1:
         raise ValueError(f"--validation-fraction {args.validation_fraction:g}: must be at least 0 and below 1")
     if args.smoothing == 1 or args.learning_rate == float("inf"):
@@ -326,9 +340,9 @@ def check_ranges(args: TrainingArguments) -> None:
     if args.save_epochs == 0 or args.save_epochs < -1:
         raise ValueError(f"--save-epochs {args.save_epochs}: must be -1 (the last epoch only) or greater than 0")
     for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, float("inf"))):
-        pair = getattr(args, name)
-        if pair and not low < pair[0] <= pair[1] <= high:
-            raise ValueError(f"{flag(name)} {pair[0]:g} {pair[1]:g}: must be an increasing pair above 0")
+        pair, bound = getattr(args, name), " and at most 1" if high == 1 else ""
+        if (pair and not low < pair[0] <= pair[1] <= high) or (pair and pair[1] == float("inf")):
+            raise ValueError(f"{flag(name)} {pair[0]:g} {pair[1]:g}: must be an increasing pair above 0{bound}")
     if args.std and min(args.std) <= 0:
         raise ValueError(f"--std {args.std}: every deviation must be greater than 0")
     parse_interval(args.save_every)

@@ -114,6 +114,8 @@ def make_accelerator(device: str, mixed_precision: str | None = None) -> Acceler
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (device == "cuda" and not cuda) or (device == "mps" and not mps):
         raise ValueError(f"--device {device}: torch {torch.__version__} sees no such device on this machine")
+    if device in ("cuda", "mps") and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+        raise ValueError(f"--device {device}: the accelerate config says use_cpu; change one of them")
     cpu = device == "cpu" or not (cuda or mps)
     if precision == "fp16" and cpu:
         raise ValueError("mixed precision fp16 needs a GPU; on a CPU launch with --mixed_precision bf16 or no")

@@ -7,6 +7,7 @@ reach the caller; several by `accelerate launch`. Imports nothing heavy.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Any
 
 import yaml
 
-# What one process needs from an accelerate config file: its key -> the variable that Accelerate reads.
+# What one process needs from an accelerate config file: its key -> the variable that is read.
 VARIABLES = {
     "mixed_precision": "ACCELERATE_MIXED_PRECISION",
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
     "use_cpu": "ACCELERATE_USE_CPU",
 }
+# Keys that only Accelerate's own launcher understands.
+SECTIONS = ("dynamo_config", "fsdp_config", "deepspeed_config", "megatron_lm_config", "ipex_config", "mpirun_config")
+
+
+SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
 
 
 def config_file() -> tuple[Path | None, str]:
@@ -34,7 +40,7 @@ def config_file() -> tuple[Path | None, str]:
         return own, "your own accelerate config"
     gpus = count_gpus()
     name = {0: "cpu", 1: "single_gpu"}.get(gpus, "multi_gpu")
-    shipped = Path(__file__).parent.parent / "accelerate_configs" / f"{name}.yaml"
+    shipped = SHIPPED / f"{name}.yaml"
     why = f"{gpus} GPU{'s' * (gpus != 1)} here, and no accelerate config of your own"
     return (shipped if shipped.is_file() else None), why
 
@@ -63,23 +69,56 @@ def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
         config: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
     except (OSError, yaml.YAMLError) as e:
         raise ValueError(f"{file}: cannot be read as an accelerate config ({' '.join(str(e).split())})") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: is no accelerate config (it holds no keys); make one with accelerate config")
     kind, processes = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
-    if kind == "NO" or (kind == "MULTI_GPU" and processes == 1 and int(config.get("num_machines") or 1) == 1):
-        environment = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
-        # Of a file, a variable that the caller set wins, as with `accelerate launch` options over its file.
-        environment = {k: v for k, v in environment.items() if k not in os.environ}
+    environment = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
+    if SHIPPED in file.parents:
+        environment.pop(
+            "ACCELERATE_USE_CPU", None
+        )  # nobody said so: --device may choose a device that was not looked for
+    if str(config.get("gpu_ids") or "all") != "all":
+        environment["CUDA_VISIBLE_DEVICES"] = str(config["gpu_ids"])
+    # A variable that the caller set wins, as an option of `accelerate launch` does over its file.
+    environment = {k: v for k, v in environment.items() if k not in os.environ}
+    alone = kind == "NO" or (kind == "MULTI_GPU" and processes == 1 and int(config.get("num_machines") or 1) == 1)
+    if alone and not any(config.get(key) for key in SECTIONS):
         return module, environment, f"launch: one process, settings of {file} ({why})"
     if kind == "MULTI_CPU":
         rest = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return (
-            [*rest, "-m", "cifar_accel", *words],
-            {},
-            f"launch: {processes} CPU processes by torchrun, {file} ({why})",
-        )
+        why = f"launch: {processes} CPU processes by torchrun, settings of {file} ({why})"
+        return [*rest, "-m", "cifar_accel", *words], environment, why
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    if file.parent.name == "accelerate_configs" and file.stem == "multi_gpu":
+    if file == SHIPPED / "multi_gpu.yaml":
         launcher += ["--num_processes", str(count_gpus())]
     return [*launcher, "-m", "cifar_accel", *words], {}, f"launch: accelerate launch --config_file {file} ({why})"
+
+
+def run(command: list[str], environment: dict[str, str], run_folder: Path) -> int:
+    """Run `command` as a child, pass signals on to it, and return the exit code of the training in it.
+
+    A launcher between us and the training turns every code into 1; the run folder says when it was stopped by a signal.
+    The child has a session of its own, so that a Ctrl-C of the terminal reaches it once, through us.
+    """
+    marker = run_folder / "PREEMPTED"
+    marker.unlink(missing_ok=True)
+    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+    direct = command[1:3] == ["-m", "cifar_accel"]
+
+    def forward(number: int, frame: Any) -> None:
+        # SIGUSR1 would kill a launcher and leave its workers; SIGHUP (the terminal went away) stops in order too.
+        process.send_signal(number if direct and number != signal.SIGHUP else signal.SIGTERM)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if code and marker.exists():
+        return 143
+    return code if code >= 0 else 128 - code
 
 
 def tour() -> int:
@@ -90,7 +129,7 @@ def tour() -> int:
     if code in (0, 1):
         print()
         code = report_command(["checkpoint/tour"]) or code
-        print("\nThe real thing, on CIFAR-100 (downloads the data and NFNet-F0's ImageNet weights):")
+        print("\nThe real thing on CIFAR-100 (downloads the images and NFNet-F0's weights):")
         print("    ./launch.sh --model nfnet")
     return code
 
@@ -104,9 +143,19 @@ def main() -> int:
     except ValueError as e:
         print(f"cifar_accel: {e}", file=sys.stderr)
         return 2
-    if not {"-h", "--help"} & set(sys.argv[1:]):
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], {}
+    else:
         print(why, flush=True)
-    os.execvpe(command[0], command, os.environ | environment)
+    if command[1:3] == ["-m", "cifar_accel"]:
+        os.execvpe(command[0], command, os.environ | environment)
+    from cifar_accel.cli import fail, parse_training
+
+    try:  # here, because the launcher would turn a 2 into a 1
+        args, _ = parse_training(sys.argv[1:])
+    except ValueError as e:
+        return fail(str(e))
+    return run(command, environment, Path(args.save_dir).expanduser() / str(args.run_name))
 
 
 if __name__ == "__main__":

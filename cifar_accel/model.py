@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from cifar_accel import checkpoint
 from cifar_accel.config import TrainingArguments, did_you_mean, parse_keywords
 from cifar_accel.hub import require_network
 
@@ -30,7 +31,13 @@ def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
             raise ValueError(
                 f"--model {args.model}: {folder} holds no config.json; give a folder in timm's local-dir form"
             )
+        if args.pretrained and not (folder / "model.safetensors").is_file():
+            raise ValueError(
+                f"--model {args.model}: {folder} holds no model.safetensors (--no-pretrained does without)"
+            )
         return
+    if Path(name).is_dir():
+        raise ValueError(f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*ALIASES, *timm.list_models()]
@@ -121,11 +128,11 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
     file = Path(path).expanduser()
     if file.is_dir():
         inside = [file / "model" / "model.safetensors", file / "model.safetensors"]
-        steps = sorted(file.glob("checkpoints/step-*/model.safetensors"))
-        found = [f for f in inside if f.is_file()] + steps[-1:]
+        steps = [p / "model.safetensors" for p in checkpoint.list_checkpoints(file) if checkpoint.fault(p) is None]
+        found = [f for f in inside if f.is_file()] + steps[:1]
         if not found:
             raise ValueError(
-                f"--checkpoint {path}: this folder holds no model.safetensors (nor model/, nor checkpoints/)"
+                f"--checkpoint {path}: this folder holds no model.safetensors (nor model/, nor a whole checkpoint)"
             )
         file = found[0]
     if not file.is_file():

@@ -34,7 +34,14 @@ def check_names(args: TrainingArguments) -> None:
         raise ValueError(
             f"--scheduler {args.scheduler}: unknown; there are {there}{did_you_mean(args.scheduler, SCHEDULES)}"
         )
-    if args.optimizer not in OPTIMIZERS and args.optimizer not in timm.optim.list_optimizers():
+    if args.optimizer in OPTIMIZERS:
+        return
+    if args.optimizer in timm.optim.list_optimizers():
+        if timm.optim.get_optimizer_info(args.optimizer).second_order:
+            raise ValueError(
+                f"--optimizer {args.optimizer}: needs second derivatives, which this loop does not compute"
+            )
+    else:
         near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(args.optimizer, timm.optim.list_optimizers())
         raise ValueError(f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}")
 

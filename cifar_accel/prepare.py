@@ -24,7 +24,7 @@ from cifar_accel.data.sources import Dataset, Split, hold_out, limit, load_datas
 from cifar_accel.evaluate import make_accelerator
 from cifar_accel.model import ALIASES, build_model, check_model, input_statistics
 from cifar_accel.optim import build_optimizer, check_names
-from cifar_accel.run_folder import Opened, describe_config
+from cifar_accel.run_folder import Opened, describe_config, is_checkpoint
 
 
 @dataclass
@@ -80,18 +80,24 @@ class Run:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT ends at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT ends at once.
+
+    Until `training` is set there is nothing to save, and the first signal ends the process by KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.training = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.signal = number
+        if not self.training:
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:  # print might be in the middle of a line, and is not reentrant
             os.write(2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start_processes(
@@ -105,7 +111,12 @@ def start_processes(
     if world != "1":
         say(f"processes: waiting for all {world}")
     accelerator = make_accelerator(args.device)
-    return broadcast_object_list([opened and replace(opened, lock=None)])[0], accelerator
+    shared = broadcast_object_list([opened and replace(opened, lock=None)])[0]
+    if shared is None:
+        raise ValueError(
+            "RANK is set and is not 0, but WORLD_SIZE says one process: start with a launcher, or unset it"
+        )
+    return shared, accelerator
 
 
 def set_up(
@@ -118,19 +129,26 @@ def set_up(
 ) -> tuple[Run, State]:
     """Load the data, make the model and the optimizer, and resume. All ranks enter. Raises ValueError for bad input."""
     check_names(args)
-    check_model(args, say)
+    start_from = choose_checkpoint(opened, accelerator, say)
+    # What a checkpoint holds need not be had a second time.
+    start = replace(args, pretrained=False, checkpoint=None) if start_from else args
+    check_model(start, say)
     data, held_out = load_splits(args, say)
     order = make_order(args, len(data.train), accelerator)
     total_steps = args.epochs * order.steps_per_epoch
     stop_step = min(args.max_steps or total_steps, total_steps)
     say(f"model: making {name_of(args)}")
-    module: Any = build_model(args, len(data.train.classes), say)
+    module: Any = build_model(start, len(data.train.classes), say)
     module.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    ema = ModelEmaV3(module, args.model_ema_decay) if args.model_ema else None
+    # With timm's warm-up of the decay: short runs would else average in their first weights.
+    ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=True) if args.model_ema else None
     if args.compile:
         module.compile()
     model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
-    state = resume(opened, accelerator, module, optimizer, ema, data.fingerprint, say)
+    state = State(data=data.fingerprint)
+    if start_from:
+        state = restore(start_from, opened, accelerator, module, optimizer, ema, data.fingerprint)
+        say(f"resume: from {start_from}, after step {state.step:,}")
     mean, std = input_statistics(args, module)
 
     def pipeline(split: Split) -> Pipeline:
@@ -208,6 +226,9 @@ def load_splits(args: TrainingArguments, say: Callable[[str], None]) -> tuple[Da
     held_out = test
     if args.validation_fraction:
         train_split, held_out = hold_out(train_split, args.validation_fraction, args.seed)
+    side = min(train_split.images.shape[2:])
+    if args.crop_padding >= side:
+        raise ValueError(f"--crop-padding {args.crop_padding}: must be smaller than the images' side of {side} pixels")
     if args.pipeline == "device" and args.scale and max(train_split.images.shape[2:]) > args.image_size:
         say("warning: the device pipeline shrinks crops without antialiasing; --pipeline timm does not")
     return replace(data, train=train_split, test=test), held_out
@@ -245,20 +266,11 @@ def warmup_steps(args: TrainingArguments, order: Order) -> int:
     return round((args.warmup_epochs or 0) * order.steps_per_epoch)
 
 
-def resume(
-    opened: Opened,
-    accelerator: Accelerator,
-    module: torch.nn.Module,
-    optimizer: Any,
-    ema: ModelEmaV3 | None,
-    fingerprint: str,
-    say: Callable[[str], None],
-) -> State:
-    """The state to start from: that of the newest whole checkpoint, or a fresh one. All ranks enter; rank 0 chooses."""
-    source = opened.resume_from
-    chosen: Path | None = None
+def choose_checkpoint(opened: Opened, accelerator: Accelerator, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, or None. All ranks enter; rank 0 chooses. Raises ValueError for a damaged one."""
+    source, chosen = opened.resume_from, None
     if source is not None and accelerator.is_main_process:
-        if source.name.startswith("step-"):
+        if is_checkpoint(source):
             problem = checkpoint.fault(source)
             if problem:
                 raise ValueError(f"--resume {source}: {problem}")
@@ -266,20 +278,33 @@ def resume(
         else:
             chosen = checkpoint.newest_valid(source, say)
     name = broadcast_object_list([chosen and str(chosen)])[0]
-    if name is None:
-        return State(data=fingerprint)
-    state = State(**checkpoint.read_state(Path(name)))
+    return Path(name) if name else None
+
+
+def restore(
+    path: Path,
+    opened: Opened,
+    accelerator: Accelerator,
+    module: torch.nn.Module,
+    optimizer: Any,
+    ema: ModelEmaV3 | None,
+    fingerprint: str,
+) -> State:
+    """Load checkpoint folder `path` and return the state it holds. All ranks enter.
+
+    Raises ValueError when it was written on other images or by another model.
+    """
+    state = State(**checkpoint.read_state(path))
     if state.data != fingerprint:
-        raise ValueError(f"--resume {name}: was trained on other images than --dataset now holds")
-    checkpoint.load_checkpoint(Path(name), module, optimizer.optimizer, ema.module if ema else None)
+        raise ValueError(f"--resume {path}: was trained on other images than --dataset now holds")
+    checkpoint.load_checkpoint(path, module, optimizer.optimizer, ema.module if ema else None)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
-    source_run = Path(name).parent.parent
+    source_run = path.parent.parent
     if source_run.resolve() != opened.path.resolve():  # a new run that begins where another stood
         state.tracker_id = None
         if accelerator.is_main_process and (source_run / "metrics.jsonl").exists():
             shutil.copy(source_run / "metrics.jsonl", opened.path)
-    say(f"resume: from {name}, after step {state.step:,}")
     return state
 
 
@@ -292,8 +317,7 @@ def announce(run: Run, origin: dict[str, str]) -> None:
     """Print every derived value once, with its reason."""
     args, order, config = run.args, run.order, run.config["options"]
     precision = {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"])
-    origin_of = {"ACCELERATE_MIXED_PRECISION": "from the launcher"}
-    reason = next((why for name, why in origin_of.items() if name in os.environ), "the default")
+    reason = "from the launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "the default"
     warmup = warmup_steps(args, order)
     how = " (derived)" if origin["warmup_epochs"] == "derived" else ""
     workers = f", {args.workers} workers" if args.pipeline == "timm" else ""
@@ -309,7 +333,8 @@ def announce(run: Run, origin: dict[str, str]) -> None:
         + (f", stopping after {run.stop_step:,}" if run.stop_step < run.total_steps else ""),
         "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, "
         f"warm-up {args.warmup_epochs:g} epochs{how} = {warmup:,} steps",
-        "model": f"{name_of(args)}, {config['parameters'] / 1e6:.2f} M parameters; {args.optimizer}",
+        "model": f"{name_of(args)}, {config['parameters'] / 1e6:.2f} M parameters; {args.optimizer}"
+        + (", averaged weights evaluated and saved" if args.model_ema else ""),
     }
     for name, text in lines.items():
         run.say(f"{name:<9} {text}")

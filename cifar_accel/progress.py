@@ -1,5 +1,6 @@
 """What a person sees of a running training: one bar on a terminal, plain lines elsewhere; the main process only."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -43,9 +44,11 @@ class Progress:
         else:
             done = row["step"] - self.start
             left = duration((time.perf_counter() - self.began) / done * (self.stop - row["step"]))
-            print(
-                f"{self._epoch(row['step'] - 1)}  step {row['step']:,}/{self.total:,}  {shown}, {left} left", flush=True
-            )
+            with contextlib.suppress(OSError):  # a full disk behind stdout costs the line, not the run
+                print(
+                    f"{self._epoch(row['step'] - 1)}  step {row['step']:,}/{self.total:,}  {shown}, {left} left",
+                    flush=True,
+                )
 
     def close(self) -> None:
         """Leave the last state on the screen."""

@@ -1,15 +1,16 @@
 """Plots, tables and the page, all from the files in run folders."""
 
 import html
+import json
 import os
 import shlex
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cifar_accel.config import ReportArguments
+from cifar_accel.config import VOLATILE, ReportArguments, TrainingArguments
 from cifar_accel.run_folder import read_json
 from cifar_accel.tracking import read_metrics
 
@@ -20,6 +21,8 @@ PUBLISHED = {
     ("nfnet", "adamw", "linear_decay"): (1.6641, 0.7336),
     ("vit", "adamw", "cosine"): (1.7612, 0.7317),
 }
+# Options that make a setting: all but the seed, and those that change where or how a run runs.
+SETTING = [f.name for f in fields(TrainingArguments) if f.name not in VOLATILE and f.name != "seed"]
 PLOTS = {"loss.png": "loss", "accuracy.png": "accuracy", "lr.png": "learning rate"}
 
 
@@ -80,7 +83,9 @@ def _plot(run: RunFiles) -> None:
     train = [r for r in run.rows if "train/loss" in r]
     tests = [r for r in run.rows if "eval/loss" in r]
     held_out = "held-out images" if run.options.get("validation_fraction") else "test"
-    mixed = "augmented" + (" and mixed" if run.options["mixup"] or run.options["cutmix"] else "") + " batches"
+    names = "scale crop_padding hflip vflip color_jitter reprob mixup cutmix"
+    plain = run.options["aa"] == "none" and not any(run.options[name] for name in names.split())
+    mixed = "batches" if plain else "augmented batches"
     soft = f", label smoothing {run.options['smoothing']:g}" if run.options["smoothing"] else ""
     title = f"{run.setting[1]}, {run.setting[2]} + {run.setting[3]}, {run.setting[0]}"
 
@@ -130,7 +135,8 @@ def _save_figure(path: Path, draw: Callable[[Any], None]) -> None:
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     scratch = path.with_name(f".{path.name}")
     figure.savefig(scratch, format="png")
     os.replace(scratch, path)
@@ -194,35 +200,45 @@ def default_table(runs: list[RunFiles]) -> Table:
 
 def settings_table(runs: list[RunFiles]) -> Table:
     """The report's second table: optimizers and schedules."""
-    rows = [[s[1], s[2], s[3], *figures] for s, figures in _by_setting(runs)]
-    return "Optimizers and schedules", ["model", "optimizer", "schedule", *_FIGURES], rows
+    rows = [[s[1], s[0], f"{s[2]}, {s[3]}", *figures] for s, figures in _by_setting(runs)]
+    return "Optimizers and schedules", ["model", "data", "optimizer, schedule", *_FIGURES], rows
 
 
-_FIGURES = ["loss", "acc. %", "report loss", "report acc. %"]
+_FIGURES = ["loss", "acc. %", "report"]
 _LEGEND = """\
-loss: mean training loss over the last epoch; acc.: top-1 on the test images after
-it. The report's figures are for the family, optimizer and schedule of the row,
-with NFNet-F0 and ViT-B/8 on CIFAR-100 at 32x32, 25 epochs.
+loss: mean training loss of the last epoch (smoothing and mixing included); acc.:
+top-1 on the test images. report: loss and accuracy in the course report, for the
+family, optimizer and schedule of the row, with NFNet-F0 and ViT-B/8 on CIFAR-100.
 """
 
 
 def _by_setting(runs: list[RunFiles]) -> Iterable[tuple[tuple[str, str, str, str], list[str]]]:
     """Each setting with its figures: the mean over the seeds, with standard deviation and n where there are several."""
-    groups: dict[tuple[str, str, str, str], list[RunFiles]] = {}
-    for run in runs:
-        groups.setdefault(run.setting, []).append(run)
+    groups: dict[str, list[RunFiles]] = {}
+    for run in runs:  # seeds of one setting agree in every option that is neither the seed nor volatile
+        rest = {k: run.options.get(k) for k in SETTING}
+        groups.setdefault(json.dumps([run.setting, rest], sort_keys=True), []).append(run)
+    pooled = list(groups.values())
 
     def figure(values: list[float], digits: int) -> str:
         text = f"{statistics.mean(values):.{digits}f}"
         return text + (f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else "")
 
-    for setting, same in groups.items():
+    for same in pooled:
+        setting = same[0].setting
+        rivals = [other[0].options for other in pooled if other[0].setting == setting]
+        differ = [k for k in SETTING if any(other.get(k) != same[0].options.get(k) for other in rivals)]
         name = setting[1].lower().replace("deit", "vit")
         published = next((PUBLISHED.get((f, *setting[2:])) for f in ("nfnet", "vit") if f in name), None)
-        theirs = [f"{published[0]:.4f}", f"{100 * published[1]:.2f}"] if published else ["–", "–"]
+        theirs = f"{published[0]:.4f}, {100 * published[1]:.2f}" if published else "–"
         losses = [run.summary["train_loss"] for run in same if run.summary["train_loss"] is not None]
         ours = [figure(losses, 4) if losses else "–", figure([100 * run.summary["accuracy"] for run in same], 2)]
-        yield setting, [*ours, *theirs]
+        options, told = same[0].options, [f"{k} {same[0].options.get(k)}" for k in differ]
+        told += [f"{k} {options[k]:,}" for k in ("limit_train", "limit_test") if options[k] and k not in differ]
+        if same[0].summary["steps"] < same[0].summary["total_steps"]:
+            told.append(f"{same[0].summary['steps']:,} of {same[0].summary['total_steps']:,} steps")
+        label = ", ".join(told)
+        yield (setting[0], setting[1] + (f" ({label})" if label else ""), *setting[2:]), [*ours, theirs]
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
@@ -239,7 +255,8 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 def _compare(axes: Any, runs: list[RunFiles]) -> None:
     for run in runs:
         tests = [r for r in run.rows if "eval/accuracy" in r]
-        label = " ".join(run.setting[1:]) + f", seed {run.options['seed']}"
+        # A legend of more than a dozen lines would cover the curves; the sections below the figure name them all.
+        label = str(run.options["run_name"]) if len(runs) <= 12 else None
         axes.plot([r["epoch"] for r in tests], [100 * r["eval/accuracy"] for r in tests], marker=".", label=label)
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title="Accuracy after each epoch, all finished runs")
 
@@ -247,8 +264,8 @@ def _compare(axes: Any, runs: list[RunFiles]) -> None:
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}
-td{font-variant-numeric:tabular-nums}img{max-width:100%;height:auto}.plots{display:flex;flex-wrap:wrap;gap:1rem}
-.plots img{flex:1 1 320px;max-width:540px}code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}
+td{font-variant-numeric:tabular-nums}img{max-width:100%;height:auto}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:1rem}
+.plots img{width:100%}code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
 """
 

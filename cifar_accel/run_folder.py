@@ -38,9 +38,9 @@ class Opened:
     def discard(self) -> None:
         """Leave no trace of a run that was refused before it began."""
         if self.lock is not None and not (self.path / "config.json").exists():
-            self.lock.release()
-            for name in (".owner", ".lock"):
+            for name in (".owner", ".lock"):  # before the release: a lock that another process waits for must stay
                 (self.path / name).unlink(missing_ok=True)
+            self.lock.release()
             for folder in self.created:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -70,22 +70,27 @@ def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]
 
 def _look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]) -> None:
     """Set `resume_from` or `finished` of `opened` by what the folder, or --resume PATH, holds."""
-    path = opened.path
-    source = path if args.resume in ("auto", "never") else Path(args.resume).expanduser()
-    if source != path:
-        opened.resume_from = source = _find_resume(source)
-        source = source.parent.parent if source.name.startswith("step-") else source
+    path, explicit = opened.path, args.resume not in ("auto", "never")
+    source = path
+    if explicit:
+        opened.resume_from = source = _find_resume(Path(args.resume).expanduser())
+        source = source.parent.parent if is_checkpoint(source) else source
+        if source.resolve() != path.resolve() and (path / "config.json").exists():
+            raise ValueError(f"--resume {args.resume}: {path} holds another run already; give a --run-name of its own")
     config = read_json(source / "config.json")
     if config is None:
         return
     changed = changed_options(config, args, precision)
+    if changed and not explicit and not _has_work(path):
+        (path / "config.json").unlink()  # it ended before its first log line: there is nothing to go on with or to lose
+        return
     if changed:
         raise ValueError(
             f"--resume {args.resume}: {source} holds a run of another configuration ({'; '.join(changed)}); "
             "give the same options, another --run-name, or --resume never"
         )
     summary = read_json(path / "summary.json")
-    if summary and summary.get("status") == "finished" and not _more_steps(args, summary):
+    if summary and summary.get("status") == "finished" and not explicit and not _more_steps(args, summary):
         opened.finished = summary
         say(
             f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
@@ -93,6 +98,12 @@ def _look_inside(opened: Opened, args: TrainingArguments, precision: str, say: C
         )
     elif opened.resume_from is None:
         opened.resume_from = path
+
+
+def _has_work(path: Path) -> bool:
+    """Whether a run folder holds a logged step or a checkpoint."""
+    metrics = path / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("step-*"))
 
 
 def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:
@@ -136,9 +147,14 @@ def _lock(path: Path) -> FileLock:
 def _find_resume(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"--resume {path}: no such folder; give auto, never, or a run or checkpoint folder")
-    if not (path / "checkpoints").is_dir() and not (path / "manifest.json").is_file():
+    if not (path / "checkpoints").is_dir() and not is_checkpoint(path):
         raise ValueError(f"--resume {path}: holds no checkpoint (neither a run folder nor a checkpoints/step-* folder)")
     return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a checkpoint folder and not a run folder."""
+    return (path / "manifest.json").is_file()
 
 
 def changed_options(config: dict[str, Any], args: TrainingArguments, precision: str) -> list[str]:
@@ -166,7 +182,7 @@ def describe_config(args: TrainingArguments, origin: dict[str, str], derived: di
     return {
         "options": {**asdict(args), **derived},
         "provenance": {**origin, **dict.fromkeys(derived, "derived")},
-        "command": sys.argv,
+        "command": [sys.argv[0], *(sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:])],
         "versions": {"python": platform.python_version(), **installed},
         "hardware": _hardware(),
         "git": _git_state(),

@@ -5,10 +5,6 @@ too. A file may instead list its runs: `runs`, each a set of options laid over `
 """
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -16,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from cifar_accel import launch
 from cifar_accel.config import StudyArguments, TrainingArguments, did_you_mean
-from cifar_accel.launch import command_for
 from cifar_accel.run_folder import read_json
 
 
@@ -35,19 +31,31 @@ def read_study(path: str) -> tuple[str, list[dict[str, Any]]]:
         raise ValueError(
             f"{path}: method {study['method']} needs wandb's agent (wandb sweep {path}); here only grid runs"
         )
+    parameters, rows = study.get("parameters") or {}, study.get("runs") or [{}]
+    if not isinstance(parameters, dict) or not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(f"{path}: `parameters` must be a table, and `runs` a list of tables of options")
     known = {f.name for f in fields(TrainingArguments)}
     common: dict[str, list[Any]] = {}
-    for name, choice in (study.get("parameters") or {}).items():
-        if not isinstance(choice, dict) or not ({"value", "values"} & choice.keys()):
-            raise ValueError(f"{path}: parameter {name} needs `value` or `values`")
-        common[name] = list(choice["values"]) if "values" in choice else [choice["value"]]
-    rows = study.get("runs") or [{}]
+    for name, choice in parameters.items():
+        if not isinstance(choice, dict) or not ("value" in choice or isinstance(choice.get("values"), list)):
+            raise ValueError(f"{path}: parameter {name} needs `value` or a list `values`")
+        common[name] = choice["values"] if "values" in choice else [choice["value"]]
     for name in [*common, *(n for row in rows for n in row)]:
         if name not in known:
-            raise ValueError(f"{path}: there is no option {name}{did_you_mean(name, known)}")
+            raise ValueError(f"{path}: there is no option {name}{did_you_mean(str(name), known)}")
     grid = [dict(zip(common, values, strict=True)) for values in itertools.product(*common.values())]
     name = str(study.get("name") or Path(path).stem)
     return name, [{"group": name, **point, **row} for row in rows for point in grid]
+
+
+def name_runs(runs: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Run names that differ: where several runs would have one name, the options in which they differ are appended."""
+    out = []
+    for run, name in zip(runs, names, strict=True):
+        same = [other for other, n in zip(runs, names, strict=True) if n == name]
+        varied = [k for k in run if any(other.get(k) != run[k] for other in same) and k != "run_name"]
+        out.append(name + "".join(f"-{k}={run[k]}".replace("/", "_") for k in varied))
+    return out
 
 
 def as_flags(options: dict[str, Any]) -> Iterator[str]:
@@ -70,28 +78,30 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
     from cifar_accel.cli import parse_training
 
     name, runs = read_study(args.file)
+    words = [[*as_flags(run | ({"save_dir": args.save_dir} if args.save_dir else {})), *extra] for run in runs]
+    resolved = [parse_training(w)[0] for w in words]
     commands = []
-    for options in runs:
-        words = [*as_flags(options | ({"save_dir": args.save_dir} if args.save_dir else {})), *extra]
-        resolved, _ = parse_training(words)
-        commands.append((Path(resolved.save_dir).expanduser() / str(resolved.run_name), words))
+    names = name_runs(runs, [str(r.run_name) for r in resolved])
+    for w, r, run_name in zip(words, resolved, names, strict=True):
+        given = [] if run_name == r.run_name else [f"--run-name={run_name}"]
+        commands.append((Path(r.save_dir).expanduser() / run_name, [*w, *given]))
     paths = [path for path, _ in commands]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
-        raise ValueError(f"{args.file}: two runs would write {twice}; give each a run_name")
+        raise ValueError(f"{args.file}: two runs are the same and would both write {twice}")
     results = []
-    for i, (path, words) in enumerate(commands, 1):
+    for i, (path, options) in enumerate(commands, 1):
         say(f"\nstudy {name}, run {i} of {len(commands)}: {path}")
         summary, config = read_json(path / "summary.json") or {}, read_json(path / "config.json") or {}
-        if summary.get("status") == "finished" and config.get("command", [])[1:] == words:
+        if summary.get("status") == "finished" and config.get("command", [])[1:] == options:
             say(f"finished before: accuracy {summary['accuracy']:.2%}")
             results.append((path, 0))
             continue
-        command, environment, reason = command_for(words)
+        command, environment, reason = launch.command_for(options)
         say(reason)
-        code = _run(command, environment)
+        code = launch.run(command, environment, path)
         results.append((path, code))
-        if code == 143 or (path / "PREEMPTED").exists():
+        if code == 143:
             say("study: stopped; the same command goes on from here")
             return 143
         if code:
@@ -101,22 +111,3 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
     for path in failed:
         say(f"  failed: {path} (the same command tries it again)")
     return 1 if failed else 0
-
-
-def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Run `command`, pass signals on to it, and return its exit code (128 + n when signal n killed it)."""
-    process = subprocess.Popen(command, env=os.environ | environment)
-    handlers = {}
-
-    def forward(number: int, frame: Any) -> None:
-        if number != signal.SIGINT or not sys.stdin.isatty():  # a terminal's Ctrl-C reaches the child by itself
-            process.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        handlers[number] = signal.signal(number, forward)
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code

@@ -62,14 +62,16 @@ class Tracker:
     finish: Callable[[dict[str, Any], int], None]
 
 
+SILENT = Tracker(None, lambda row: None, lambda summary, code: None)
+
+
 def start_tracker(kind: str, say: Callable[[str], None], **about: Any) -> Tracker:
     """Open tracker `kind`; any failure of it, now or later, is said once and never ends the run."""
-    silent = Tracker(None, lambda row: None, lambda summary, code: None)
     try:
         opened = TRACKERS[kind](say, **about)
     except Exception as e:
         say(f"warning: no {kind} tracking ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
-        return silent
+        return SILENT
     failed = False
 
     def guard(call: Callable[..., None]) -> Callable[..., None]:
@@ -131,6 +133,8 @@ def start_wandb(
     run.define_metric("trainer/step")
     for prefix in ("train", "eval", "test"):
         run.define_metric(f"{prefix}/*", step_metric="trainer/step")
+    if mode == "disabled":
+        return SILENT
     say(f"wandb: {run.url or 'offline, in ' + str(Path(run.dir).parent)}")
 
     def log(row: dict[str, Any]) -> None:
@@ -140,7 +144,7 @@ def start_wandb(
         run.summary.update({k: v for k, v in summary.items() if v is not None})
         run.finish(exit_code=code)
         if run.settings.mode == "offline" or not run.url:
-            say(f"wandb: to see it online: wandb sync {Path(run.dir).parent}")
+            say(f"wandb: to see it online: wandb sync {folder / 'wandb'}/offline-run-*-{run.id}")
 
     return Tracker(run.id, log, finish)
 
@@ -162,5 +166,5 @@ def _wandb_key() -> bool:
 # A new tracker is one function like start_wandb and one line here (and its name in TrainingArguments.tracker).
 TRACKERS: dict[str, Callable[..., Tracker]] = {
     "wandb": start_wandb,
-    "none": lambda say, **about: Tracker(None, lambda row: None, lambda summary, code: None),
+    "none": lambda say, **about: SILENT,
 }

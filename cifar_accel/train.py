@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -58,11 +58,12 @@ def train(
         return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
     config_file = run.path / "config.json"
-    tracker = tracking.Tracker(None, lambda row: None, lambda summary, code: None)
+    tracker = tracking.SILENT
     if run.is_main:
         for name in ("summary.json", "PREEMPTED"):  # they speak of an earlier start
             (run.path / name).unlink(missing_ok=True)
         old = read_json(config_file) or run.config
+        state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
         again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
         write_json(config_file, old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config)
         tracker = tracking.start_tracker(
@@ -77,6 +78,7 @@ def train(
             run_id=state.tracker_id,
         )
         state.tracker_id = tracker.id
+        write_json(config_file, read_json(config_file) | {"tracker_id": tracker.id})
     try:
         status = fit(run, state, tracker)
         summary = finish(run, state, status)
@@ -100,6 +102,7 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
         metrics.truncate(state.step)
     progress = Progress(run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main)
     clock = Clock(state)
+    run.stop.training = True
     run.model.train()
     while state.step < run.stop_step:
         rate = learning_rate(state.step, run.total_steps, warmup_steps(args, run.order), args)
@@ -140,7 +143,7 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
     clock.stop()
     batches.close()
     progress.close()
-    return "finished" if state.step == run.stop_step else "preempted"
+    return "finished" if state.step >= run.stop_step else "preempted"
 
 
 def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], sums: "Sums") -> None:
@@ -333,16 +336,21 @@ def keep_weights(run: Run, name: str) -> None:
 
 def finish(run: Run, state: State, status: str) -> dict[str, Any]:
     """Save the weights, read the test set where that is still to do, and write summary.json. All ranks enter."""
-    test = state.evaluation
+    test = None
     if status == "finished":
         if run.args.validation_fraction:
             run.say("test: reading the test set, once")
             test = evaluate_split(run, run.test)
         keep_weights(run, "model")
+        shown = test or state.evaluation
+        run.say(f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}")
     run.accelerator.wait_for_everyone()
     if run.is_main and status == "preempted":
         name = signal.Signals(run.stop.signal or signal.SIGTERM).name
-        (run.path / "PREEMPTED").write_text(f"{name} after step {state.step}; the same command goes on from there\n")
+        with suppress(OSError):  # a full disk
+            (run.path / "PREEMPTED").write_text(
+                f"{name} after step {state.step}; the same command goes on from there\n"
+            )
         run.say(f"stopped by {name} after step {state.step:,}; the same command goes on from there")
     return write_summary(run, state, status, test=test)
 
@@ -351,7 +359,7 @@ def write_summary(
     run: Run, state: State, status: str, test: dict[str, float] | None = None, error: str | None = None
 ) -> dict[str, Any]:
     """Write summary.json on the main process and return its content. `test` holds the figures that count."""
-    test = test or state.evaluation
+    test = test or ({} if run.args.validation_fraction else state.evaluation)  # the test set is read at the end
     summary = {
         "status": status,
         "train_loss": state.train_loss,

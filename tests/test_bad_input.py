@@ -26,8 +26,19 @@ FLAGS = [
     (["--image-size", "0"], "--image-size 0"),
     (["--warmup-epochs", "9"], "longer than the run (--epochs 4)"),
     (["--mixup-prob", "2"], "--mixup-prob 2: must lie between 0 and 1"),
-    (["--mixup-prob", "0.5"], "has no effect"),
-    (["--amsgrad", "--optimizer", "sgdm"], "has no effect"),
+    (["--mixup-prob", "0.5"], "has no effect without --mixup"),
+    (["--amsgrad", "--optimizer", "sgdm"], "has no effect without --optimizer adamw"),
+    (["--momentum", "0.5"], "has no effect"),
+    (["--color-jitter", "0.4", "--aa", "rand-m9", "--pipeline", "timm"], "has no effect without --aa none"),
+    (["--clip-mode", "agc"], "has no effect without --clip-grad"),
+    (["--model-ema-decay", "0.9"], "has no effect without --model-ema"),
+    (["--ratio", "0.5", "2"], "has no effect without --scale"),
+    (["--workers", "2"], "has no effect without --pipeline timm"),
+    (["--min-lr", "1e-5", "--scheduler", "constant"], "has no effect without --scheduler cosine"),
+    (["--warmup-lr", "1e-4", "--warmup-epochs", "0"], "has no effect without a warm-up"),
+    (["--scale", "2", "3"], "increasing pair above 0 and at most 1"),
+    (["--scale", "0.5", "1", "--ratio", "0.5", "inf"], "--ratio"),
+    (["--seed", "99999999999999999999999"], "--seed"),
     (["--save-every", "often"], "1epoch, 500steps or 10m"),
     (["--save-epochs", "0"], "--save-epochs 0"),
     (["--scale", "0.9", "0.1"], "increasing pair"),
@@ -55,6 +66,11 @@ LOADED = [
     (["--batch-size", "300"], "larger than the training set"),
     (["--limit-train", "99999"], "there are only 1,438 images"),
     (["--checkpoint", "nowhere.pth"], "no such file"),
+    (["--pipeline", "timm", "--aa", "rnd-m9"], "--aa rnd-m9: timm cannot read this policy"),
+    (["--pipeline", "timm", "--aa", "rand-m99-n99x"], "--aa rand-m99-n99x"),
+    (["--crop-padding", "12"], "--crop-padding 12: must be smaller than the images' side of 8"),
+    (["--optimizer", "adahessian"], "second derivatives"),
+    (["--model", "/tmp"], "did you mean local-dir:/tmp"),
     (["--device", "cuda"], "--device cuda"),
     (["--validation-fraction", "0.001"], "leaves"),
 ]
@@ -117,6 +133,24 @@ def test_a_run_of_another_configuration(trainer):
     refused = trainer("--max-steps", "2", "--run-name", "a", "--learning-rate", "1e-3", "--mixup", "0.1", check=2)
     assert "(--mixup 0.0 -> 0.1; --learning-rate 0.003 -> 0.001)" in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+def test_a_run_is_never_overwritten_by_the_continuation_of_another(trainer):
+    source = trainer("--max-steps", "8", "--tracker", "none", "--run-name", "step-source").run
+    victim = trainer("--max-steps", "9", "--tracker", "none", "--run-name", "victim", "--seed", "7").run
+    before = {p: p.read_bytes() for p in victim.rglob("*") if p.is_file() and p.name != ".owner"}
+    refused = trainer("--run-name", "victim", "--resume", str(source), "--tracker", "none", check=2)
+    assert "holds another run already" in refused.stderr
+    assert {p: p.read_bytes() for p in victim.rglob("*") if p.is_file() and p.name != ".owner"} == before
+    # A run may be called step-something and is still a run
+    again = trainer("--max-steps", "9", "--tracker", "none", "--run-name", "step-source")
+    assert "after step 8" in again.stdout
+
+
+def test_a_run_that_ended_before_its_first_line_blocks_nothing(trainer, tmp_path):
+    first = trainer("--learning-rate", "1e30", "--warmup-epochs", "0", "--run-name", "a", "--tracker", "none", check=1)
+    assert not (first.run / "metrics.jsonl").exists()
+    assert summary(trainer("--max-steps", "2", "--run-name", "a", "--tracker", "none").run)["status"] == "finished"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, trainer):

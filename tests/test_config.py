@@ -65,6 +65,8 @@ def test_parsing_imports_nothing_heavy():
         (["--epochs", "3"], "warmup_epochs", 0.6, "derived"),
         (["--checkpoint", "x.pth"], "pretrained", False, "derived"),
         (["--mixup", "0"], "mixup_prob", 1.0, "derived"),
+        (["--mixup", "none"], "mixup", 0, "flag"),
+        (["--hflip=none"], "hflip", 0, "flag"),
         (["--mean", "0.5", "0.5", "0.5"], "mean", (0.5, 0.5, 0.5), "flag"),
         (
             ["--model-kwargs", "patch_size=4", "drop_rate=0.1"],

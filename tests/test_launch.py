@@ -31,7 +31,7 @@ def own_config(tmp_path, monkeypatch):
 def test_without_a_config_the_shipped_one_that_fits(own_config):
     command, environment, why = command_for(["--epochs", "3"])
     assert command == [sys.executable, "-m", "cifar_accel", "--epochs", "3"]
-    assert environment == {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"} and "cpu.yaml" in why
+    assert environment == {"ACCELERATE_MIXED_PRECISION": "no"} and "cpu.yaml" in why
 
 
 def test_the_users_own_config_comes_first(own_config, monkeypatch):
@@ -51,7 +51,8 @@ def test_several_processes_go_through_a_launcher(own_config):
         "--epochs",
         "3",
     ]
-    own_config(distributed_type="MULTI_CPU", num_processes=2)  # accelerate launch would start one
+    own_config(distributed_type="MULTI_CPU", num_processes=2, mixed_precision="bf16")  # accelerate launch starts one
+    assert command_for([])[1] == {"ACCELERATE_MIXED_PRECISION": "bf16"}
     assert command_for([])[0][1:] == [
         "-m",
         "torch.distributed.run",
@@ -63,9 +64,10 @@ def test_several_processes_go_through_a_launcher(own_config):
     ]
 
 
-def test_a_broken_config_is_one_line(own_config, tmp_path):
+@pytest.mark.parametrize("text", ["{", "[1, 2]"])
+def test_a_broken_config_is_one_line(own_config, tmp_path, text):
     own_config()
-    (tmp_path / "hf" / "accelerate" / "default_config.yaml").write_text("{")
+    (tmp_path / "hf" / "accelerate" / "default_config.yaml").write_text(text)
     done = subprocess.run([sys.executable, "-m", "cifar_accel.launch", "--epochs", "3"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "default_config.yaml" in done.stderr
 
@@ -89,6 +91,18 @@ def test_signals_and_exit_codes_come_through(trainer, tmp_path, own_config):
     assert subprocess.run([*launcher, "--epochs", "0"], capture_output=True).returncode == 2
 
 
+def test_signals_and_exit_codes_come_through_two_processes(trainer, tmp_path, own_config):
+    own_config(distributed_type="MULTI_CPU", num_processes=2)
+    launcher = [sys.executable, "-m", "cifar_accel.launch"]
+    words = [*trainer.command("--epochs", "60", "--run-name", "a", "--tracker", "none")[3:]]
+    process = subprocess.Popen([*launcher, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "ck" / "a" / "metrics.jsonl").exists())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 143 and summary(tmp_path / "ck" / "a")["status"] == "preempted"
+    refused = subprocess.run([*launcher, "--epochs", "0"], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
 def test_launch_sh_without_a_python(tmp_path):
     """A fresh copy on a machine whose only Python is too old."""
     fake = tmp_path / "bin" / "python3"
@@ -99,4 +113,4 @@ def test_launch_sh_without_a_python(tmp_path):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     env = {"PATH": f"{fake.parent}:/usr/bin:/bin", "PYTHON": "python3", "HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(["bash", tmp_path / "launch.sh", "--epochs", "1"], capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "no Python >= 3.11" in done.stderr
+    assert done.returncode == 2 and "no Python >= 3.11" in done.stderr and done.stderr.count("\n") == 1

@@ -55,6 +55,7 @@ def test_what_a_run_leaves(trainer, in_process, tmp_path):
     assert {"mixed_precision", "memory_format", "total_steps", "data_fingerprint"} <= config["options"].keys()
     assert config["versions"]["torch"] and config["hardware"]["cpu_cores"] and config["command"][1:]
     result, lines = summary(run), rows(run)
+    assert f"accuracy {result['accuracy']:.2%} on 100 test images" in done.stdout
     assert result["status"] == "finished" and result["evaluated_images"] == 100 and result["steps"] == 24
     steps = [line["step"] for line in lines]
     assert steps == sorted({*range(3, 25, 3), 8, 16, 24})
@@ -243,6 +244,30 @@ def test_max_steps_cuts_and_a_larger_one_goes_on(trainer):
     assert [r["train/lr"] for r in rows(cut) if r["step"] == 12] == [
         r["train/lr"] for r in rows(whole) if r["step"] == 12
     ]
+
+
+def test_stopped_before_the_first_step(trainer, tmp_path):
+    """While data and model are made there is nothing to save: the process ends at once, and leaves nothing."""
+    process = subprocess.Popen(
+        trainer.command("--run-name", "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("model: making"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "Traceback" not in err
+    assert not (tmp_path / "ck" / "a" / "model").exists()
+
+
+def test_a_resume_does_not_need_the_starting_weights_again(trainer, tmp_path):
+    source = trainer("--epochs", "1", "--tracker", "none", "--run-name", "source").run / "model" / "model.safetensors"
+    weights = tmp_path / "start.safetensors"
+    shutil.copy(source, weights)
+    words = ("--checkpoint", str(weights), "--tracker", "none", "--run-name", "b")
+    trainer(*words, "--max-steps", "8")
+    weights.unlink()
+    assert "after step 8" in trainer(*words, "--max-steps", "9").stdout
 
 
 def test_validation_split_reads_the_test_set_once(trainer):

@@ -113,6 +113,38 @@ def test_parquet_in_hub_layout(tmp_path):
     assert load_dataset(str(plain), str(tmp_path / "cache"), 32).train.classes == ["0", "1", "2", "3"]
 
 
+def test_validation_files_are_not_training_files(tmp_path):
+    folder = parquet_folder(tmp_path / "data")
+    (folder / "test-00000-of-00001.parquet").rename(folder / "validation-00000-of-00001.parquet")
+    data = load_dataset(str(folder), str(tmp_path / "cache"), 32)  # in place of a test split
+    assert (len(data.train), len(data.test)) == (12, 12)
+    parquet_folder(folder, rows=8)
+    data = load_dataset(str(folder), str(tmp_path / "cache"), 32)  # beside one: left out
+    assert (len(data.train), len(data.test)) == (8, 8)
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    folder, said = parquet_folder(tmp_path / "data"), []
+    load_dataset(str(folder), str(tmp_path / "cache"), 32)
+    (labels,) = tmp_path.glob("cache/decoded-*/train_labels.npy")
+    labels.write_bytes(labels.read_bytes()[:90])
+    assert len(load_dataset(str(folder), str(tmp_path / "cache"), 32, said.append).train) == 12
+    assert "is damaged" in said[0]
+
+
+def test_sixteen_bit_and_rotated_images(tmp_path):
+    folder = image_folder(tmp_path / "data")
+    ramp = (np.arange(32 * 32).reshape(32, 32) * 64).astype(np.uint16)
+    Image.fromarray(ramp).save(folder / "train" / "cat" / "0.png")
+    image = Image.open(io.BytesIO(picture(7)))
+    exif = image.getexif()
+    exif[0x0112] = 3  # upside down
+    image.save(folder / "train" / "cat" / "1.png", exif=exif)
+    train = load_dataset(str(folder), str(tmp_path / "cache"), 32).train
+    assert np.array_equal(train.images[0], np.stack([ramp >> 8] * 3))
+    assert np.array_equal(train.images[1], np.asarray(image)[::-1, ::-1].transpose(2, 0, 1))
+
+
 def test_image_folder(tmp_path):
     data = load_dataset(str(image_folder(tmp_path / "data")), str(tmp_path / "cache"), 48)
     assert data.train.classes == ["cat", "dog"] and data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]

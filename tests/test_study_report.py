@@ -12,7 +12,7 @@ from PIL import Image
 
 from cifar_accel.cli import main
 from cifar_accel.report import PLOTS, smooth
-from cifar_accel.study import as_flags, read_study
+from cifar_accel.study import as_flags, name_runs, read_study
 
 STUDIES = Path(__file__).parent.parent / "studies"
 
@@ -101,13 +101,16 @@ def test_the_tables(finished, in_process):
         for t in re.split(r"## .*\n", out)[1:3]
     ]
     default, settings = tables
-    assert default[0] == ["model", "data", "loss", "acc. %", "report loss", "report acc. %"] and len(default) == 2
+    assert default[0] == ["model", "data", "loss", "acc. %", "report"] and len(default) == 2
     accuracies = [100 * summary(finished / n)["accuracy"] for n in "ab"]
     mean, sd = sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5
-    assert default[1][:2] == ["test_nfnet", "digits"] and default[1][3] == f"{mean:.2f} ± {sd:.2f} (n=2)"
-    assert default[1][4:] == ["1.6041", "74.23"]
-    assert [row[1:3] for row in settings[1:]] == [["adamw", "cosine"], ["sgdm", "cosine"]]
-    assert settings[2][-2:] == ["2.4778", "58.47"]
+    assert (
+        default[1][:2] == ["test_nfnet (limit_train 256, limit_test 100)", "digits"]
+        and default[1][3] == f"{mean:.2f} ± {sd:.2f} (n=2)"
+    )
+    assert default[1][4] == "1.6041, 74.23"
+    assert [row[2] for row in settings[1:]] == ["adamw, cosine", "sgdm, cosine"]
+    assert settings[2][-1] == "2.4778, 58.47"
     assert "un<b>finished: failed" in out
 
 
@@ -170,9 +173,12 @@ def test_a_sweep_file_is_a_grid(tmp_path):
         ("runs: [", "is not YAML"),
         ("name: x", "needs `parameters`"),
         ("runs: [{modell: vit}]", "there is no option modell; did you mean model"),
+        ("runs: 3", "`runs` a list of tables"),
+        ("parameters: [a]", "`parameters` must be a table"),
+        ("parameters: {seed: {values: 3}}", "a list `values`"),
         ("parameters: {seed: 3}", "needs `value` or `values`"),
         ("method: bayes\nparameters: {seed: {value: 3}}", "wandb's agent"),
-        ("runs: [{seed: 1, run_name: a}, {seed: 2, run_name: a}]", "two runs would write"),
+        ("runs: [{seed: 1, run_name: a}, {seed: 1, run_name: a}]", "two runs are the same"),
         ("runs: [{epochs: 0}]", "--epochs 0"),
     ],
 )
@@ -180,6 +186,32 @@ def test_a_bad_study_starts_nothing(in_process, tmp_path, text, message):
     (tmp_path / "study.yaml").write_text(text)
     code, _, err = in_process(main, "study", tmp_path / "study.yaml")
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_only_seeds_are_averaged(finished, in_process, tmp_path):
+    """Runs that differ in anything else have rows of their own that say in what."""
+    for name, rate in (("a", 0.001), ("b", 0.01)):
+        shutil.copytree(finished / name, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["options"]["learning_rate"] = rate
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    _, out, _ = in_process(main, "report", tmp_path)
+    assert "n=2" not in out and "learning_rate 0.001" in out and "learning_rate 0.01" in out
+
+
+def test_runs_of_a_grid_get_names_of_their_own():
+    runs = [{"learning_rate": rate, "seed": s} for rate in (0.1, 0.2) for s in (1, 2)]
+    names = ["m/adamw-s1", "m/adamw-s2"] * 2
+    assert name_runs(runs, names) == [f"m/adamw-s{s}-learning_rate={rate}" for rate in (0.1, 0.2) for s in (1, 2)]
+    assert name_runs([{"seed": 1}, {"seed": 2}], ["a", "b"]) == ["a", "b"]
+
+
+def test_a_marker_of_an_earlier_stop_does_not_stop_the_study(tmp_path, cache):
+    rows = [{"run_name": "a", "checkpoint": str(tmp_path / "never.pth")}, {"run_name": "b"}]
+    (tmp_path / "ck" / "a").mkdir(parents=True)
+    (tmp_path / "ck" / "a" / "PREEMPTED").touch()
+    done = run_study(study_file(tmp_path / "study.yaml", cache, runs=rows))
+    assert done.returncode == 1 and "1 of 2 runs finished" in done.stdout
 
 
 def test_smoothing_starts_without_bias():

@@ -139,11 +139,14 @@ def resize(images: torch.Tensor, side: tuple[int, int], interpolation: str) -> t
 def _jitter(images: torch.Tensor, factors: Floats) -> torch.Tensor:
     """Brightness, contrast, saturation (in this order) of float images in 0..255; factors [n, 3]; PIL's definitions."""
     scale = torch.from_numpy(factors.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 3, 1, 1, 1)
-    grey_of = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+
+    def grey(x: torch.Tensor) -> torch.Tensor:
+        return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
     images = (images * scale[:, 0]).clamp_(0, 255)
-    mean = (images * grey_of).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    mean = grey(images).mean((2, 3), keepdim=True)
     images = torch.lerp(mean, images, scale[:, 1]).clamp_(0, 255)
-    return torch.lerp((images * grey_of).sum(1, keepdim=True), images, scale[:, 2]).clamp_(0, 255)
+    return torch.lerp(grey(images), images, scale[:, 2]).clamp_(0, 255)
 
 
 def erase(images: torch.Tensor, prob: float, seed: int, epoch: int, index: NDArray[np.int64]) -> torch.Tensor:

@@ -56,6 +56,8 @@ class Pipeline:
         self.resident = self.args.pipeline == "device"
         if self.resident:
             self.images = torch.from_numpy(np.asarray(self.split.images)).to(self.device)  # uint8 [N, 3, H, W]
+        else:
+            self.timm = {t: _TimmImages(self.args, self.split.images, self.mean, t) for t in (True, False)}
         scale = torch.tensor(self.std, device=self.device).mul(255).reciprocal()
         self.scale = scale.view(1, -1, 1, 1)
         self.offset = (torch.tensor(self.mean, device=self.device) * 255 * scale).view(1, -1, 1, 1)
@@ -121,7 +123,7 @@ class Pipeline:
     def _worker_pixels(self, training: bool, rows: Iterator[Rows]) -> Iterator[torch.Tensor]:
         """uint8 [n, 3, S, S] of each of `rows`, in order, made ahead of time by `--workers` processes."""
         loader = DataLoader(
-            _TimmImages(self.args, self.split.images, self.mean, training),
+            self.timm[training],
             sampler=rows,  # type: ignore[arg-type]  # any iterator of indices will do; ours are whole micro-batches
             batch_size=None,
             num_workers=self.args.workers or 0,
@@ -171,19 +173,19 @@ class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
             auto_augment=None if args.aa == "none" else args.aa,
             color_jitter=args.color_jitter or None,
         )
-        # use_prefetcher: leave the image uint8; mean is the colour that geometric operations fill with
-        self.transform: Any = create_transform(
-            args.image_size,
-            is_training=training,
-            use_prefetcher=True,
-            interpolation=args.interpolation,
-            mean=mean,
-            crop_pct=args.crop_pct,
-            **(augmentation if training else {}),
-        )
-        if (
-            training and args.scale is None
-        ):  # timm has no plain resize or padded crop in training: put ours in its place
+        try:  # use_prefetcher leaves the image uint8; mean is the colour that geometric operations fill with
+            self.transform: Any = create_transform(
+                args.image_size,
+                is_training=training,
+                use_prefetcher=True,
+                interpolation=args.interpolation,
+                mean=mean,
+                crop_pct=args.crop_pct,
+                **(augmentation if training else {}),
+            )
+        except (AssertionError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"--aa {args.aa}: timm cannot read this policy ({e!r})") from e
+        if training and args.scale is None:  # timm always crops and resizes here: put ours in its place
             self.transform.transforms[0] = _PilCrop(args.crop_padding, args.image_size, args.interpolation)
 
     def __getitem__(self, rows: Rows) -> torch.Tensor:

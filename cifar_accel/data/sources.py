@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cifar_accel.config import did_you_mean
 from cifar_accel.data.order import stratified_subset
+from cifar_accel.run_folder import sync
 
 CACHE_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SPLITS = {"train": "train", "test": "test", "val": "val(idation)?"}  # what file and folder names begin with
 NETWORK_TIMEOUT_S = 15
 
 
@@ -99,21 +101,32 @@ def load_dataset(name: str, data_dir: str, image_size: int, say: Callable[[str],
         root.mkdir(parents=True, exist_ok=True)
         source = find_source(name, root, say)
         key = blake2b(f"{CACHE_FORMAT} {source.identity()}".encode(), digest_size=12).hexdigest()
+        folders = root / f"decoded-{key}", root / f"decoded-{key}-{image_size}px"  # the second: of unequal sizes
         with FileLock(root / f"decoded-{key}.lock"):
-            folders = root / f"decoded-{key}", root / f"decoded-{key}-{image_size}px"  # the second: of unequal sizes
-            folder = next((f for f in folders if f.exists()), None)
-            if folder is None:
+            data = next((d for d in (_open_cache(f, name, key, say) for f in folders if f.exists()) if d), None)
+            if data is None:
                 say(f"data: decoding {name} into {folders[0]} (once)")
                 try:
                     folder = _decode(source, name, folders[0], None)
                 except _UnequalSizes:
                     say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
                     folder = _decode(source, name, folders[1], image_size)
+                data = _open_cache(folder, name, key, say)
+                assert data is not None, "what was just written can be read"
     except OSError as e:
         raise ValueError(f"--data-dir {data_dir}: {e.strerror or e}") from e
-    meta = json.loads((folder / "meta.json").read_text())
-    train, test = (_map_split(folder, split, meta) for split in ("train", "test"))
-    return Dataset(name, train, test, key)
+    return data
+
+
+def _open_cache(folder: Path, name: str, key: str, say: Callable[[str], None]) -> Dataset | None:
+    """Map the arrays in `folder`; a damaged folder is removed, and None returned."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return Dataset(name, _map_split(folder, "train", meta), _map_split(folder, "test", meta), key)
+    except (OSError, ValueError, KeyError) as e:
+        say(f"data: {folder} is damaged ({e}) and is made anew")
+        shutil.rmtree(folder)
+        return None
 
 
 def _map_split(folder: Path, split: str, meta: dict[str, Any]) -> Split:
@@ -236,8 +249,10 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
             )
         )
 
+    whole = root / f"hub-{name.replace('/', '--')}.whole"  # a download that broke off leaves a snapshot folder too
     try:
-        return _parquet(fetch(local=True))
+        if whole.exists():
+            return _parquet(fetch(local=True))
     except LocalEntryNotFoundError:
         pass
     require_network(f"--dataset {name}", "pass a local folder in the same layout")
@@ -248,6 +263,7 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
         raise ValueError(f"--dataset {name}: neither a folder here nor a data set on {constants.ENDPOINT}") from e
     except Exception as e:  # the hub's HTTP library, and so its errors, changes with its version
         raise ValueError(f"--dataset {name}: cannot be downloaded ({str(e).splitlines()[0]})") from e
+    whole.touch()
     return _parquet(folder)
 
 
@@ -256,7 +272,7 @@ def _parquet(path: Path) -> Source:
     files: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.parquet")):
         words = [part.lower() for part in file.relative_to(path).parts]
-        hits = [s for s in ("train", "test", "val") if any(re.match(rf"{s}(?![a-z])|validation", w) for w in words)]
+        hits = [s for s, name in SPLITS.items() if any(re.match(rf"{name}(?![a-z])", w) for w in words)]
         files.setdefault(hits[0] if hits else "other", []).append(file)
     if "test" not in files and "val" in files:
         files["test"] = files.pop("val")
@@ -395,6 +411,8 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> Path:
                 raise ValueError(f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}")
         meta = {"name": name, "classes": classes, "coarse_classes": coarse_classes}
         (scratch / "meta.json").write_text(json.dumps(meta))
+        for file in scratch.iterdir():
+            sync(file)
         os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -416,7 +434,7 @@ def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: b
         encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
         try:
             with Image.open(encoded) as image:
-                rgb = image.convert("RGB")
+                rgb = _as_rgb(ImageOps.exif_transpose(image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise ValueError(f"--dataset: {raw.names(i)} is not a whole image ({e})") from e
         return np.asarray(_fit(rgb, side[0]) if resize else rgb)
@@ -435,6 +453,13 @@ def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: b
 def _in_chunks(pool: ThreadPoolExecutor, f: Callable[[int], Any], n: int, chunk: int = 2048) -> Iterator[Any]:
     for start in range(0, n, chunk):  # pool.map alone would hold every decoded image at once
         yield from pool.map(f, range(start, min(start + chunk, n)))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel, three channels; 16-bit grey is scaled, which PIL's own conversion would clip."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
