@@ -36,10 +36,10 @@ def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
                 f"--model {args.model}: {folder} holds no model.safetensors (--no-pretrained does without)"
             )
         return
-    if Path(name).is_dir():
-        raise ValueError(f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
+        if Path(name).is_dir():
+            raise ValueError(f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?")
         known = [*ALIASES, *timm.list_models()]
         raise ValueError(
             f"--model {args.model}: timm {timm.__version__} has no such model{did_you_mean(architecture, known)}"
