@@ -176,7 +176,7 @@ def test_a_sweep_file_is_a_grid(tmp_path):
         ("runs: 3", "`runs` a list of tables"),
         ("parameters: [a]", "`parameters` must be a table"),
         ("parameters: {seed: {values: 3}}", "a list `values`"),
-        ("parameters: {seed: 3}", "needs `value` or `values`"),
+        ("parameters: {seed: 3}", "needs `value` or a list `values`"),
         ("method: bayes\nparameters: {seed: {value: 3}}", "wandb's agent"),
         ("runs: [{seed: 1, run_name: a}, {seed: 1, run_name: a}]", "two runs are the same"),
         ("runs: [{epochs: 0}]", "--epochs 0"),
