@@ -20,9 +20,10 @@ from PIL import Image
 from torchvision import transforms
 
 from cifar_accel.config import IMAGENET_MEAN, IMAGENET_STD, recipe_defaults
+from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.order import Order
 from cifar_accel.data.pipelines import Pipeline
-from cifar_accel.data.sources import Split, load_dataset
+from cifar_accel.data.sources import Split
 from cifar_accel.run_folder import describe_config
 
 BATCH = 256

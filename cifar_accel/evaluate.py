@@ -14,8 +14,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from cifar_accel import tracking
 from cifar_accel.config import EvaluateArguments, TrainingArguments
+from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.pipelines import Batch, Pipeline
-from cifar_accel.data.sources import limit, load_dataset
+from cifar_accel.data.sources import limit
 from cifar_accel.run_folder import read_json
 
 

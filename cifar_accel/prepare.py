@@ -18,9 +18,10 @@ from timm.utils import ModelEmaV3
 
 from cifar_accel import checkpoint
 from cifar_accel.config import TrainingArguments
+from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.order import Order
 from cifar_accel.data.pipelines import Pipeline
-from cifar_accel.data.sources import Dataset, Split, hold_out, limit, load_dataset
+from cifar_accel.data.sources import Dataset, Split, hold_out, limit
 from cifar_accel.evaluate import make_accelerator
 from cifar_accel.model import ALIASES, build_model, check_model, input_statistics
 from cifar_accel.optim import build_optimizer, check_names

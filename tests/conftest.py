@@ -50,37 +50,21 @@ def weights() -> Path:
 def trainer(tmp_path, cache):
     """Run the trainer as a user does; gives the finished process, with the run folder as `.run`."""
 
+    def command(*words, launcher=(sys.executable,), base=TINY):
+        where = ["--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
+        return [*launcher, "-m", "cifar_accel", *base, *where, *words]
+
     def run(*words, launcher=(sys.executable,), check=0, env=None, timeout=240, base=TINY):
-        command = [
-            *launcher,
-            "-m",
-            "cifar_accel",
-            *base,
-            "--data-dir",
-            cache,
-            "--save-dir",
-            str(tmp_path / "ck"),
-            *words,
-        ]
+        words = command(*words, launcher=launcher, base=base)
         done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path
+            words, capture_output=True, text=True, env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path
         )
         assert check is None or done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
         done.run = next((p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None)
         return done
 
-    run.command = lambda *words: [
-        sys.executable,
-        "-m",
-        "cifar_accel",
-        *TINY,
-        "--data-dir",
-        cache,
-        "--save-dir",
-        str(tmp_path / "ck"),
-        *words,
-    ]
+    run.command = command
     return run
 
 

@@ -88,7 +88,8 @@ def test_what_a_run_leaves(trainer, in_process, tmp_path):
     code, out, _ = in_process(main, "evaluate", moved)
     assert code == 0 and f"{result['accuracy']:.4%}" in out and "100 test images" in out
     model = timm.create_model(f"local-dir:{moved / 'model'}", pretrained=True).eval()
-    from cifar_accel.data.sources import limit, load_dataset
+    from cifar_accel.data.cache import load_dataset
+    from cifar_accel.data.sources import limit
 
     test = limit(load_dataset("digits", config["options"]["data_dir"], 32).test, 100, "", 3407)
     x = torch.nn.functional.interpolate(

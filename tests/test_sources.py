@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_accel.data.sources import hold_out, limit, load_dataset
+from cifar_accel.data.cache import load_dataset
+from cifar_accel.data.sources import hold_out, limit
 
 
 def picture(seed: int, size=(32, 32), ending="png") -> bytes:
