@@ -20,7 +20,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # cut away). Two slips of its scheduler are mended: the warm-up there repeated its first epoch and its peak stayed
     # at 4.52e-4; here the rate warms up to --learning-rate and falls from there, step by step.
     "report": dict(
-        pipeline="timm",
         aa="rand-m15-n2",
         scale=(0.08, 1.0),
         ratio=(3 / 4, 4 / 3),
@@ -86,6 +85,8 @@ class TrainingArguments:
     """Probability of a left-right flip."""
     vflip: float = 0.0
     """Probability of an upside-down flip."""
+    alternating_flip: bool = False
+    """Flip every image left-right in every other epoch, at random in the first, in place of --hflip's coin."""
     color_jitter: float = 0.0
     """Range of random brightness, contrast and saturation (0.4 means a factor of 0.6 to 1.4)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -222,6 +223,7 @@ class ReportArguments:
 NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
     "amsgrad": ("--optimizer adamw", lambda a: a.optimizer == "adamw"),
     "color_jitter": ("--aa none (timm leaves it out beside a policy)", lambda a: a.aa == "none" or "3a" in a.aa),
+    "alternating_flip": ("--hflip 0.5 and --pipeline device", lambda a: a.hflip == 0.5 and a.pipeline == "device"),
     "momentum": ("an optimizer that has one", lambda a: a.optimizer != "adamw"),
     "mixup_prob": ("--mixup or --cutmix", lambda a: bool(a.mixup or a.cutmix)),
     "clip_mode": ("--clip-grad", lambda a: a.clip_grad > 0),
@@ -299,18 +301,37 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         if "pretrained" in given:
             raise ValueError("--pretrained and --checkpoint both name weights to start from: give one of them")
         derive(pretrained=False)
+    if args.aa != "none":
+        derive(**check_policy(args, given))
     for name, (needed, has_effect) in NEEDS.items():
         if not has_effect(args):
             if name in given:
                 raise ValueError(f"{flag(name)} has no effect without {needed}")
             if getattr(args, name) != getattr(TrainingArguments, name):  # the recipe set it for another choice
                 derive(**{name: getattr(TrainingArguments, name)})
-    if args.aa != "none" and args.pipeline == "device":
-        raise ValueError(f"--aa {args.aa} needs --pipeline timm (the device pipeline has crops, flips and colour)")
     if args.run_name is None:
         slug = os.path.basename(args.model.removeprefix("local-dir:").rstrip("/")) or "model"
         derive(run_name=f"{slug}/{args.optimizer}-{args.scheduler}-s{args.seed}")
     return args, origin
+
+
+def check_policy(args: TrainingArguments, given: set[str]) -> dict[str, Any]:
+    """Read --aa; returns {"pipeline": "timm"} for a policy that only timm has, unless the user chose a pipeline.
+
+    Raises ValueError for a policy that cannot be read, or that the chosen pipeline lacks.
+    """
+    from cifar_accel.data.policy import parse
+
+    kind = args.aa.split("-")[0]
+    if kind not in ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a"):
+        raise ValueError(f"--aa {args.aa}: unknown; timm has rand-..., augmix-..., original, originalr, v0, v0r and 3a")
+    if kind == "rand" and parse(args.aa).choice in ("", "weights"):
+        return {}
+    if args.pipeline == "device" and "pipeline" in given:
+        raise ValueError(
+            f"--aa {args.aa} needs --pipeline timm (the device pipeline has rand-... without t3a and t3aw)"
+        )
+    return {"pipeline": "timm"} if args.pipeline == "device" else {}
 
 
 def check_ranges(args: TrainingArguments) -> None:

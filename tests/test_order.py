@@ -79,7 +79,7 @@ def test_mixing_follows_its_probability_and_distribution():
     assert abs(lam.mean() - 0.5) < 4 * lam.std() / len(lam) ** 0.5
     assert abs(lam.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.01  # the variance of Beta(a, a)
     both = [order.mix(step, 0.8, 1.0, 1.0) for step in range(2000)]
-    assert abs(sum(m.box is not None for m in both) / 2000 - 0.5) < 0.05
+    assert abs(sum(m.centre is not None for m in both) / 2000 - 0.5) < 0.05
     assert order.mix(3, 0.0, 0.0, 1.0).lam == 1.0
 
 

@@ -399,7 +399,7 @@ def test_real_images_and_imagenet_weights(trainer, cifar, weights):
     result = summary(done.run)
     assert result["evaluated_images"] == 300 and result["status"] == "finished"
     options = read_json(done.run / "config.json")["options"]
-    assert (options["aa"], options["pipeline"], options["classes"]) == ("rand-m15-n2", "timm", 100)
+    assert (options["aa"], options["pipeline"], options["classes"]) == ("rand-m15-n2", "device", 100)
 
 
 @pytest.mark.parametrize("model", ["nfnet", "vit"])

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 # What a random number is for. The place in this list enters the hash: append, never reorder.
 PURPOSES = (
     "permutation subset crop_area crop_ratio crop_y crop_x hflip vflip brightness contrast saturation erase erase_area "
-    "erase_ratio erase_y erase_x mix mix_kind mix_lambda mix_y mix_x sample_seed dropout"
+    "erase_ratio erase_y erase_x mix mix_kind mix_lambda mix_y mix_x sample_seed dropout layer_operation layer_on "
+    "layer_sign layer_magnitude layer_magnitude_angle jitter_order"
 ).split()
 
 
@@ -54,12 +55,12 @@ def stratified_subset(labels: NDArray[np.int64], n: int, seed: int) -> NDArray[n
 class Mix:
     """How the images of one global batch are mixed with their partners.
 
-    `lam` is the share that an image itself keeps; `box` is CutMix's pasted rectangle (y0, x0, y1, x1) as fractions of
-    the image's sides (what it leaves of the image, in whole pixels, then replaces `lam`), or None for Mixup.
+    `lam` is the share that an image itself keeps; `centre` is that of CutMix's pasted square (y, x) as fractions of the
+    image's sides (what the square leaves of the image, in whole pixels, then replaces `lam`), or None for Mixup.
     """
 
     lam: float
-    box: tuple[float, ...] | None = None
+    centre: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,5 @@ class Order:
         cut = bool(cutmix) and (not mixup or uniform(self.seed, "mix_kind", step)[0] < 0.5)
         alpha, seed = cutmix if cut else mixup, int(random_bits(self.seed, "mix_lambda", step)[0])
         lam = np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha)
-        if not cut:
-            return Mix(lam)
-        side, (cy, cx) = (1 - lam) ** 0.5, (uniform(self.seed, f"mix_{axis}", step)[0] for axis in "yx")
-        y0, x0, y1, x1 = (min(max(v, 0.0), 1.0) for v in (cy - side / 2, cx - side / 2, cy + side / 2, cx + side / 2))
-        return Mix(lam, (y0, x0, y1, x1))
+        y, x = (float(uniform(self.seed, f"mix_{axis}", step)[0]) for axis in "yx")
+        return Mix(lam, (y, x) if cut else None)

@@ -4,6 +4,7 @@ Both take the samples, the mixing and every random number from `order.py`, so ei
 processes and goes on at any step. They differ only in who makes the pixels.
 """
 
+import itertools
 import math
 import random
 import signal
@@ -19,9 +20,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cifar_accel.config import TrainingArguments
-from cifar_accel.data import augment
+from cifar_accel.data import augment, operations
+from cifar_accel.data.operations import to_device
 from cifar_accel.data.order import Order, permutation, random_bits
 from cifar_accel.data.sources import Split
+
+# Pixels augmented at once, over as many micro-batches as that takes: enough to pay for the calls of a policy's many
+# small sub-batches, few enough for a processor's cache.
+CHUNK_PIXELS = {"cpu": 2**20, "cuda": 2**23}
 
 
 class Batch(NamedTuple):
@@ -70,15 +76,17 @@ class Pipeline:
         for rows, pixels in zip(plan(order, start, stop, mixing), raw(plan(order, start, stop, mixing)), strict=True):
             images = self._normalise(pixels)
             if args.reprob:
-                images = augment.erase(images, args.reprob, args.seed, rows.epoch, rows.samples)
-            labels = self.labels[self._to_device(rows.samples)]
+                epoch = np.full(len(rows.samples), rows.epoch)
+                images = augment.erase(images, args.reprob, args.seed, epoch, rows.samples)
+            labels = self.labels[to_device(rows.samples, self.device)]
             own = labels[: len(rows.partners)]
             targets = smooth_one_hot(own, classes, args.smoothing)
             if mixing:
-                partners = self._to_device(rows.partners)
+                partners = to_device(rows.partners, self.device)
                 how = order.mix(rows.step, args.mixup, args.cutmix, args.mixup_prob)
                 images, kept = augment.mix(images, partners, how)
-                targets = torch.lerp(smooth_one_hot(labels[partners], classes, args.smoothing), targets, kept)
+                other = smooth_one_hot(labels[partners], classes, args.smoothing)
+                targets = targets.sub_(other).mul_(kept).add_(other)
             yield Batch(images, own, targets)
 
     def evaluation_batches(self, batch_size: int, world: int = 1, rank: int = 0) -> Iterator[Batch]:
@@ -87,24 +95,28 @@ class Pipeline:
         rows = [Rows(0, 0, share[i : i + batch_size], share[:0]) for i in range(0, len(share), batch_size)]
         raw = self._evaluation_pixels if self.resident else partial(self._worker_pixels, False)
         for row, pixels in zip(rows, raw(iter(rows)), strict=True):
-            labels = self.labels[self._to_device(row.samples)]
+            labels = self.labels[to_device(row.samples, self.device)]
             yield Batch(self._normalise(pixels), labels, smooth_one_hot(labels, len(self.split.classes), 0.0))
 
     def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..255 (any dtype, may be overwritten) -> normalised float32 on the device."""
-        return pixels.to(self.device, non_blocking=True).float().mul_(self.scale).sub_(self.offset)
-
-    def _to_device(self, index: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(index).to(self.device, non_blocking=True)
+        """Pixels in 0..255 (any dtype) -> normalised float32 on the device."""
+        return pixels.to(self.device, non_blocking=True).float().mul(self.scale).sub_(self.offset)
 
     # -- pixels made on the device
 
     def _training_pixels(self, rows: Iterator[Rows]) -> Iterator[torch.Tensor]:
-        args, (h, w) = self.args, self.split.images.shape[2:]
-        for row in rows:
-            images = self.images.index_select(0, self._to_device(row.samples))
-            draws = augment.draw(args, args.seed, row.epoch, row.samples, (h, w))
-            yield augment.augment(images, draws, args.image_size, args.interpolation)
+        args, side = self.args, self.split.images.shape[2:]
+        fill = tuple(min(255, round(255 * m)) for m in self.mean)
+        pixels = CHUNK_PIXELS.get(self.device.type, 2**20) // max(*side, args.image_size) ** 2
+        for first in rows:
+            more = itertools.islice(rows, max(0, pixels // len(first.samples) - 1))
+            chunk = [first, *more]
+            index = np.concatenate([row.samples for row in chunk])
+            epoch = np.concatenate([np.full(len(row.samples), row.epoch) for row in chunk])
+            images = self.images.index_select(0, to_device(index, self.device))
+            draws = augment.draw(args, epoch, index, side)
+            images = augment.augment(images, draws, args.image_size, args.interpolation, fill)
+            yield from images.split([len(row.samples) for row in chunk])
 
     def _evaluation_pixels(self, rows: Iterator[Rows]) -> Iterator[torch.Tensor]:
         """timm's test transform: the shorter side to image_size / crop_pct, then the centre."""
@@ -113,9 +125,9 @@ class Pipeline:
         side = (round(h * shorter / min(h, w)), round(w * shorter / min(h, w)))
         top, left = round((side[0] - size) / 2), round((side[1] - size) / 2)
         for row in rows:
-            images = self.images.index_select(0, self._to_device(row.samples))
+            images = self.images.index_select(0, to_device(row.samples, self.device))
             if side != (h, w):
-                images = augment.resize(images, side, self.args.interpolation)
+                images = operations.resize(images, side, self.args.interpolation)
             yield images[..., top : top + size, left : left + size]
 
     # -- pixels made by timm in worker processes
@@ -162,8 +174,11 @@ class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
     """timm's transforms over an array of images; an index is one `Rows`, an item its pixels uint8 [n, 3, S, S]."""
 
     def __init__(self, args: TrainingArguments, images: NDArray[np.uint8], mean: tuple[float, ...], training: bool):
-        from timm.data import create_transform
+        from timm.data import auto_augment, create_transform
 
+        for name, operation in auto_augment.NAME_TO_OP.items():
+            if operation is auto_augment.posterize:
+                auto_augment.NAME_TO_OP[name] = _posterize
         self.images, self.seed, self.training = images, args.seed, training
         augmentation: dict[str, Any] = dict(
             scale=args.scale,
@@ -198,6 +213,12 @@ class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
             np.random.seed(seed & 0xFFFFFFFF)
             torch.default_generator.manual_seed(seed >> 1)
         return self.transform(Image.fromarray(self.images[index].transpose(1, 2, 0)))
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
+    """timm's, also for the 0 bits that its policies ask for and Pillow 13 refuses: a black image."""
+    keep = 256 - 2 ** (8 - min(max(bits_to_keep, 0), 8))
+    return image.point([value & keep for value in range(256)] * len(image.getbands()))
 
 
 class _PilCrop:
