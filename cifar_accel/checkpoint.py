@@ -137,6 +137,10 @@ def load_checkpoint(
         if ema is not None:
             ema.load_state_dict(load_file(path / "ema.safetensors"))
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        for parameter, moments in optimizer.state.items():  # fused kernels need the weights' own layout
+            for name, moment in moments.items():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
     except (RuntimeError, ValueError, KeyError, OSError) as e:
         raise ValueError(
             f"--resume {path}: is a checkpoint of another model or optimizer ({str(e).splitlines()[0]})"

@@ -153,12 +153,16 @@ class TrainingArguments:
     """auto takes cuda, else mps, else cpu."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    channels_last: bool = False
-    """Keep images and weights in channels-last memory format."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """torch.compile's mode; reduce-overhead replays the step as a CUDA graph."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Layout of images and weights; auto takes what was measured to be faster for the model's family and device."""
     max_steps: int = 0
     """Stop after this many optimizer steps (0: no limit); the schedule is not rescaled."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
+    profile: int = 0
+    """Trace this many optimizer steps, after 3 of warm-up, with torch's profiler into profile/ of the run folder."""
 
     # Saving and tracking
     save_dir: str = "checkpoint"
@@ -224,6 +228,7 @@ NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
     "amsgrad": ("--optimizer adamw", lambda a: a.optimizer == "adamw"),
     "color_jitter": ("--aa none (timm leaves it out beside a policy)", lambda a: a.aa == "none" or "3a" in a.aa),
     "alternating_flip": ("--hflip 0.5 and --pipeline device", lambda a: a.hflip == 0.5 and a.pipeline == "device"),
+    "compile_mode": ("--compile", lambda a: a.compile),
     "momentum": ("an optimizer that has one", lambda a: a.optimizer != "adamw"),
     "mixup_prob": ("--mixup or --cutmix", lambda a: bool(a.mixup or a.cutmix)),
     "clip_mode": ("--clip-grad", lambda a: a.clip_grad > 0),
@@ -236,8 +241,8 @@ NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
 
 # Options that may differ between a run and its continuation: they change where or how it runs, not what it computes.
 VOLATILE = frozenset(
-    "data_dir workers micro_batch_size device max_steps log_every save_dir run_name save_every keep_checkpoints "
-    "save_epochs resume tracker project group".split()
+    "data_dir workers micro_batch_size device memory_format max_steps log_every profile save_dir run_name save_every "
+    "keep_checkpoints save_epochs resume tracker project group".split()
 )
 
 
@@ -338,8 +343,8 @@ def check_ranges(args: TrainingArguments) -> None:
     """Raise ValueError for the first option outside its range; the message is one line that names the flag."""
     positive = "epochs batch_size micro_batch_size learning_rate image_size log_every keep_checkpoints crop_pct"
     not_negative = (
-        "warmup_epochs workers limit_train limit_test max_steps seed weight_decay momentum warmup_lr min_lr clip_grad "
-        "crop_padding mixup cutmix color_jitter"
+        "warmup_epochs workers limit_train limit_test max_steps profile seed weight_decay momentum warmup_lr "
+        "min_lr clip_grad crop_padding mixup cutmix color_jitter"
     )
     for name in positive.split():
         value = getattr(args, name)

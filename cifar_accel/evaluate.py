@@ -17,16 +17,23 @@ from cifar_accel.config import EvaluateArguments, TrainingArguments
 from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.data.sources import limit
+from cifar_accel.model import shorten_convolutions
 from cifar_accel.run_folder import read_json
 
 
 def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[Batch], images: int, channels_last: bool = False
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    images: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    fill_to: int = 0,
 ) -> dict[str, float]:
     """Loss and accuracy of `model` over a split of `images` images; all ranks enter, each with its own share.
 
     `model` must not be wrapped: a wrapper's forward may communicate, and the ranks have different numbers of batches.
-    The host waits for the device once, at the end.
+    The host waits for the device once, at the end. A last batch shorter than `fill_to` is filled up with images that
+    are not counted, so that a compiled model sees one shape.
 
     Returns:
         loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1]. evaluated_images: how many were counted.
@@ -38,8 +45,10 @@ def evaluate(
     seen = 0
     with torch.no_grad(), accelerator.autocast():
         for batch in batches:
-            x = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
-            logits = model(x).float()
+            x = batch.images.contiguous(memory_format=memory_format)
+            if len(x) < fill_to:  # the last batch is short
+                x = torch.cat([x, x[:1].expand(fill_to - len(x), -1, -1, -1)]).contiguous(memory_format=memory_format)
+            logits = model(x)[: len(batch.labels)].float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
             loss = F.cross_entropy(logits, batch.labels, reduction="sum")
             sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).to(wide)
@@ -82,11 +91,14 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
         )
     split = limit(data.test, min(run.limit_test, len(data.test)), "--limit-test", run.seed)
     accelerator = make_accelerator(run.device, config["options"]["mixed_precision"])
-    model = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True).to(accelerator.device)
+    memory_format = torch.channels_last if run.memory_format == "channels_last" else torch.contiguous_format
+    model: Any = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True)
+    shorten_convolutions(model)  # as in training, so that the figures are equal to the last digit
+    model.to(accelerator.device, memory_format=memory_format)
     options = config["options"]
     pipeline = Pipeline(run, split, accelerator.device, options["input_mean"], options["input_std"])
     batches = pipeline.evaluation_batches(args.batch_size, accelerator.num_processes, accelerator.process_index)
-    result = evaluate(accelerator, model, batches, len(split), run.channels_last)
+    result = evaluate(accelerator, model, batches, len(split), memory_format)
     say(f"accuracy  {result['accuracy']:.4%}  ({result['evaluated_images']:,} test images of {run.dataset})")
     say(f"top 5     {result['top5_accuracy']:.4%}\nloss      {result['loss']:.4f}")
     if accelerator.is_main_process and args.tracker != "none":

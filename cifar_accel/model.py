@@ -19,6 +19,13 @@ from cifar_accel.hub import require_network
 ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
 
 
+# Families (timm's module) that train faster in channels-last layout, by device; benchmarks/step.py measures it. Those
+# that are not here stay contiguous.
+CHANNELS_LAST = {
+    "cpu": {"efficientnet", "nfnet", "resnet"},
+}
+
+
 def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
     """Raise ValueError for a model that does not exist or whose weights cannot be had; comes before the data.
 
@@ -80,7 +87,46 @@ def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], 
     if args.checkpoint:
         say(load_weights(model, args.checkpoint))
     _check_input_size(model, args)
+    shorten_convolutions(model)
     return model
+
+
+def use_channels_last(args: TrainingArguments, model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether images and weights are kept in channels-last layout: as the options say, else by `CHANNELS_LAST`."""
+    if args.memory_format == "auto":
+        return type(model).__module__.rpartition(".")[2] in CHANNELS_LAST.get(device.type, ())
+    return args.memory_format == "channels_last"
+
+
+class _CentreConv2d(torch.nn.Conv2d):
+    """A convolution that, on a map of one pixel, multiplies with its kernel's centre alone: the rest meets padding."""
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if input.shape[-2:] != (1, 1):
+            return super()._conv_forward(input, weight, bias)
+        centre = weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
+        return torch.nn.functional.linear(input.flatten(1), centre, bias)[:, :, None, None]
+
+
+def shorten_convolutions(model: torch.nn.Module) -> None:
+    """Let every dense convolution that keeps a map's size skip the padding around a map of one pixel, in place.
+
+    A network of stride 32 has such maps at 32 pixels, and 8 of 9 products of its last 3x3 kernels are with zeros.
+    """
+    for layer in model.modules():
+        if type(layer) is torch.nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
+            around = tuple(d * (k - 1) / 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+            if layer.padding == around != (0, 0):
+                layer.__class__ = _CentreConv2d
+
+
+def forward_flops(model: torch.nn.Module, image_size: int) -> int:
+    """Floating-point operations of one image's forward pass (a multiplication and an addition are two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    return int(counter.get_total_flops())
 
 
 def _check_input_size(model: torch.nn.Module, args: TrainingArguments) -> None:
@@ -214,7 +260,7 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
         crop_pct=args.crop_pct,
         interpolation=args.interpolation,
     )
-    if args.channels_last:  # safetensors takes the usual layout only
+    if any(not t.is_contiguous() for t in model.state_dict().values()):  # safetensors takes the usual layout only
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(
         model, str(folder), model_config={"label_names": classes}, safe_serialization=True, data_config=data_config

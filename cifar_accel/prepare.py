@@ -23,7 +23,15 @@ from cifar_accel.data.order import Order
 from cifar_accel.data.pipelines import Pipeline
 from cifar_accel.data.sources import Dataset, Split, hold_out, limit
 from cifar_accel.evaluate import make_accelerator
-from cifar_accel.model import ALIASES, build_model, check_model, input_statistics
+from cifar_accel.instruments import compile_model, keep_freed_memory, peak_flops
+from cifar_accel.model import (
+    ALIASES,
+    build_model,
+    check_model,
+    forward_flops,
+    input_statistics,
+    use_channels_last,
+)
 from cifar_accel.optim import build_optimizer, check_names
 from cifar_accel.run_folder import Opened, describe_config, is_checkpoint
 
@@ -35,7 +43,8 @@ class State:
     step: int = 0  # finished optimizer steps
     time_s: float = 0.0  # spent training; stands still during evaluation and saving
     wall_s: float = 0.0  # spent altogether, over all starts
-    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])  # loss sum, correct, images, seconds
+    # loss sum, correct, images, seconds, seconds of them waiting for input
+    window: list[float] = field(default_factory=lambda: [0.0] * 5)
     epoch: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
     )  # loss sum, correct, images since the epoch began
@@ -67,6 +76,10 @@ class Run:
     stop_step: int
     config: dict[str, Any]
     stop: "StopRequest"
+    memory_format: torch.memory_format
+    flops: int  # of one image's forward and backward pass, taken as three times the forward pass
+    peak_flops: float | None  # of this device at this precision, in FLOP/s, where it is known
+    compiled: bool
     host_group: Any  # gloo group of all ranks for what the hosts agree on; None with one process
 
     @property
@@ -139,12 +152,22 @@ def set_up(
     total_steps = args.epochs * order.steps_per_epoch
     stop_step = min(args.max_steps or total_steps, total_steps)
     say(f"model: making {name_of(args)}")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     module: Any = build_model(start, len(data.train.classes), say)
-    module.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    flops = forward_flops(module, args.image_size)
+    channels_last = use_channels_last(args, module, accelerator.device)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    module.to(accelerator.device, memory_format=memory_format)
     # With timm's warm-up of the decay: short runs would else average in their first weights.
     ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    if args.compile:
-        module.compile()
+    compiled = args.compile and compile_model(module, args.compile_mode, accelerator.device, say)
+    if compiled and ema:
+        compile_model(ema.module, args.compile_mode, accelerator.device, say)
+    # What DDP need not do: look for unused parameters anew in every step, and send buffers that training never reads
+    # (batch-norm statistics; evaluation takes the main process's).
+    accelerator.ddp_handler.static_graph = order.accumulation == 1
+    accelerator.ddp_handler.broadcast_buffers = False
     model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
     state = State(data=data.fingerprint)
     if start_from:
@@ -156,7 +179,9 @@ def set_up(
         return Pipeline(args, split, accelerator.device, mean, std)
 
     test = pipeline(data.test)
-    config = describe(args, origin, accelerator, order, module, data, held_out, total_steps, stop_step)
+    config = describe(
+        args, origin, accelerator, order, module, data, held_out, total_steps, stop_step, memory_format, flops
+    )
     run = Run(
         args=args,
         say=say,
@@ -174,6 +199,10 @@ def set_up(
         stop_step=stop_step,
         config=config,
         stop=stop,
+        memory_format=memory_format,
+        flops=3 * flops,
+        peak_flops=peak_flops(accelerator.device, accelerator.mixed_precision),
+        compiled=compiled,
         host_group=torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
     )
     announce(run, origin)
@@ -190,6 +219,8 @@ def describe(
     held_out: Split,
     total_steps: int,
     stop_step: int,
+    memory_format: torch.memory_format,
+    flops: int,
 ) -> dict[str, Any]:
     """What config.json holds: the options and what follows from them on this machine."""
     mean, std = input_statistics(args, module)
@@ -205,7 +236,8 @@ def describe(
             "total_steps": total_steps,
             "stop_step": stop_step,
             "device_name": str(accelerator.device),
-            "memory_format": "channels_last" if args.channels_last else "contiguous",
+            "memory_format": "channels_last" if memory_format is torch.channels_last else "contiguous",
+            "forward_gflops": flops / 1e9,
             "train_images": len(data.train),
             "held_out_images": len(held_out),
             "test_images": len(data.test),
@@ -296,6 +328,7 @@ def restore(
     Raises ValueError when it was written on other images or by another model.
     """
     state = State(**checkpoint.read_state(path))
+    state.window += [0.0] * (5 - len(state.window))  # earlier versions did not time the input
     if state.data != fingerprint:
         raise ValueError(f"--resume {path}: was trained on other images than --dataset now holds")
     checkpoint.load_checkpoint(path, module, optimizer.optimizer, ema.module if ema else None)

@@ -37,6 +37,10 @@ class Progress:
         if "eval/accuracy" in row:
             self.accuracy = f"{row['eval/accuracy']:.2%}"
         speed = f"{row['train/images_per_s']:,.0f} img/s"
+        if row["train/input_share"] >= 0.05:
+            speed += f" ({row['train/input_share']:.0%} input)"
+        if "train/mfu" in row:
+            speed += f", MFU {row['train/mfu']:.0%}"
         shown = f"loss {row['train/loss']:.3f}" + (f", acc {self.accuracy}" if self.accuracy else "") + f", {speed}"
         if self.bar is not None:
             self.bar.set_description_str(self._epoch(row["step"] - 1), refresh=False)

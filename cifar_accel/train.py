@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,7 @@ from cifar_accel.config import TrainingArguments, parse_interval
 from cifar_accel.data.order import Order, random_bits
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.evaluate import evaluate
+from cifar_accel.instruments import Profiler, compiled_graphs, peak_memory_mib
 from cifar_accel.model import save_model
 from cifar_accel.optim import clip_gradients, learning_rate
 from cifar_accel.prepare import Run, State, StopRequest, set_up, start_processes, warmup_steps
@@ -102,15 +103,18 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
         metrics.truncate(state.step)
     progress = Progress(run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main)
     clock = Clock(state)
+    profiler = Profiler(run.path / "profile", args.profile, run.say) if args.profile and run.is_main else None
     run.stop.training = True
     run.model.train()
     while state.step < run.stop_step:
         rate = learning_rate(state.step, run.total_steps, warmup_steps(args, run.order), args)
-        optimizer_step(run, state.step, rate, batches, sums)
+        optimizer_step(run, state.step, rate, batches, sums, clock)
         state.step += 1
         if run.ema:
             run.ema.update(run.module, state.step)
         progress.step()
+        if profiler:
+            profiler.step()
 
         # What is due after it. All ranks agree: on the steps by counting, on signals and minutes by asking.
         epoch, rest = divmod(state.step, steps_per_epoch)
@@ -143,21 +147,25 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
     clock.stop()
     batches.close()
     progress.close()
+    if profiler:
+        profiler.close()
     return "finished" if state.step >= run.stop_step else "preempted"
 
 
-def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], sums: "Sums") -> None:
+def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], sums: "Sums", clock: "Clock") -> None:
     """One step of the optimizer over the global batch, cut into micro-batches. All ranks enter; nobody waits."""
     args, accelerator, accumulation = run.args, run.accelerator, run.order.accumulation
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     criterion = BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy()  # targets carry any smoothing
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     for micro in range(accumulation):
-        images, _, targets = next(batches)
+        if run.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite what the last replay returned
+        with clock.waiting():
+            images, _, targets = next(batches)
         seed_dropout(run, step, micro)
         with accelerator.no_sync(run.model) if micro < accumulation - 1 else nullcontext():
-            logits = run.model(images.contiguous(memory_format=memory_format))
+            logits = run.model(images.contiguous(memory_format=run.memory_format))
             loss = criterion(logits, targets)
             accelerator.backward(loss / accumulation)  # DDP averages over the ranks: the mean of the global batch
         sums.add(loss, logits, targets)
@@ -202,7 +210,7 @@ class Sums:
 
 
 class Clock:
-    """Keeps state.time_s and the window's seconds (training only) and state.wall_s (everything)."""
+    """Keeps state.time_s and the window's seconds (training only, and waiting) and state.wall_s (everything)."""
 
     def __init__(self, state: State):
         self.state, self.training = state, True
@@ -221,6 +229,13 @@ class Clock:
         """Training goes on."""
         self.stop()
         self.training = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The host waits for input, or makes it."""
+        began = time.perf_counter()
+        yield
+        self.state.window[4] += time.perf_counter() - began
 
     def minutes_up(self, save_every: str) -> bool:
         """Whether a checkpoint by the clock is due."""
@@ -255,20 +270,28 @@ def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:
 
 def training_row(run: Run, state: State, rate: float) -> dict[str, float]:
     """Means since the last row, which starts a new window; at the end of an epoch, a new epoch too."""
-    loss, correct, images, spent = state.window
+    loss, correct, images, spent, waited = state.window
     if state.step % run.order.steps_per_epoch == 0:
         state.train_loss = state.epoch[0] / state.epoch[2]
         state.epoch = [0.0, 0.0, 0.0]
-    state.window = [0.0, 0.0, 0.0, 0.0]
-    return {
+    state.window = [0.0] * 5
+    speed = images / spent
+    row = {
         "step": state.step,
         "epoch": round(state.step / run.order.steps_per_epoch, 4),
         "time_s": round(state.time_s, 3),
         "train/loss": loss / images,
         "train/accuracy": correct / images,
         "train/lr": rate,
-        "train/images_per_s": round(images / spent, 1),
+        "train/images_per_s": round(speed, 1),
+        "train/input_share": round(waited / spent, 4),
+        "train/peak_memory_mib": round(peak_memory_mib(run.accelerator.device), 1),
     }
+    if run.peak_flops:
+        row["train/mfu"] = round(speed * run.flops / (run.peak_flops * run.order.world), 4)
+    if run.compiled:
+        row["train/compiled_graphs"] = compiled_graphs()
+    return row
 
 
 def evaluation_row(run: Run, state: State) -> dict[str, float]:
@@ -285,8 +308,10 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
         for buffer in run.result.buffers():  # each rank has its own batch-norm statistics: the main one's are saved
             torch.distributed.broadcast(buffer, 0)
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
-    batches = pipeline.evaluation_batches(evaluation_batch_size(run.args, run.order), world, rank)
-    return evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.args.channels_last)
+    size = evaluation_batch_size(run.args, run.order)
+    batches = pipeline.evaluation_batches(size, world, rank)
+    fill_to = size if run.compiled else 0  # a compiled model sees one shape
+    return evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to)
 
 
 def evaluation_batch_size(args: TrainingArguments, order: Order) -> int:
@@ -343,6 +368,8 @@ def finish(run: Run, state: State, status: str) -> dict[str, Any]:
             test = evaluate_split(run, run.test)
         keep_weights(run, "model")
         shown = test or state.evaluation
+        if run.compiled:
+            run.say(f"compiled  {compiled_graphs()} graphs (training and evaluation need one each)")
         run.say(f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}")
     run.accelerator.wait_for_everyone()
     if run.is_main and status == "preempted":

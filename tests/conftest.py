@@ -95,7 +95,8 @@ def summary(run: Path) -> dict:
 
 
 def without_clock(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("time_s", "train/images_per_s")} for line in lines]
+    timed = ("time_s", "train/images_per_s", "train/input_share", "train/peak_memory_mib")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def wait_for(condition, timeout=120.0):

@@ -108,3 +108,27 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
     path, other = saved(1), torch.nn.Linear(4, 2)
     with pytest.raises(ValueError, match="another model or optimizer"):
         checkpoint.load_checkpoint(path, other, torch.optim.AdamW(other.parameters()), None)
+
+
+def test_moments_take_the_layout_of_the_weights(tmp_path):
+    """A checkpoint written in one memory format and read in the other: the fused optimizer goes on the same."""
+    results = []
+    for written, read in ((torch.contiguous_format,) * 2, (torch.contiguous_format, torch.channels_last)):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=written)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        x = torch.randn(2, 3, 8, 8)
+
+        def step(model, optimizer, x=x):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step(model, optimizer)
+        path = checkpoint.save_checkpoint(tmp_path, model.state_dict(), optimizer.state_dict(), None, {"step": 1}, 1)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=read)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        checkpoint.load_checkpoint(path, model, optimizer, None)
+        step(model, optimizer)
+        results.append(model.weight.detach().clone())
+    torch.testing.assert_close(results[1], results[0])

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -8,8 +9,18 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cifar_accel.config import recipe_defaults
-from cifar_accel.model import ALIASES, build_model, classifier_parameters, load_weights, read_weights, save_model
+from cifar_accel.config import TrainingArguments, recipe_defaults
+from cifar_accel.model import (
+    ALIASES,
+    build_model,
+    classifier_parameters,
+    forward_flops,
+    load_weights,
+    read_weights,
+    save_model,
+    shorten_convolutions,
+    use_channels_last,
+)
 
 PLAIN = replace(recipe_defaults("digits"), model="test_nfnet", pretrained=False)
 
@@ -119,3 +130,34 @@ def test_imagenet_weights_from_a_folder(weights):
     model = build_model(args, 100, quiet)
     assert model.patch_embed.proj.weight.shape == (192, 3, 4, 4) and model.pos_embed.shape[1] == 65
     assert model.blocks[0].attn.qkv.weight.std() > 0.04  # trained, not initialised (0.02)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26t", "test_nfnet"])
+def test_shortened_convolutions_compute_the_same(name):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=7).double().train()
+    short = copy.deepcopy(plain)
+    shorten_convolutions(short)
+    swapped = [m for m in short.modules() if type(m).__name__ == "_CentreConv2d"]
+    assert swapped or name == "test_nfnet", "nothing was shortened"
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for model in (plain, short):
+        model(x).square().sum().backward()
+    gradients = dict(short.named_parameters())
+    for key, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[key].grad, parameter.grad)
+    assert plain.state_dict().keys() == short.state_dict().keys()
+    torch.testing.assert_close(copy.deepcopy(short).eval()(x), plain.eval()(x))
+
+
+def test_the_memory_format_follows_the_family():
+    nfnet, vit = (timm.create_model(n) for n in ("test_nfnet", "test_vit"))
+    args, cpu = TrainingArguments(), torch.device("cpu")
+    assert use_channels_last(args, nfnet, cpu) and not use_channels_last(args, vit, cpu)
+    assert use_channels_last(replace(args, memory_format="channels_last"), vit, cpu)
+    assert not use_channels_last(replace(args, memory_format="contiguous"), nfnet, cpu)
+
+
+def test_flops_are_counted():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.Flatten())
+    assert forward_flops(model, 16) == 2 * 16 * 16 * 3 * 8 * 9

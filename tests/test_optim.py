@@ -99,3 +99,23 @@ def test_adaptive_clipping_spares_the_classifier_and_norm_clipping_does_not():
         assert all(p.grad.abs().max() < 100 for p in model.parameters() if p not in head)
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert total == pytest.approx(0.01, rel=1e-3)
+
+
+def test_adaptive_clipping_equals_timms():
+    from timm.utils.agc import adaptive_clip_grad
+
+    from cifar_accel.optim import clip_adaptively
+
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (16, 5), (7,), (6, 1, 1, 1), (), (3, 0)]
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(s)) for s in shapes] for _ in range(2))
+    for a, b in zip(ours, theirs, strict=True):
+        value, gradient = torch.randn(a.shape), torch.randn(a.shape) * 0.1
+        for p in (a, b):
+            p.data, p.grad = value.clone(), gradient.clone()
+    before = ours[0].grad.clone()
+    clip_adaptively(ours, 0.05)
+    adaptive_clip_grad(theirs, 0.05)
+    assert not torch.equal(ours[0].grad, before)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

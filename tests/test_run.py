@@ -1,5 +1,6 @@
 """Whole runs, in real processes: what a run leaves, how it is stopped, killed and continued, and on two processes."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -315,6 +316,43 @@ def test_two_runs_cannot_write_one_folder(trainer, tmp_path):
         process.wait()
 
 
+def test_a_profile_is_written(trainer):
+    done = trainer("--profile", "2", "--epochs", "1", "--tracker", "none")
+    folder = done.run / "profile"
+    assert f"profile: {folder / 'trace.json.gz'}" in done.stdout
+    with gzip.open(folder / "trace.json.gz") as f:
+        events = json.load(f)["traceEvents"]
+    steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep")}
+    assert len(steps) == 2 and "convolution" in (folder / "operators.txt").read_text()
+
+
+def test_compiled_runs_see_one_shape_a_model(trainer, tmp_path):
+    """Two graphs, training and evaluation, though 100 test images are no whole number of batches; and a resume."""
+    words = (
+        "--model",
+        "test_vit",
+        "--model-kwargs",
+        "patch_size=8",
+        "--compile",
+        "--batch-size",
+        "64",
+        "--tracker",
+        "none",
+    )
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = trainer(*words, "--micro-batch-size", "32", "--max-steps", "6", env=cache)
+    assert rows(done.run)[-1]["train/compiled_graphs"] == 2 and "compiled  2 graphs" in done.stdout
+    again = trainer(*words, "--micro-batch-size", "32", "--max-steps", "8", env=cache)
+    assert "after step 6" in again.stdout and summary(again.run)["steps"] == 8
+
+
+def test_without_a_compiler_a_run_goes_on_uncompiled(trainer, tmp_path):
+    broken = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = trainer("--compile", "--epochs", "1", "--tracker", "none", env=broken)
+    assert done.stdout.count("warning: --compile does not work here and is left out") == 1
+    assert summary(done.run)["status"] == "finished" and "train/compiled_graphs" not in rows(done.run)[-1]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(trainer):
     done = trainer("--learning-rate", "1e30", "--warmup-epochs", "0", "--clip-grad", "0", check=1)
     assert "Diverged" in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
@@ -329,7 +367,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(trainer):
         ("--bce-loss",),
         ("--optimizer", "lion"),
         ("--scheduler", "one_cycle"),
-        ("--channels-last",),
+        ("--memory-format", "contiguous"),
+        ("--model", "test_vit", "--memory-format", "channels_last"),
+        ("--optimizer", "sgdm", "--learning-rate", "0.05", "--warmup-epochs", "1"),
         ("--no-decay-all",),
         ("--recipe", "plain", "--reprob", "0.3", "--color-jitter", "0.3"),
     ],
@@ -392,6 +432,8 @@ def test_real_images_and_imagenet_weights(trainer, cifar, weights):
         "64",
         "--tracker",
         "none",
+        "--pipeline",
+        "timm",
         "--workers",
         "1",
     ]
@@ -399,7 +441,7 @@ def test_real_images_and_imagenet_weights(trainer, cifar, weights):
     result = summary(done.run)
     assert result["evaluated_images"] == 300 and result["status"] == "finished"
     options = read_json(done.run / "config.json")["options"]
-    assert (options["aa"], options["pipeline"], options["classes"]) == ("rand-m15-n2", "device", 100)
+    assert (options["aa"], options["pipeline"], options["classes"]) == ("rand-m15-n2", "timm", 100)
 
 
 @pytest.mark.parametrize("model", ["nfnet", "vit"])
@@ -422,8 +464,6 @@ def test_the_reports_architectures_train(trainer, cifar, model):
         "none",
         "--save-every",
         "none",
-        "--workers",
-        "1",
     ]
     done = trainer(*words, base=(), env={"OMP_NUM_THREADS": str(os.cpu_count())})
     options = read_json(done.run / "config.json")["options"]
