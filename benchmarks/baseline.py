@@ -1,0 +1,125 @@
+"""One epoch of the report's own loop and loader, or of ours, each in a process of its own; asked for by `epoch`.
+
+    python -m benchmarks.baseline report|ours MODEL DATASET [--train N] [--test N] [--device D] [--precision P]
+
+The report's side: timm's create_loader with PIL workers, timm's Mixup and loss, AdamW with amsgrad, fp32, `.item()`
+every step, evaluation through a second loader. Ours: the project's own functions under the report's recipe. An epoch
+is `N` training images in batches of 256 and the evaluation of the test images; each process runs one before it is
+measured. Every line on stdin asks for one epoch and answers {"seconds", "peak_mib"}.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+
+from benchmarks.measure import images, serve
+from cifar_accel.config import IMAGENET_MEAN, IMAGENET_STD, recipe_defaults
+from cifar_accel.data.sources import Dataset, limit
+from cifar_accel.instruments import peak_memory_mib
+
+BATCH, NAMES = 256, {"nfnet": "dm_nfnet_f0", "vit": "vit_base_patch8_224"}
+
+
+def reports_epoch(model_name: str, data: Dataset, device: torch.device, workers: int) -> Callable[[], None]:
+    """The report's loop."""
+    from benchmarks.pipeline import Pictures
+
+    about = dict(input_size=(3, 32, 32), batch_size=BATCH, num_workers=workers, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    about |= dict(pin_memory=device.type == "cuda", device=device, use_prefetcher=device.type == "cuda")
+    about |= dict(persistent_workers=workers > 0)
+    training = timm.data.create_loader(
+        Pictures(data.train), is_training=True, vflip=0.5, hflip=0.5, color_jitter=0.0, auto_augment="rand-m15-n2",
+        interpolation="bilinear", **about,
+    )  # fmt: skip
+    testing = timm.data.create_loader(Pictures(data.test), is_training=False, crop_pct=0.875, **about)
+    mixing = timm.data.Mixup(0.8, prob=0.7, label_smoothing=0.1, num_classes=len(data.train.classes))
+    size = {"img_size": 32} if "vit" in model_name else {}
+    model = timm.create_model(NAMES.get(model_name, model_name), num_classes=len(data.train.classes), **size).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=1e-2, amsgrad=True)
+    criterion = SoftTargetCrossEntropy()
+
+    def epoch() -> None:
+        model.train()
+        for x, y in training:
+            x, y = mixing(x.to(device), y.to(device))
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for x, y in testing:
+                correct += (model(x.to(device)).argmax(1) == y.to(device)).sum().item()
+
+    return epoch
+
+
+def our_epoch(model_name: str, data: Dataset, device: torch.device, precision: str) -> Callable[[], None]:
+    """Our loop, by its own parts: optimizer_step and evaluate_split."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    from cifar_accel import prepare, train
+    from cifar_accel.run_folder import Opened
+
+    args = replace(recipe_defaults("report"), model=model_name, pretrained=False, device=device.type, warmup_epochs=5.0)
+    prepare.load_splits = lambda args, say: (data, data.test)
+    stop = prepare.StopRequest()
+    opened, accelerator = prepare.start_processes(args, Opened(path=Path("unused")), print)
+    origin = dict.fromkeys(vars(args), "default")
+    run, state = prepare.set_up(args, origin, print, opened, accelerator, stop)
+    batches = run.train.training_batches(run.order, 0, run.total_steps)
+    clock = train.Clock(state)
+
+    def epoch() -> None:
+        sums = train.Sums(accelerator)
+        run.model.train()
+        for _ in range(run.order.steps_per_epoch):
+            train.optimizer_step(run, state.step, 5e-4, batches, sums, clock)
+            state.step += 1
+        sums.move_to(state)
+        train.evaluate_split(run, run.evaluation)
+
+    return epoch
+
+
+def main() -> None:
+    """Serve epochs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=["report", "ours"])
+    parser.add_argument("model")
+    parser.add_argument("dataset")
+    parser.add_argument("--data-dir", default="~/.cache/cifar_accel")
+    parser.add_argument("--train", type=int, default=0)
+    parser.add_argument("--test", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", default="no", help="of our side; the report's is fp32")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the report's side")
+    given = parser.parse_args()
+    data, device = images(given.dataset, given.data_dir), torch.device(given.device)
+    data = replace(data, train=limit(data.train, given.train, "", 0), test=limit(data.test, given.test, "", 0))
+    if given.side == "report":
+        epoch = reports_epoch(given.model, data, device, given.workers)
+    else:
+        epoch = our_epoch(given.model, data, device, given.precision)
+
+    def measure() -> dict[str, float]:
+        began = time.perf_counter()
+        epoch()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - began, "peak_mib": peak_memory_mib(device)}
+
+    measure()
+    serve(measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What all benchmarks share: contenders measured in turns, and a table of medians, spreads and goals."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cifar_accel.config import recipe_defaults
+from cifar_accel.data.cache import load_dataset
+from cifar_accel.data.sources import Dataset, Split
+from cifar_accel.run_folder import describe_config
+
+
+@dataclass
+class Row:
+    """One line of the table: measured values, and what the project wants of them (empty: nothing)."""
+
+    name: str
+    unit: str
+    values: list[float]
+    goal: str = ""
+    met: bool | None = None
+    median: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.median = statistics.median(self.values)
+
+
+def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure every contender once a round, in changing order, so that a busy moment hits none alone."""
+    seen: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        names = list(contenders)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seen[name].append(contenders[name]())
+    return seen
+
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    """Ratios round by round."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def goal(name: str, values: list[float], least: float, aim: float, unit: str = "x", most: bool = False) -> Row:
+    """A row that must reach `least` (or, with `most`, stay below it) in the median."""
+    median = statistics.median(values)
+    sign = "<=" if most else ">="
+    return Row(name, unit, values, f"{sign} {least:g}, aim {aim:g}", median <= least if most else median >= least)
+
+
+class Contender:
+    """A process of its own that measures once each time it is asked: contenders share neither heap nor threads."""
+
+    def __init__(self, module: str, *words: str):
+        command = [sys.executable, "-m", module, *words]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name = f"{module} {' '.join(words)}"
+
+    def __call__(self) -> dict[str, float]:
+        """Ask for one measurement."""
+        assert self.process.stdin and self.process.stdout
+        print("go", file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}")
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(measure: Callable[[], dict[str, float]]) -> None:
+    """The other side of a Contender: one measurement a line on stdin."""
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def images(dataset: str, data_dir: str) -> Dataset:
+    """What --dataset names; `noise` stands in for CIFAR-100 where there is none: same shapes, random pixels."""
+    if dataset != "noise":
+        return load_dataset(dataset, data_dir, 32)
+    rng = np.random.default_rng(0)
+
+    def split(n: int) -> Split:
+        return Split(rng.integers(0, 256, (n, 3, 32, 32), np.uint8), np.arange(n) % 100, [str(c) for c in range(100)])
+
+    return Dataset("noise", split(50_000), split(10_000), "noise")
+
+
+def default_dataset() -> str:
+    """CIFAR-100 from CIFAR_ACCEL_DATA, else noise."""
+    return os.environ.get("CIFAR_ACCEL_DATA") or "noise"
+
+
+def show(rows: list[Row], out: str | None, title: str) -> None:
+    """Print the table; with `out`, also write OUT.json and OUT.md."""
+    about = describe_config(recipe_defaults("plain"), {}, {})
+    lines = [f"{'':<58}{'median':>12}  {'range':<22}{'n':>2}  goal"]
+    marks = {True: "met", False: "MISSED", None: ""}
+    cells = []
+    for r in rows:
+        low, high = (number(f(r.values)) for f in (min, max))
+        spread, median = f"{low} to {high}", f"{number(r.median)} {r.unit}"
+        lines.append(
+            f"{r.name:<58}{median:>12}  {spread:<22}{len(r.values):>2}  {r.goal} {marks[r.met]}"
+        )
+        cells.append(
+            f"| {r.name} | {median} | {spread} | {len(r.values)} | {r.goal} {marks[r.met]} |"
+        )
+    print("\n".join(["", title, *lines]))
+    if out:
+        record = {"title": title, "rows": [asdict(r) for r in rows]}
+        record |= {k: about[k] for k in ("versions", "hardware", "command")}
+        Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
+        versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+        table = ["| | median | range | n | goal |", "|---|---|---|---|---|", *cells]
+        Path(out + ".md").write_text("\n".join([f"# {title}", "", f"{about['hardware']}; {versions}", "", *table, ""]))
+
+
+def number(value: float) -> str:
+    """`1234.5` -> `1,234`; `0.0123` -> `0.0123`."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
