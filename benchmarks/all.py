@@ -57,10 +57,11 @@ def main() -> None:
     device = torch.device(given.device)
     rows = []
     for policy in ("report", "plain"):
+        print(f"input: {policy} policy", flush=True)
         rows += pipeline.measure(data.train, policy, device, given.rounds)
-        show(rows, given.out, "so far")
+    print("step and memory", flush=True)
     rows += step.measure(data, given.dataset, given.data_dir, given.device, given.rounds)
-    show(rows, given.out, "so far")
+    print("epochs", flush=True)
     rows += epochs(given.dataset, given.data_dir, given.device, given.rounds)
     show(rows, given.out, f"cifar_accel on {given.device}, {given.dataset.rsplit('/', 1)[-1]}")
 
