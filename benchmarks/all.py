@@ -7,12 +7,10 @@ table; with --out also OUT.json and OUT.md. Every ratio is of two things measure
 the epochs are of the report's own two models, on a CPU of three small ones and of a tenth of the images.
 """
 
-import argparse
-
 import torch
 
 from benchmarks import pipeline, step
-from benchmarks.measure import Contender, Row, default_dataset, goal, images, in_turns, ratios, show
+from benchmarks.measure import Contender, Row, goal, images, in_turns, parser, ratios, show
 
 # Models and our precision for each (the faster one by `step --formats`), by device.
 EPOCHS = {
@@ -46,13 +44,9 @@ def epochs(dataset: str, data_dir: str, device: str, rounds: int) -> list[Row]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", default=default_dataset())
-    parser.add_argument("--data-dir", default="~/.cache/cifar_accel")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", help="write OUT.json and OUT.md")
+    given = options.parse_args()
     data = images(given.dataset, given.data_dir)
     device = torch.device(given.device)
     rows = []

@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from benchmarks.measure import images, serve
+from benchmarks.measure import images, our_run, serve
+from cifar_accel import train
 from cifar_accel.config import IMAGENET_MEAN, IMAGENET_STD, recipe_defaults
 from cifar_accel.data.sources import Dataset, limit
 from cifar_accel.instruments import peak_memory_mib
@@ -66,20 +66,14 @@ def reports_epoch(model_name: str, data: Dataset, device: torch.device, workers:
 def our_epoch(model_name: str, data: Dataset, device: torch.device, precision: str) -> Callable[[], None]:
     """Our loop, by its own parts: optimizer_step and evaluate_split."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    from cifar_accel import prepare, train
-    from cifar_accel.run_folder import Opened
 
     args = replace(recipe_defaults("report"), model=model_name, pretrained=False, device=device.type, warmup_epochs=5.0)
-    prepare.load_splits = lambda args, say: (data, data.test)
-    stop = prepare.StopRequest()
-    opened, accelerator = prepare.start_processes(args, Opened(path=Path("unused")), print)
-    origin = dict.fromkeys(vars(args), "default")
-    run, state = prepare.set_up(args, origin, print, opened, accelerator, stop)
+    run, state = our_run(args, data)
     batches = run.train.training_batches(run.order, 0, run.total_steps)
     clock = train.Clock(state)
 
     def epoch() -> None:
-        sums = train.Sums(accelerator)
+        sums = train.Sums(run.accelerator)
         run.model.train()
         for _ in range(run.order.steps_per_epoch):
             train.optimizer_step(run, state.step, 5e-4, batches, sums, clock)

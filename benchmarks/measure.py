@@ -1,5 +1,6 @@
 """What all benchmarks share: contenders measured in turns, and a table of medians, spreads and goals."""
 
+import argparse
 import json
 import os
 import statistics
@@ -10,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from cifar_accel.config import recipe_defaults
+from cifar_accel import prepare
+from cifar_accel.config import TrainingArguments, recipe_defaults
 from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.sources import Dataset, Split
-from cifar_accel.run_folder import describe_config
+from cifar_accel.run_folder import Opened, describe_config
 
 
 @dataclass
@@ -96,9 +99,22 @@ def images(dataset: str, data_dir: str) -> Dataset:
     return Dataset("noise", split(50_000), split(10_000), "noise")
 
 
-def default_dataset() -> str:
-    """CIFAR-100 from CIFAR_ACCEL_DATA, else noise."""
-    return os.environ.get("CIFAR_ACCEL_DATA") or "noise"
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks take. The data set is CIFAR-100 from CIFAR_ACCEL_DATA, else noise."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("dataset", nargs="?", default=os.environ.get("CIFAR_ACCEL_DATA") or "noise")
+    made.add_argument("--data-dir", default="~/.cache/cifar_accel")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--rounds", type=int, default=5)
+    return made
+
+
+def our_run(args: TrainingArguments, data: Dataset) -> tuple[prepare.Run, prepare.State]:
+    """What the trainer sets up for `args`, over images that are there already."""
+    prepare.load_splits = lambda args, say: (data, data.test)
+    stop = prepare.StopRequest()
+    opened, accelerator = prepare.start_processes(args, Opened(path=Path("unused")), lambda line: None)
+    return prepare.set_up(args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop)
 
 
 def show(rows: list[Row], out: str | None, title: str) -> None:
@@ -110,12 +126,8 @@ def show(rows: list[Row], out: str | None, title: str) -> None:
     for r in rows:
         low, high = (number(f(r.values)) for f in (min, max))
         spread, median = f"{low} to {high}", f"{number(r.median)} {r.unit}"
-        lines.append(
-            f"{r.name:<58}{median:>12}  {spread:<22}{len(r.values):>2}  {r.goal} {marks[r.met]}"
-        )
-        cells.append(
-            f"| {r.name} | {median} | {spread} | {len(r.values)} | {r.goal} {marks[r.met]} |"
-        )
+        lines.append(f"{r.name:<58}{median:>12}  {spread:<22}{len(r.values):>2}  {r.goal} {marks[r.met]}")
+        cells.append(f"| {r.name} | {median} | {spread} | {len(r.values)} | {r.goal} {marks[r.met]} |")
     print("\n".join(["", title, *lines]))
     if out:
         record = {"title": title, "rows": [asdict(r) for r in rows]}

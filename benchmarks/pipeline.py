@@ -6,7 +6,6 @@ Both sides do the same work to a float32 batch of 256 on --device. `report`: ran
 rand-m15-n2, normalise, Mixup. `plain`: crop of the image padded by 4 pixels, left-right flip, normalise.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks.measure import Row, default_dataset, goal, images, in_turns, ratios, show
+from benchmarks.measure import Row, goal, images, in_turns, parser, ratios, show
 from cifar_accel.config import IMAGENET_MEAN, IMAGENET_STD, recipe_defaults
 from cifar_accel.data.order import Order
 from cifar_accel.data.pipelines import Pipeline
@@ -106,13 +105,9 @@ def measure(split: Split, policy: str, device: torch.device, rounds: int) -> lis
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", default=default_dataset())
-    parser.add_argument("--data-dir", default="~/.cache/cifar_accel")
-    parser.add_argument("--policy", choices=["report", "plain"], default="report")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--policy", choices=["report", "plain"], default="report")
+    given = options.parse_args()
     split = images(given.dataset, given.data_dir).train
     show(measure(split, given.policy, torch.device(given.device), given.rounds), None, "input")
 

@@ -9,19 +9,17 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from benchmarks.measure import Contender, Row, default_dataset, goal, images, in_turns, ratios, serve, show
+from benchmarks.measure import Contender, Row, goal, images, in_turns, our_run, parser, ratios, serve, show
 from cifar_accel import prepare, train
 from cifar_accel.config import recipe_defaults
 from cifar_accel.data.sources import Dataset
 from cifar_accel.instruments import keep_freed_memory, peak_memory_mib
 from cifar_accel.model import shorten_convolutions
-from cifar_accel.run_folder import Opened
 
 MODEL, STEPS = "test_vit", 40
 
@@ -29,12 +27,9 @@ MODEL, STEPS = "test_vit", 40
 def our_loop(data: Dataset, device: str) -> tuple[prepare.Run, Callable[[], float]]:
     """Seconds of `STEPS` steps of this project's loop on a tiny model, counting, seeding and asking included."""
     args = replace(recipe_defaults("plain"), model=MODEL, pretrained=False, device=device, warmup_epochs=0.0)
-    prepare.load_splits = lambda args, say: (data, data.test)
-    stop = prepare.StopRequest()
-    opened, accelerator = prepare.start_processes(args, Opened(path=Path("unused")), lambda line: None)
-    run, state = prepare.set_up(args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop)
+    run, state = our_run(args, data)
     batches = run.train.training_batches(run.order, 0, 10**9)
-    sums, clock = train.Sums(accelerator), train.Clock(state)
+    sums, clock = train.Sums(run.accelerator), train.Clock(state)
 
     def measure() -> float:
         began = time.perf_counter()
@@ -154,14 +149,10 @@ def measure(data: Dataset, dataset: str, data_dir: str, device: str, rounds: int
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", default=default_dataset())
-    parser.add_argument("--data-dir", default="~/.cache/cifar_accel")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--formats", nargs="+", metavar="MODEL")
-    parser.add_argument("--peak", choices=["ours", "plain"], help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--formats", nargs="+", metavar="MODEL")
+    options.add_argument("--peak", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    given = options.parse_args()
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
     if given.formats:
         rows = [row for name in given.formats for row in formats(name, torch.device(given.device), given.rounds)]

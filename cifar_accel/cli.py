@@ -142,6 +142,8 @@ def train_command(argv: Sequence[str]) -> int:
 
     def work() -> dict[str, Any]:
         say("loading torch, timm and accelerate")
+        # What a Mac's GPU lacks is computed on its processor; torch says so once for each operation.
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
         from cifar_accel.train import train
 
         try:

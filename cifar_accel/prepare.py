@@ -21,6 +21,7 @@ from cifar_accel.config import TrainingArguments
 from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.order import Order
 from cifar_accel.data.pipelines import Pipeline
+from cifar_accel.data.policy import parse, strength
 from cifar_accel.data.sources import Dataset, Split, hold_out, limit
 from cifar_accel.evaluate import make_accelerator
 from cifar_accel.instruments import compile_model, keep_freed_memory, peak_flops
@@ -74,13 +75,13 @@ class Run:
     test: Pipeline
     total_steps: int
     stop_step: int
-    config: dict[str, Any]
     stop: "StopRequest"
     memory_format: torch.memory_format
     flops: int  # of one image's forward and backward pass, taken as three times the forward pass
     peak_flops: float | None  # of this device at this precision, in FLOP/s, where it is known
     compiled: bool
     host_group: Any  # gloo group of all ranks for what the hosts agree on; None with one process
+    config: dict[str, Any] = field(default_factory=dict)  # what config.json holds
 
     @property
     def is_main(self) -> bool:
@@ -152,15 +153,7 @@ def set_up(
     total_steps = args.epochs * order.steps_per_epoch
     stop_step = min(args.max_steps or total_steps, total_steps)
     say(f"model: making {name_of(args)}")
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    module: Any = build_model(start, len(data.train.classes), say)
-    flops = forward_flops(module, args.image_size)
-    channels_last = use_channels_last(args, module, accelerator.device)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    module.to(accelerator.device, memory_format=memory_format)
-    # With timm's warm-up of the decay: short runs would else average in their first weights.
-    ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=True) if args.model_ema else None
+    module, ema, memory_format, flops = make_model(args, start, len(data.train.classes), accelerator.device, say)
     compiled = args.compile and compile_model(module, args.compile_mode, accelerator.device, say)
     if compiled and ema:
         compile_model(ema.module, args.compile_mode, accelerator.device, say)
@@ -174,14 +167,7 @@ def set_up(
         state = restore(start_from, opened, accelerator, module, optimizer, ema, data.fingerprint)
         say(f"resume: from {start_from}, after step {state.step:,}")
     mean, std = input_statistics(args, module)
-
-    def pipeline(split: Split) -> Pipeline:
-        return Pipeline(args, split, accelerator.device, mean, std)
-
-    test = pipeline(data.test)
-    config = describe(
-        args, origin, accelerator, order, module, data, held_out, total_steps, stop_step, memory_format, flops
-    )
+    train, test = (Pipeline(args, split, accelerator.device, mean, std) for split in (data.train, data.test))
     run = Run(
         args=args,
         say=say,
@@ -192,12 +178,11 @@ def set_up(
         ema=ema,
         optimizer=optimizer,
         order=order,
-        train=pipeline(data.train),
-        evaluation=test if held_out is data.test else pipeline(held_out),
+        train=train,
+        evaluation=test if held_out is data.test else Pipeline(args, held_out, accelerator.device, mean, std),
         test=test,
         total_steps=total_steps,
         stop_step=stop_step,
-        config=config,
         stop=stop,
         memory_format=memory_format,
         flops=3 * flops,
@@ -205,47 +190,52 @@ def set_up(
         compiled=compiled,
         host_group=torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
     )
+    run.config = describe(run, origin, data.fingerprint)
     announce(run, origin)
     return run, state
 
 
-def describe(
-    args: TrainingArguments,
-    origin: dict[str, str],
-    accelerator: Accelerator,
-    order: Order,
-    module: torch.nn.Module,
-    data: Dataset,
-    held_out: Split,
-    total_steps: int,
-    stop_step: int,
-    memory_format: torch.memory_format,
-    flops: int,
-) -> dict[str, Any]:
+def make_model(
+    args: TrainingArguments, start: TrainingArguments, classes: int, device: torch.device, say: Callable[[str], None]
+) -> tuple[Any, ModelEmaV3 | None, torch.memory_format, int]:
+    """The model on the device with the weights that `start` names, its average, its layout, and its forward FLOPs."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    module: Any = build_model(start, classes, say)
+    flops = forward_flops(module, args.image_size)
+    channels_last = use_channels_last(args, module, device)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    module.to(device, memory_format=memory_format)
+    # With timm's warm-up of the decay: short runs would else average in their first weights.
+    ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=True) if args.model_ema else None
+    return module, ema, memory_format, flops
+
+
+def describe(run: Run, origin: dict[str, str], fingerprint: str) -> dict[str, Any]:
     """What config.json holds: the options and what follows from them on this machine."""
-    mean, std = input_statistics(args, module)
+    order, train = run.order, run.train
     return describe_config(
-        args,
+        run.args,
         origin,
         {
-            "mixed_precision": accelerator.mixed_precision,
-            "processes": accelerator.num_processes,
+            "mixed_precision": run.accelerator.mixed_precision,
+            "processes": order.world,
             "device_batch_size": order.micro_batch_size,
             "accumulation_steps": order.accumulation,
             "steps_per_epoch": order.steps_per_epoch,
-            "total_steps": total_steps,
-            "stop_step": stop_step,
-            "device_name": str(accelerator.device),
-            "memory_format": "channels_last" if memory_format is torch.channels_last else "contiguous",
-            "forward_gflops": flops / 1e9,
-            "train_images": len(data.train),
-            "held_out_images": len(held_out),
-            "test_images": len(data.test),
-            "classes": len(data.train.classes),
-            "data_fingerprint": data.fingerprint,
-            "input_mean": mean,
-            "input_std": std,
-            "parameters": sum(p.numel() for p in module.parameters()),
+            "total_steps": run.total_steps,
+            "stop_step": run.stop_step,
+            "device_name": str(run.accelerator.device),
+            "memory_format": "channels_last" if run.memory_format is torch.channels_last else "contiguous",
+            "forward_gflops": run.flops / 3e9,
+            "train_images": len(train.split),
+            "held_out_images": len(run.evaluation.split),
+            "test_images": len(run.test.split),
+            "classes": len(train.split.classes),
+            "data_fingerprint": fingerprint,
+            "input_mean": train.mean,
+            "input_std": train.std,
+            "parameters": sum(p.numel() for p in run.module.parameters()),
         },
     )
 
@@ -360,6 +350,7 @@ def announce(run: Run, origin: dict[str, str]) -> None:
         "device": f"{config['device_name']}, precision {precision} ({reason})",
         "data": f"{args.dataset}: {config['train_images']:,} training, {config['test_images']:,} test images, "
         f"{config['classes']} classes; {args.pipeline} pipeline{workers}",
+        "policy": f"{args.aa}{strength(parse(args.aa)) if args.aa.startswith('rand') else ''}",
         "batch": f"{args.batch_size} = {order.world} process{'es' * (order.world > 1)} "
         f"x {order.micro_batch_size} images x "
         f"{order.accumulation} accumulation step{'s' * (order.accumulation > 1)}",
@@ -370,5 +361,7 @@ def announce(run: Run, origin: dict[str, str]) -> None:
         "model": f"{name_of(args)}, {config['parameters'] / 1e6:.2f} M parameters; {args.optimizer}"
         + (", averaged weights evaluated and saved" if args.model_ema else ""),
     }
+    if args.aa == "none":
+        del lines["policy"]
     for name, text in lines.items():
         run.say(f"{name:<9} {text}")

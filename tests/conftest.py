@@ -1,5 +1,6 @@
 """What the tests share: decoded data, real CIFAR-100 where the environment names it, and ways to run things."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,6 +14,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality needs one thread count, and tests share few cores
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
+
+BIN = Path(sys.executable).parent
+TWO = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2")
 
 # The smallest real training: 8 optimizer steps an epoch, a second in all once torch is loaded.
 TINY = (
@@ -107,3 +111,16 @@ def wait_for(condition, timeout=120.0):
             return
         time.sleep(0.02)
     raise AssertionError("waited in vain")
+
+
+def sha256(run: Path) -> str:
+    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def wandb_runs(run: Path) -> list[Path]:
+    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def wandb_summary(file: Path) -> dict:
+    command = [BIN / "wandb", "leet", "inspect", "--summary", "--json", file]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -1,11 +1,8 @@
-"""Whole runs, in real processes: what a run leaves, how it is stopped, killed and continued, and on two processes."""
+"""Whole runs, in real processes, one and two: what a run leaves and every way to train."""
 
-import gzip
-import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +10,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TINY, rows, summary, wait_for, without_clock
+from conftest import BIN, TINY, TWO, rows, summary, wandb_runs, wandb_summary
 from test_sources import image_folder, parquet_folder
 
 from cifar_accel.cli import main, train_command
 from cifar_accel.report import PLOTS
 from cifar_accel.run_folder import read_json
-
-BIN = Path(sys.executable).parent
-TWO = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2")
-
-
-def sha256(run: Path) -> str:
-    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def wandb_runs(run: Path) -> list[Path]:
-    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def wandb_rows(file: Path) -> list[dict]:
@@ -39,11 +25,6 @@ def wandb_rows(file: Path) -> list[dict]:
     ).stdout
     records = [json.loads(line) for line in out.splitlines()]
     return [r["history"].get("item", r["history"]) for r in records if r["type"] == "history"]
-
-
-def wandb_summary(file: Path) -> dict:
-    command = [BIN / "wandb", "leet", "inspect", "--summary", "--json", file]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def test_what_a_run_leaves(trainer, in_process, tmp_path):
@@ -102,61 +83,6 @@ def test_what_a_run_leaves(trainer, in_process, tmp_path):
     assert correct.mean() == result["accuracy"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        (),
-        (
-            "--mixup",
-            "0.5",
-            "--cutmix",
-            "1",
-            "--model-ema",
-            "--save-every",
-            "5steps",
-            "--model-kwargs",
-            "drop_rate=0.2",
-            "drop_path_rate=0.1",
-        ),
-    ],
-)
-def test_killed_and_resumed_is_never_killed(trainer, tmp_path, words):
-    words = (*words, "--tracker", "none", "--epochs", "6")
-    whole = trainer(*words, "--run-name", "whole").run
-    run = tmp_path / "ck" / "killed"
-    process = subprocess.Popen(trainer.command(*words, "--run-name", "killed"), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 18' in (run / "metrics.jsonl").read_text())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "summary.json").exists(), "the kill came too late to test anything"
-    done = trainer(*words, "--run-name", "killed")
-    assert "resume: from" in done.stdout
-    assert sha256(run) == sha256(whole)
-    assert without_clock(rows(run)) == without_clock(rows(whole))
-    for key in ("accuracy", "best_accuracy", "train_loss", "steps"):
-        assert summary(run)[key] == summary(whole)[key]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_and_143(trainer, tmp_path, number):
-    words = ("--epochs", "16", "--run-name", "stopped")
-    run = tmp_path / "ck" / "stopped"
-    process = subprocess.Popen(trainer.command(*words), stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: (run / "metrics.jsonl").exists())
-    process.send_signal(number)
-    assert process.wait(30) == 143
-    assert signal.Signals(number).name in (run / "PREEMPTED").read_text()
-    assert summary(run)["status"] == "preempted"
-    stopped_at = summary(run)["steps"]
-    assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
-    done = trainer(*words)
-    assert f"after step {stopped_at}" in done.stdout
-    assert not (run / "PREEMPTED").exists() and summary(run)["status"] == "finished"
-    first, second = wandb_runs(run)  # two parts of one wandb run
-    assert first.name == second.name
-    assert wandb_summary(second)["summary"]["accuracy"] == summary(run)["accuracy"]
-
-
 def test_two_processes_are_one_run(trainer):
     words = ("--mixup", "0.5", "--epochs", "3", "--group", "pair")
     one, two = (
@@ -186,21 +112,6 @@ def test_batch_norm_on_two_processes_is_evaluated_with_the_weights_that_are_save
     run = trainer(*words, launcher=TWO).run
     code, out, _ = in_process(main, "evaluate", run)
     assert code == 0 and f"loss      {summary(run)['test_loss']:.4f}" in out
-
-
-def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
-    words = ("--epochs", "16", "--tracker", "none", "--run-name", "stopped")
-    run = tmp_path / "ck" / "stopped"
-    command = [*TWO, *trainer.command(*words)[1:]]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (run / "metrics.jsonl").exists())
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
-    steps = summary(run)["steps"]
-    assert "resume: from" in trainer("--epochs", "16", "--tracker", "none", "--run-name", "stopped").stdout
-    lines = rows(run)
-    assert len({line["step"] for line in lines}) == len(lines) and lines[-1]["step"] == 128 > steps
 
 
 def test_accelerate_config_and_launch(trainer, tmp_path):
@@ -237,120 +148,12 @@ def test_accumulation_from_the_option_and_from_the_launcher(trainer):
             assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5)
 
 
-def test_max_steps_cuts_and_a_larger_one_goes_on(trainer):
-    whole = trainer("--run-name", "whole", "--tracker", "none").run
-    cut = trainer("--run-name", "cut", "--tracker", "none", "--max-steps", "11").run
-    assert summary(cut)["steps"] == 11 and rows(cut)[-1]["step"] == 11
-    cut = trainer("--run-name", "cut", "--tracker", "none").run
-    assert sha256(cut) == sha256(whole)
-    assert [r["train/lr"] for r in rows(cut) if r["step"] == 12] == [
-        r["train/lr"] for r in rows(whole) if r["step"] == 12
-    ]
-
-
-def test_stopped_before_the_first_step(trainer, tmp_path):
-    """While data and model are made there is nothing to save: the process ends at once, and leaves nothing."""
-    process = subprocess.Popen(
-        trainer.command("--run-name", "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("model: making"):
-        pass
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 143 and "Traceback" not in err
-    assert not (tmp_path / "ck" / "a" / "model").exists()
-
-
-def test_a_resume_does_not_need_the_starting_weights_again(trainer, tmp_path):
-    source = trainer("--epochs", "1", "--tracker", "none", "--run-name", "source").run / "model" / "model.safetensors"
-    weights = tmp_path / "start.safetensors"
-    shutil.copy(source, weights)
-    words = ("--checkpoint", str(weights), "--tracker", "none", "--run-name", "b")
-    trainer(*words, "--max-steps", "8")
-    weights.unlink()
-    assert "after step 8" in trainer(*words, "--max-steps", "9").stdout
-
-
 def test_validation_split_reads_the_test_set_once(trainer):
     done = trainer("--validation-fraction", "0.25", "--epochs", "2", "--tracker", "none")
     options = read_json(done.run / "config.json")["options"]
     assert (options["train_images"], options["held_out_images"], options["test_images"]) == (192, 64, 100)
     assert done.stdout.count("reading the test set") == 1 and summary(done.run)["evaluated_images"] == 100
     assert rows(done.run)[-1]["eval/accuracy"] * 64 == pytest.approx(round(rows(done.run)[-1]["eval/accuracy"] * 64))
-
-
-def test_resume_never_and_resume_path(trainer):
-    words = ("--tracker", "none", "--epochs", "2")
-    first = trainer(*words, "--run-name", "a").run
-    before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
-    second = trainer(*words, "--run-name", "a", "--resume", "never").run
-    assert second.name == "a-2" and sha256(second) == sha256(first)
-    assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
-    done = trainer(*words, "--run-name", "c", "--resume", str(first / "checkpoints" / "step-00000008"))
-    assert "after step 8" in done.stdout and sha256(done.run) == sha256(first)
-    assert without_clock(rows(done.run)) == without_clock(rows(first))
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(trainer):
-    words = ("--tracker", "none", "--epochs", "3", "--run-name", "a")
-    whole = trainer(*words).run
-    digest = sha256(whole)
-    (whole / "summary.json").unlink()
-    weights = whole / "checkpoints" / "step-00000024" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
-    done = trainer(*words)
-    assert "step-00000024 is passed over" in done.stdout and "after step 16" in done.stdout
-    assert sha256(whole) == digest
-
-
-def test_two_runs_cannot_write_one_folder(trainer, tmp_path):
-    run = tmp_path / "ck" / "a"
-    process = subprocess.Popen(trainer.command("--epochs", "400", "--run-name", "a"), stdout=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: (run / "metrics.jsonl").exists())
-        refused = trainer("--epochs", "400", "--run-name", "a", check=2)
-        assert f"in use by process {process.pid}" in refused.stderr
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_profile_is_written(trainer):
-    done = trainer("--profile", "2", "--epochs", "1", "--tracker", "none")
-    folder = done.run / "profile"
-    assert f"profile: {folder / 'trace.json.gz'}" in done.stdout
-    with gzip.open(folder / "trace.json.gz") as f:
-        events = json.load(f)["traceEvents"]
-    steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep")}
-    assert len(steps) == 2 and "convolution" in (folder / "operators.txt").read_text()
-
-
-def test_compiled_runs_see_one_shape_a_model(trainer, tmp_path):
-    """Two graphs, training and evaluation, though 100 test images are no whole number of batches; and a resume."""
-    words = (
-        "--model",
-        "test_vit",
-        "--model-kwargs",
-        "patch_size=8",
-        "--compile",
-        "--batch-size",
-        "64",
-        "--tracker",
-        "none",
-    )
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = trainer(*words, "--micro-batch-size", "32", "--max-steps", "6", env=cache)
-    assert rows(done.run)[-1]["train/compiled_graphs"] == 2 and "compiled  2 graphs" in done.stdout
-    again = trainer(*words, "--micro-batch-size", "32", "--max-steps", "8", env=cache)
-    assert "after step 6" in again.stdout and summary(again.run)["steps"] == 8
-
-
-def test_without_a_compiler_a_run_goes_on_uncompiled(trainer, tmp_path):
-    broken = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = trainer("--compile", "--epochs", "1", "--tracker", "none", env=broken)
-    assert done.stdout.count("warning: --compile does not work here and is left out") == 1
-    assert summary(done.run)["status"] == "finished" and "train/compiled_graphs" not in rows(done.run)[-1]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trainer):
@@ -442,6 +245,7 @@ def test_real_images_and_imagenet_weights(trainer, cifar, weights):
     assert result["evaluated_images"] == 300 and result["status"] == "finished"
     options = read_json(done.run / "config.json")["options"]
     assert (options["aa"], options["pipeline"], options["classes"]) == ("rand-m15-n2", "timm", 100)
+    assert "policy    rand-m15-n2 (m15 acts as m10, timm's ceiling unless mmax raises it)" in done.stdout
 
 
 @pytest.mark.parametrize("model", ["nfnet", "vit"])

@@ -61,7 +61,7 @@ def parse(text: str) -> Policy:
 
 
 def strength(policy: Policy) -> str:
-    """What the magnitude comes to, where timm's ceiling lowers it."""
+    """What the magnitude comes to, as an addition to the policy's name, where timm's ceiling lowers it."""
     if policy.magnitude <= policy.ceiling:
         return ""
-    return f"m{policy.magnitude} acts as m{policy.ceiling}, timm's ceiling unless mmax raises it"
+    return f" (m{policy.magnitude} acts as m{policy.ceiling}, timm's ceiling unless mmax raises it)"

@@ -1,0 +1,149 @@
+"""How a run is stopped, killed and continued, in real processes."""
+
+import shutil
+import signal
+import subprocess
+
+import pytest
+from conftest import TWO, rows, sha256, summary, wait_for, wandb_runs, wandb_summary, without_clock
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        (
+            "--mixup",
+            "0.5",
+            "--cutmix",
+            "1",
+            "--model-ema",
+            "--save-every",
+            "5steps",
+            "--model-kwargs",
+            "drop_rate=0.2",
+            "drop_path_rate=0.1",
+        ),
+    ],
+)
+def test_killed_and_resumed_is_never_killed(trainer, tmp_path, words):
+    words = (*words, "--tracker", "none", "--epochs", "6")
+    whole = trainer(*words, "--run-name", "whole").run
+    run = tmp_path / "ck" / "killed"
+    process = subprocess.Popen(trainer.command(*words, "--run-name", "killed"), stdout=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 18' in (run / "metrics.jsonl").read_text())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "summary.json").exists(), "the kill came too late to test anything"
+    done = trainer(*words, "--run-name", "killed")
+    assert "resume: from" in done.stdout
+    assert sha256(run) == sha256(whole)
+    assert without_clock(rows(run)) == without_clock(rows(whole))
+    for key in ("accuracy", "best_accuracy", "train_loss", "steps"):
+        assert summary(run)[key] == summary(whole)[key]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_143(trainer, tmp_path, number):
+    words = ("--epochs", "16", "--run-name", "stopped")
+    run = tmp_path / "ck" / "stopped"
+    process = subprocess.Popen(trainer.command(*words), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "metrics.jsonl").exists())
+    process.send_signal(number)
+    assert process.wait(30) == 143
+    assert signal.Signals(number).name in (run / "PREEMPTED").read_text()
+    assert summary(run)["status"] == "preempted"
+    stopped_at = summary(run)["steps"]
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+    done = trainer(*words)
+    assert f"after step {stopped_at}" in done.stdout
+    assert not (run / "PREEMPTED").exists() and summary(run)["status"] == "finished"
+    first, second = wandb_runs(run)  # two parts of one wandb run
+    assert first.name == second.name
+    assert wandb_summary(second)["summary"]["accuracy"] == summary(run)["accuracy"]
+
+
+def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
+    words = ("--epochs", "16", "--tracker", "none", "--run-name", "stopped")
+    run = tmp_path / "ck" / "stopped"
+    command = [*TWO, *trainer.command(*words)[1:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "metrics.jsonl").exists())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
+    steps = summary(run)["steps"]
+    assert "resume: from" in trainer("--epochs", "16", "--tracker", "none", "--run-name", "stopped").stdout
+    lines = rows(run)
+    assert len({line["step"] for line in lines}) == len(lines) and lines[-1]["step"] == 128 > steps
+
+
+def test_max_steps_cuts_and_a_larger_one_goes_on(trainer):
+    whole = trainer("--run-name", "whole", "--tracker", "none").run
+    cut = trainer("--run-name", "cut", "--tracker", "none", "--max-steps", "11").run
+    assert summary(cut)["steps"] == 11 and rows(cut)[-1]["step"] == 11
+    cut = trainer("--run-name", "cut", "--tracker", "none").run
+    assert sha256(cut) == sha256(whole)
+    assert [r["train/lr"] for r in rows(cut) if r["step"] == 12] == [
+        r["train/lr"] for r in rows(whole) if r["step"] == 12
+    ]
+
+
+def test_stopped_before_the_first_step(trainer, tmp_path):
+    """While data and model are made there is nothing to save: the process ends at once, and leaves nothing."""
+    process = subprocess.Popen(
+        trainer.command("--run-name", "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("model: making"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "Traceback" not in err
+    assert not (tmp_path / "ck" / "a" / "model").exists()
+
+
+def test_a_resume_does_not_need_the_starting_weights_again(trainer, tmp_path):
+    source = trainer("--epochs", "1", "--tracker", "none", "--run-name", "source").run / "model" / "model.safetensors"
+    weights = tmp_path / "start.safetensors"
+    shutil.copy(source, weights)
+    words = ("--checkpoint", str(weights), "--tracker", "none", "--run-name", "b")
+    trainer(*words, "--max-steps", "8")
+    weights.unlink()
+    assert "after step 8" in trainer(*words, "--max-steps", "9").stdout
+
+
+def test_resume_never_and_resume_path(trainer):
+    words = ("--tracker", "none", "--epochs", "2")
+    first = trainer(*words, "--run-name", "a").run
+    before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    second = trainer(*words, "--run-name", "a", "--resume", "never").run
+    assert second.name == "a-2" and sha256(second) == sha256(first)
+    assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
+    done = trainer(*words, "--run-name", "c", "--resume", str(first / "checkpoints" / "step-00000008"))
+    assert "after step 8" in done.stdout and sha256(done.run) == sha256(first)
+    assert without_clock(rows(done.run)) == without_clock(rows(first))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(trainer):
+    words = ("--tracker", "none", "--epochs", "3", "--run-name", "a")
+    whole = trainer(*words).run
+    digest = sha256(whole)
+    (whole / "summary.json").unlink()
+    weights = whole / "checkpoints" / "step-00000024" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
+    done = trainer(*words)
+    assert "step-00000024 is passed over" in done.stdout and "after step 16" in done.stdout
+    assert sha256(whole) == digest
+
+
+def test_two_runs_cannot_write_one_folder(trainer, tmp_path):
+    run = tmp_path / "ck" / "a"
+    process = subprocess.Popen(trainer.command("--epochs", "400", "--run-name", "a"), stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists())
+        refused = trainer("--epochs", "400", "--run-name", "a", check=2)
+        assert f"in use by process {process.pid}" in refused.stderr
+    finally:
+        process.kill()
+        process.wait()
