@@ -18,6 +18,7 @@ from cifar_accel.config import TrainingArguments, recipe_defaults
 from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.sources import Dataset, Split
 from cifar_accel.run_folder import Opened, describe_config
+from cifar_accel.stopping import StopRequest
 
 
 @dataclass
@@ -112,7 +113,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def our_run(args: TrainingArguments, data: Dataset) -> tuple[prepare.Run, prepare.State]:
     """What the trainer sets up for `args`, over images that are there already."""
     prepare.load_splits = lambda args, say: (data, data.test)
-    stop = prepare.StopRequest()
+    stop = StopRequest()
     opened, accelerator = prepare.start_processes(args, Opened(path=Path("unused")), lambda line: None)
     return prepare.set_up(args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop)
 

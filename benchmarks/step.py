@@ -37,7 +37,7 @@ def our_loop(data: Dataset, device: str) -> tuple[prepare.Run, Callable[[], floa
             rate = train.learning_rate(state.step, 10**6, 0, args)
             train.optimizer_step(run, state.step, rate, batches, sums, clock)
             state.step += 1
-            train.agree(run, run.stop.signal is not None, clock.minutes_up(args.save_every))
+            train.agree(run, clock.minutes_up(args.save_every))
         sums.move_to(state)
         return time.perf_counter() - began
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cifar_accel.run_folder import sync, write_json
 
-FORMAT = 1
+FORMAT = 2  # 1: before a stop inside an evaluation; every format ever released is loaded by a test
 NAME = re.compile(r"step-\d{8}")
 
 
@@ -50,7 +50,8 @@ def save_checkpoint(
     parent = run_dir / "checkpoints"
     final = parent / f"step-{state['step']:08d}"
     scratch = parent / f"{final.name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in parent.glob("step-*.tmp"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         save_file(_flat(model), scratch / "model.safetensors")
@@ -64,8 +65,11 @@ def save_checkpoint(
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         write_json(scratch / "manifest.json", {"format": FORMAT, "step": state["step"], "files": files})
         sync(scratch)
-        if final.exists():  # left by an earlier attempt and found damaged, or this step was saved before
-            shutil.rmtree(final)
+        if final.exists():  # left by an earlier attempt; what is whole is not worth a moment without it
+            if fault(final) is None and sha256(final / "model.safetensors") == files["model.safetensors"]["sha256"]:
+                shutil.rmtree(scratch)
+                return final
+            _remove(final)
         os.rename(scratch, final)
         sync(parent)
     except BaseException as e:
@@ -75,8 +79,15 @@ def save_checkpoint(
         raise
     older = [path for path in list_checkpoints(run_dir) if path.name < final.name]  # a newer one here is a damaged one
     for old in older[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away, its name first: what has a checkpoint's name is whole, also after a kill."""
+    aside = path.with_name(path.name + ".old.tmp")
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flat(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

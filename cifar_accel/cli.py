@@ -27,6 +27,7 @@ from cifar_accel.config import (
     resolve,
 )
 from cifar_accel.run_folder import open_run
+from cifar_accel.stopping import TrainingError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +134,8 @@ def train_command(argv: Sequence[str]) -> int:
             args = replace(args, workers=min(8, max(1, (os.cpu_count() or 1) // local)))
             origin["workers"] = "derived"
         opened = None
+        if args.dry_run:
+            return guarded(lambda: dry_run_command(args, origin))
         if os.environ.get("RANK", "0") == "0":
             opened = open_run(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), say)
             if opened.finished and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -160,11 +163,20 @@ def train_command(argv: Sequence[str]) -> int:
     return guarded(work)
 
 
+def dry_run_command(args: TrainingArguments, origin: dict[str, str]) -> dict[str, Any]:
+    """Print the plan on the main process; returns an exit code."""
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    from cifar_accel.dry_run import dry_run
+
+    return {"code": dry_run(args, origin, say)}
+
+
 def guarded(work: Callable[[], dict[str, Any]]) -> int:
     """Run `work`, turn its end into an exit code, and take the process group down whatever happens."""
     try:
         summary = work()
-        return 143 if summary.get("status") == "preempted" else 0
+        return 143 if summary.get("status") == "preempted" else int(summary.get("code", 0))
     except ValueError as e:
         if os.environ.get("CIFAR_ACCEL_DEBUG"):  # for who looks for a bug behind the one line
             traceback.print_exc()
@@ -172,7 +184,7 @@ def guarded(work: Callable[[], dict[str, Any]]) -> int:
     except KeyboardInterrupt:
         return fail("stopped at once; checkpoints already written are kept", 143)
     except Exception as e:
-        if type(e).__name__ != "Diverged":
+        if not isinstance(e, TrainingError):
             traceback.print_exc()
         return fail(f"{type(e).__name__}: {e}; checkpoints already written are kept", 1)
     finally:

@@ -6,6 +6,7 @@ imports nothing heavy, so that `--help` and every usage error answer at once.
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -159,8 +160,12 @@ class TrainingArguments:
     """Layout of images and weights; auto takes what was measured to be faster for the model's family and device."""
     max_steps: int = 0
     """Stop after this many optimizer steps (0: no limit); the schedule is not rescaled."""
+    max_time: str | None = None
+    """Stop in order after this time since the start, with a checkpoint, as 90m, 2h or 1h30m; the next start goes on."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
+    dry_run: bool = False
+    """Print what would be trained, where every value comes from, and what is amiss on this machine; train nothing."""
     profile: int = 0
     """Trace this many optimizer steps, after 3 of warm-up, with torch's profiler into profile/ of the run folder."""
 
@@ -241,8 +246,8 @@ NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
 
 # Options that may differ between a run and its continuation: they change where or how it runs, not what it computes.
 VOLATILE = frozenset(
-    "data_dir workers micro_batch_size device memory_format max_steps log_every profile save_dir run_name save_every "
-    "keep_checkpoints save_epochs resume tracker project group".split()
+    "data_dir workers micro_batch_size device memory_format max_steps max_time dry_run log_every profile save_dir "
+    "run_name save_every keep_checkpoints save_epochs resume tracker project group".split()
 )
 
 
@@ -372,6 +377,7 @@ def check_ranges(args: TrainingArguments) -> None:
     if args.std and min(args.std) <= 0:
         raise ValueError(f"--std {args.std}: every deviation must be greater than 0")
     parse_interval(args.save_every)
+    parse_duration(args.max_time or "1s")
     parse_keywords(args.model_kwargs)
     if args.run_name is not None and (os.path.isabs(args.run_name) or ".." in args.run_name.split("/")):
         raise ValueError(f"--run-name {args.run_name}: must be a relative path without '..' (it lies below --save-dir)")
@@ -387,6 +393,15 @@ def parse_interval(text: str) -> tuple[int, str]:
             if count != text and count.isdecimal() and int(count) > 0:
                 return int(count), unit
     raise ValueError(f"--save-every {text}: write a number and a unit, as in 1epoch, 500steps or 10m, or none")
+
+
+def parse_duration(text: str) -> float:
+    """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises ValueError."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    if not seconds:
+        raise ValueError(f"--max-time {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m")
+    return float(seconds)
 
 
 def parse_keywords(pairs: Iterable[str]) -> dict[str, Any]:

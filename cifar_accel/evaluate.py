@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from cifar_accel import tracking
 from cifar_accel.config import EvaluateArguments, TrainingArguments
@@ -123,7 +123,27 @@ def make_accelerator(device: str, mixed_precision: str | None = None) -> Acceler
     Raises ValueError when the device is not there, cannot compute so, or the processes do not find each other.
     """
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    cpu = check_launch(device, precision)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if not cpu and int(os.environ.get("LOCAL_WORLD_SIZE", world)) > torch.cuda.device_count() > 0:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # several processes share a GPU, which NCCL refuses
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=handlers,
+    )
+    if accelerator.num_processes != world:
+        raise ValueError(
+            f"the launcher started {world} processes but Accelerate sees {accelerator.num_processes}: they would all "
+            "write one folder; start them with torchrun, or with accelerate launch --multi_gpu"
+        )
+    return accelerator
+
+
+def check_launch(device: str, precision: str) -> bool:
+    """Whether the processor is what computes. Raises ValueError when the device is not there or cannot compute so."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (device == "cuda" and not cuda) or (device == "mps" and not mps):
         raise ValueError(f"--device {device}: torch {torch.__version__} sees no such device on this machine")
@@ -137,15 +157,4 @@ def make_accelerator(device: str, mixed_precision: str | None = None) -> Acceler
             raise ValueError(
                 f"the accelerate config asks for {name}: here every device holds the whole model (MULTI_GPU)"
             )
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if accelerator.num_processes != world:
-        raise ValueError(
-            f"the launcher started {world} processes but Accelerate sees {accelerator.num_processes}: they would all "
-            "write one folder; start them with torchrun, or with accelerate launch --multi_gpu"
-        )
-    return accelerator
+    return cpu

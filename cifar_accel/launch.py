@@ -65,12 +65,7 @@ def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
     module = [sys.executable, "-m", "cifar_accel", *words]
     if file is None:
         return module, {}, f"launch: one process ({why})"
-    try:
-        config: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
-    except (OSError, yaml.YAMLError) as e:
-        raise ValueError(f"{file}: cannot be read as an accelerate config ({' '.join(str(e).split())})") from e
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: is no accelerate config (it holds no keys); make one with accelerate config")
+    config = read_config(file)
     kind, processes = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
     environment = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
     if SHIPPED in file.parents:
@@ -92,6 +87,28 @@ def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
     if file == SHIPPED / "multi_gpu.yaml":
         launcher += ["--num_processes", str(count_gpus())]
     return [*launcher, "-m", "cifar_accel", *words], {}, f"launch: accelerate launch --config_file {file} ({why})"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The keys of an accelerate config file. Raises ValueError when it cannot be read or holds none."""
+    try:
+        config = yaml.safe_load(file.read_text()) or {}
+    except (OSError, yaml.YAMLError) as e:
+        raise ValueError(f"{file}: cannot be read as an accelerate config ({' '.join(str(e).split())})") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: is no accelerate config (it holds no keys); make one with accelerate config")
+    return config
+
+
+def dry_environment(environment: dict[str, str]) -> dict[str, str]:
+    """What one process that only looks needs to know of the processes that a launcher would start."""
+    file, _ = config_file()
+    config = read_config(file) if file else {}
+    several = str(config.get("distributed_type", "NO")) != "NO"
+    processes = count_gpus() if file == SHIPPED / "multi_gpu.yaml" else int(config.get("num_processes") or 1)
+    known = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
+    known |= {"CIFAR_ACCEL_PROCESSES": str(processes if several else 1), **environment}
+    return {k: v for k, v in known.items() if k not in os.environ}
 
 
 def run(command: list[str], environment: dict[str, str], run_folder: Path) -> int:
@@ -145,6 +162,9 @@ def main() -> int:
         return 2
     if {"-h", "--help"} & set(sys.argv[1:]):
         command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], {}
+    elif "--dry-run" in sys.argv[1:]:
+        print(why, flush=True)
+        command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], dry_environment(environment)
     else:
         print(why, flush=True)
     if command[1:3] == ["-m", "cifar_accel"]:

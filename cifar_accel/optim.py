@@ -6,7 +6,6 @@ from typing import Any
 
 import timm.optim
 import torch
-from timm.utils import dispatch_clip_grad
 
 from cifar_accel.config import TrainingArguments, did_you_mean
 from cifar_accel.model import classifier_parameters
@@ -82,13 +81,20 @@ def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.op
         raise ValueError(f"--optimizer {args.optimizer}: cannot be made: {str(e).splitlines()[0]}") from e
 
 
-def clip_gradients(model: torch.nn.Module, args: TrainingArguments) -> None:
-    """Clip the gradients of `model` in place as the options say; adaptive clipping spares the classifier."""
+def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
+    """L2 norm over all gradients of `model`, float [] on its device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def clip_gradients(model: torch.nn.Module, norm: torch.Tensor, args: TrainingArguments) -> None:
+    """Clip the gradients of `model`, whose norm is `norm`, in place; adaptive clipping spares the classifier."""
     if args.clip_mode == "agc":
         spared = classifier_parameters(model)
         clip_adaptively([p for p in model.parameters() if p not in spared and p.grad is not None], args.clip_grad)
+    elif args.clip_mode == "value":
+        torch.nn.utils.clip_grad_value_(model.parameters(), args.clip_grad)
     else:
-        dispatch_clip_grad(model.parameters(), args.clip_grad, args.clip_mode)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
 
 
 @torch.no_grad()
@@ -111,3 +117,34 @@ def clip_adaptively(parameters: list[torch.nn.Parameter], ratio: float, eps: flo
     torch._foreach_div_(shares, sizes)
     torch._foreach_clamp_max_(shares, 1.0)
     torch._foreach_mul_(gradients, shares)
+
+
+class FiniteGuard:
+    """Watches each step's gradient norm and loss on the device; from the first not finite on, updates are withheld.
+
+    A fused optimizer withholds them itself, by the flag that a gradient scaler would set (`found_inf`); with any other
+    the host waits at every step. The host reads what happened when it waits anyway. With a gradient scaler, which skips
+    steps for its own reasons, only the loss counts and nothing is withheld.
+    """
+
+    def __init__(self, optimizer: Any, device: torch.device, scaled: bool, step: int):
+        self.last = torch.zeros(2, device=device)  # norm and loss of the last step, or of the first bad one
+        self.bad = torch.zeros((), device=device)  # 1 once a step was bad
+        self.good = torch.zeros((), dtype=torch.int64, device=device)  # steps before it
+        self.start, self.scaled = step, scaled
+        self.fused = all(group.get("fused") for group in optimizer.param_groups)
+        if self.fused and not scaled:
+            optimizer.found_inf, optimizer.grad_scale = self.bad, None
+
+    def allows(self, norm: torch.Tensor, loss: torch.Tensor) -> bool:
+        """Note one step; False when its update must not be applied and the optimizer cannot know that itself."""
+        now = torch.stack([norm.float(), loss.float()])
+        self.last = torch.where(self.bad > 0, self.last, now)
+        self.bad.copy_(torch.maximum(self.bad, (~now.isfinite()).any()))
+        self.good += self.bad == 0
+        return self.fused or self.scaled or not self.bad.item()
+
+    def first_bad(self) -> tuple[int, float, float] | None:
+        """(step, gradient norm, loss) of the first bad step, or None; the host waits."""
+        norm, loss = self.last.tolist()
+        return (self.start + int(self.good), norm, loss) if self.bad.item() else None

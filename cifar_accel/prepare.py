@@ -5,7 +5,6 @@ Read it from `set_up` downwards.
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,8 +32,9 @@ from cifar_accel.model import (
     input_statistics,
     use_channels_last,
 )
-from cifar_accel.optim import build_optimizer, check_names
+from cifar_accel.optim import FiniteGuard, build_optimizer, check_names
 from cifar_accel.run_folder import Opened, describe_config, is_checkpoint
+from cifar_accel.stopping import StopRequest
 
 
 @dataclass
@@ -42,6 +42,7 @@ class State:
     """All of a run that changes, besides weights and optimizer; this is what a checkpoint's state.json holds."""
 
     step: int = 0  # finished optimizer steps
+    due: bool = False  # a stop came before the row of this step: its evaluation is still to do
     time_s: float = 0.0  # spent training; stands still during evaluation and saving
     wall_s: float = 0.0  # spent altogether, over all starts
     # loss sum, correct, images, seconds, seconds of them waiting for input
@@ -49,6 +50,7 @@ class State:
     epoch: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
     )  # loss sum, correct, images since the epoch began
+    gradient_norm: float = 0.0  # of the last step, before clipping
     train_loss: float | None = None  # mean over the last whole epoch
     evaluation: dict[str, float] = field(default_factory=dict)  # the last one
     best_accuracy: float = 0.0
@@ -69,13 +71,14 @@ class Run:
     model: torch.nn.Module  # the same, wrapped for training
     ema: ModelEmaV3 | None
     optimizer: Any
+    guard: FiniteGuard
     order: Order
     train: Pipeline
     evaluation: Pipeline  # the held-out images, or the test split
     test: Pipeline
     total_steps: int
     stop_step: int
-    stop: "StopRequest"
+    stop: StopRequest
     memory_format: torch.memory_format
     flops: int  # of one image's forward and backward pass, taken as three times the forward pass
     peak_flops: float | None  # of this device at this precision, in FLOP/s, where it is known
@@ -92,27 +95,6 @@ class Run:
     def result(self) -> torch.nn.Module:
         """The weights that are evaluated and saved: the average if one is kept."""
         return self.ema.module if self.ema else self.module
-
-
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT ends at once.
-
-    Until `training` is set there is nothing to save, and the first signal ends the process by KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.training = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.signal = number
-        if not self.training:
-            raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if number == signal.SIGINT:  # print might be in the middle of a line, and is not reentrant
-            os.write(2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n")
 
 
 def start_processes(
@@ -177,6 +159,7 @@ def set_up(
         model=model,
         ema=ema,
         optimizer=optimizer,
+        guard=FiniteGuard(optimizer.optimizer, accelerator.device, accelerator.scaler is not None, state.step),
         order=order,
         train=train,
         evaluation=test if held_out is data.test else Pipeline(args, held_out, accelerator.device, mean, std),
@@ -258,14 +241,21 @@ def load_splits(args: TrainingArguments, say: Callable[[str], None]) -> tuple[Da
 
 
 def make_order(args: TrainingArguments, samples: int, accelerator: Accelerator) -> Order:
-    """Cut the global batch over processes and accumulation steps. Raises ValueError when it cannot be cut equally."""
-    world = accelerator.num_processes
+    """The plan of the run for this process. Raises ValueError when the batch cannot be cut equally."""
+    accumulation = accelerator.gradient_accumulation_steps  # what `accelerate launch` was told
+    accelerator.gradient_accumulation_steps = 1  # the loop divides the loss itself
+    return cut_batch(args, samples, accelerator.num_processes, accelerator.process_index, accumulation)
+
+
+def cut_batch(args: TrainingArguments, samples: int, world: int, rank: int, accumulation: int) -> Order:
+    """Cut the global batch over `world` processes and the launcher's `accumulation`, or what the options say.
+
+    Raises ValueError when it cannot be cut equally.
+    """
     size, rest = divmod(args.batch_size, world)
     if rest or not size:
         near = f"{size * world} or {(size + 1) * world}" if size else str(world)
         raise ValueError(f"--batch-size {args.batch_size}: cannot be divided by {world} processes; {near} can")
-    accumulation = accelerator.gradient_accumulation_steps  # what `accelerate launch` was told
-    accelerator.gradient_accumulation_steps = 1  # the loop divides the loss itself
     if accumulation > 1 and args.micro_batch_size:
         raise ValueError(
             f"--micro-batch-size and the launcher's gradient_accumulation_steps {accumulation} are both given"
@@ -281,7 +271,7 @@ def make_order(args: TrainingArguments, samples: int, accelerator: Accelerator) 
         raise ValueError(
             f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): an epoch has no step"
         )
-    return Order(args.seed, samples, args.batch_size, world, accelerator.process_index, accumulation)
+    return Order(args.seed, samples, args.batch_size, world, rank, accumulation)
 
 
 def warmup_steps(args: TrainingArguments, order: Order) -> int:

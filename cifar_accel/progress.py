@@ -46,8 +46,8 @@ class Progress:
             self.bar.set_description_str(self._epoch(row["step"] - 1), refresh=False)
             self.bar.set_postfix_str(shown)
         else:
-            done = row["step"] - self.start
-            left = duration((time.perf_counter() - self.began) / done * (self.stop - row["step"]))
+            done = row["step"] - self.start  # 0 when only the evaluation of the last step was to do
+            left = duration((time.perf_counter() - self.began) / max(1, done) * (self.stop - row["step"]))
             with contextlib.suppress(OSError):  # a full disk behind stdout costs the line, not the run
                 print(
                     f"{self._epoch(row['step'] - 1)}  step {row['step']:,}/{self.total:,}  {shown}, {left} left",

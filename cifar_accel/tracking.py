@@ -3,6 +3,7 @@
 A tracker is a function that takes (project, name, group, job_type, config, folder, run id) and returns a `Tracker`.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -15,11 +16,11 @@ from typing import Any
 class Metrics:
     """metrics.jsonl: one JSON object a line, each line on the disk's side of the process before the next step.
 
-    A disk that cannot take a line costs that line and one warning, never the run.
+    A disk that cannot take a line costs one warning, never the run: the line is kept and tried again with the next.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]):
-        self.path, self.say, self.warned = path, say, False
+        self.path, self.say, self.pending = path, say, ""
 
     def truncate(self, step: int) -> None:
         """Drop what follows `step` (and a line cut short by a kill), so that a continued run logs each step once."""
@@ -30,14 +31,24 @@ class Metrics:
             os.replace(scratch, self.path)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row`."""
+        """Append `row`, and what could not be written before."""
+        first, self.pending = not self.pending, self.pending + json.dumps(row) + "\n"
         try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            with open(self.path, "ab", buffering=0) as f:
+                end = f.tell()
+                data = self.pending.encode()
+                try:
+                    written = f.write(data)
+                except OSError:
+                    f.truncate(end)
+                    raise
+                if written < len(data):  # the disk became full in the middle
+                    f.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.pending = ""
         except OSError as e:
-            if not self.warned:
-                self.say(f"warning: {self.path} cannot be written ({e.strerror}); training goes on without it")
-            self.warned = True
+            if first:
+                self.say(f"warning: {self.path} cannot be written ({e.strerror}); training goes on, and tries again")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +119,7 @@ def start_wandb(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+    mode: Any = wandb_mode()
     about: dict[str, Any] = dict(
         project=os.environ.get("WANDB_PROJECT", project),
         name=name,
@@ -149,8 +160,13 @@ def start_wandb(
     return Tracker(run.id, log, finish)
 
 
+def wandb_mode() -> str:
+    """WANDB_MODE, else online where wandb would find a key (nobody is asked for one), else offline."""
+    return os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+
+
 def _wandb_key() -> bool:
-    """Whether wandb would find a key, without asking for one."""
+    """Whether wandb would find a key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc

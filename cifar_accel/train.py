@@ -4,35 +4,32 @@ Read it from `train` downwards. "All ranks enter" marks what every process must 
 where the host waits for the device. Everything else runs ahead of the device.
 """
 
+import itertools
+import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-from cifar_accel import checkpoint, tracking
+from cifar_accel import checkpoint, memory, tracking
 from cifar_accel.config import TrainingArguments, parse_interval
 from cifar_accel.data.order import Order, random_bits
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.evaluate import evaluate
-from cifar_accel.instruments import Profiler, compiled_graphs, peak_memory_mib
+from cifar_accel.instruments import Clock, Profiler, Sums, compiled_graphs, peak_memory_mib
 from cifar_accel.model import save_model
-from cifar_accel.optim import clip_gradients, learning_rate
-from cifar_accel.prepare import Run, State, StopRequest, set_up, start_processes, warmup_steps
+from cifar_accel.optim import clip_gradients, gradient_norm, learning_rate
+from cifar_accel.prepare import Run, State, set_up, start_processes, warmup_steps
 from cifar_accel.progress import Progress
 from cifar_accel.run_folder import Opened, read_json, sync, write_json
-
-
-class Diverged(RuntimeError):
-    """The loss or the weights are no longer finite."""
+from cifar_accel.stopping import Diverged, OutOfMemory, PeerLost, Stopped, StopRequest, TrainingError
 
 
 def train(
@@ -51,17 +48,19 @@ def train(
 
     Raises:
         ValueError: bad input, found before the first step.
-        Diverged: the loss is not finite.
+        TrainingError: the loss is not finite, the device is out of memory, or another process is gone.
     """
-    stop = StopRequest()
+    stop = StopRequest(args.max_time)
     opened, accelerator = start_processes(args, opened, say)
     if opened.finished:
         return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
+    if accelerator.device.type == "cuda" and not run.compiled and not memory.fits(run, run.order.micro_batch_size):
+        raise ValueError(memory.advice(run))
     config_file = run.path / "config.json"
     tracker = tracking.SILENT
     if run.is_main:
-        for name in ("summary.json", "PREEMPTED"):  # they speak of an earlier start
+        for name in ("summary.json", "PREEMPTED", "diverged.json"):  # they speak of an earlier start
             (run.path / name).unlink(missing_ok=True)
         old = read_json(config_file) or run.config
         state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
@@ -81,83 +80,95 @@ def train(
         state.tracker_id = tracker.id
         write_json(config_file, read_json(config_file) | {"tracker_id": tracker.id})
     try:
-        status = fit(run, state, tracker)
-        summary = finish(run, state, status)
+        summary = finish(run, state, fit(run, state, tracker))
     except BaseException as e:
+        e = explained(e, run)
         write_summary(run, state, "failed", error=f"{type(e).__name__}: {e}")
         tracker.finish({"status": "failed"}, 1)
-        if isinstance(e, ValueError):  # no longer the user's: the input was checked before the first step
-            raise RuntimeError(str(e)) from e
-        raise
-    tracker.finish(summary, 0 if status == "finished" else 143)
+        raise e
+    tracker.finish(summary, 0 if summary["status"] == "finished" else 143)
     return summary
+
+
+def explained(e: BaseException, run: Run) -> BaseException:
+    """What to raise in place of `e`: a line for the user where the cause is known."""
+    if memory.is_out_of_memory(e):
+        e = e.with_traceback(None)  # its frames hold the step's tensors
+        return OutOfMemory(memory.advice(run))
+    text = " ".join(str(e).split())
+    if run.order.world > 1 and ("gloo" in text or isinstance(e, torch.distributed.DistError)):
+        return PeerLost(f"another process of this run is gone ({text[:120]}); the same command goes on")
+    if isinstance(e, ValueError):  # no longer the user's: the input was checked before the first step
+        return RuntimeError(str(e))
+    return e
 
 
 def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
     """The loop, from state.step to run.stop_step; returns "finished" or "preempted". All ranks enter."""
     args, steps_per_epoch = run.args, run.order.steps_per_epoch
     batches = run.train.training_batches(run.order, state.step, run.stop_step)
-    sums = Sums(run.accelerator)
+    sums, clock = Sums(run.accelerator), Clock(state)
     metrics = tracking.Metrics(run.path / "metrics.jsonl", run.say)
     if run.is_main:
-        metrics.truncate(state.step)
+        metrics.truncate(state.step - state.due)
     progress = Progress(run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main)
-    clock = Clock(state)
     profiler = Profiler(run.path / "profile", args.profile, run.say) if args.profile and run.is_main else None
     run.stop.training = True
     run.model.train()
-    while state.step < run.stop_step:
-        rate = learning_rate(state.step, run.total_steps, warmup_steps(args, run.order), args)
-        optimizer_step(run, state.step, rate, batches, sums, clock)
-        state.step += 1
-        if run.ema:
-            run.ema.update(run.module, state.step)
-        progress.step()
-        if profiler:
-            profiler.step()
+    stopped = False
+    while not stopped and (state.due or state.step < run.stop_step):
+        rate = learning_rate(state.step - state.due, run.total_steps, warmup_steps(args, run.order), args)
+        if not state.due:  # else a stop came between this step and its row
+            optimizer_step(run, state.step, rate, batches, sums, clock)
+            state.step += 1
+            if run.ema:
+                run.ema.update(run.module, state.step)
+            progress.step()
+            if profiler:
+                profiler.step()
 
-        # What is due after it. All ranks agree: on the steps by counting, on signals and minutes by asking.
+        # What is due after it. All ranks agree: on the steps by counting, on stops and minutes by asking.
         epoch, rest = divmod(state.step, steps_per_epoch)
         last = state.step == run.stop_step
-        stop, minutes_up = agree(run, run.stop.signal is not None, clock.minutes_up(args.save_every))
-        logs = state.step % args.log_every == 0 or rest == 0 or last
-        if stop and run.stop.signal is None:
-            run.stop.signal = signal.SIGTERM  # it reached another rank
-        saves = stop or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
+        stopped, minutes_up = agree(run, clock.minutes_up(args.save_every))
+        logs = state.due = state.step % args.log_every == 0 or rest == 0 or last
+        saves = stopped or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
         if logs or saves:
-            sums.move_to(state)  # the host waits
+            look(run, state, sums)  # the host waits
             clock.stop()
             if logs:
-                row = training_row(run, state, rate) | (evaluation_row(run, state) if rest == 0 or last else {})
-                if run.is_main:
-                    metrics.write(row)
-                    tracker.log(row)
-                progress.log(row)
-            if rest == 0 and args.save_epochs > 0 and epoch % args.save_epochs == 0:
                 try:
-                    keep_weights(run, f"model-epoch-{epoch:04d}")
-                except OSError as e:
-                    run.say(f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on")
+                    evaluated = evaluation_row(run, state) if rest == 0 or last else {}
+                except Stopped:
+                    stopped = saves = True
+                else:
+                    row = training_row(run, state, rate) | evaluated
+                    state.due = False
+                    if run.is_main:
+                        metrics.write(row)
+                        tracker.log(row)
+                    progress.log(row)
+            if rest == 0 and not state.due and args.save_epochs > 0 and epoch % args.save_epochs == 0:
+                keep_epoch(run, epoch)
             if saves:
                 save(run, state)
                 clock.saved = time.perf_counter()
             clock.start()
-        if stop and not last:
-            break
     clock.stop()
     batches.close()
     progress.close()
     if profiler:
         profiler.close()
-    return "finished" if state.step >= run.stop_step else "preempted"
+    return "finished" if state.step >= run.stop_step and not state.due else "preempted"
 
 
-def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], sums: "Sums", clock: "Clock") -> None:
+def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], sums: Sums, clock: Clock) -> None:
     """One step of the optimizer over the global batch, cut into micro-batches. All ranks enter; nobody waits."""
     args, accelerator, accumulation = run.args, run.accelerator, run.order.accumulation
     criterion = BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy()  # targets carry any smoothing
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
+    losses = []
     for micro in range(accumulation):
         if run.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite what the last replay returned
@@ -169,78 +180,17 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
             loss = criterion(logits, targets)
             accelerator.backward(loss / accumulation)  # DDP averages over the ranks: the mean of the global batch
         sums.add(loss, logits, targets)
+        losses.append(loss.detach())
+    accelerator.unscale_gradients(run.optimizer)
+    norm = gradient_norm(run.module)
     if args.clip_grad:
-        accelerator.unscale_gradients(run.optimizer)
-        clip_gradients(run.module, args)
-    run.optimizer.step()
+        clip_gradients(run.module, norm, args)
+    if run.guard.allows(norm, torch.stack(losses).mean()):
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
 # ---- what the loop calls
-
-
-class Sums:
-    """Loss, correct answers and images since the last look, kept on the device."""
-
-    def __init__(self, accelerator: Accelerator):
-        wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has no float64
-        self.accelerator = accelerator
-        self.values = torch.zeros(2, dtype=wide, device=accelerator.device)
-        self.images = 0  # of all ranks: they take equal shares
-
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count one micro-batch; correct means that the largest logit is at the largest target."""
-        correct = (logits.argmax(1) == targets.argmax(1)).sum()
-        self.values += torch.stack([loss.detach() * len(targets), correct])
-        self.images += len(targets) * self.accelerator.num_processes
-
-    def move_to(self, state: State) -> None:
-        """Add the sums over all ranks to the state's window and epoch, and start anew. All ranks enter; the host waits.
-
-        Raises Diverged on every rank when the loss is not finite.
-        """
-        loss, correct = self.accelerator.reduce(self.values).tolist()
-        if loss != loss or abs(loss) == float("inf"):
-            raise Diverged(f"the loss became {loss} by step {state.step:,}")
-        for sums in (state.window, state.epoch):
-            for i, value in enumerate((loss, correct, self.images)):
-                sums[i] += value
-        self.values.zero_()
-        self.images = 0
-
-
-class Clock:
-    """Keeps state.time_s and the window's seconds (training only, and waiting) and state.wall_s (everything)."""
-
-    def __init__(self, state: State):
-        self.state, self.training = state, True
-        self.mark = self.saved = time.perf_counter()
-
-    def stop(self) -> None:
-        """Training pauses, the device being done."""
-        now = time.perf_counter()
-        self.state.wall_s += now - self.mark
-        if self.training:
-            self.state.time_s += now - self.mark
-            self.state.window[3] += now - self.mark
-        self.mark, self.training = now, False
-
-    def start(self) -> None:
-        """Training goes on."""
-        self.stop()
-        self.training = True
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The host waits for input, or makes it."""
-        began = time.perf_counter()
-        yield
-        self.state.window[4] += time.perf_counter() - began
-
-    def minutes_up(self, save_every: str) -> bool:
-        """Whether a checkpoint by the clock is due."""
-        count, unit = parse_interval(save_every)
-        return unit == "minute" and time.perf_counter() - self.saved > 60 * count
 
 
 def seed_dropout(run: Run, step: int, micro: int) -> None:
@@ -253,19 +203,46 @@ def seed_dropout(run: Run, step: int, micro: int) -> None:
         torch.mps.manual_seed(value)
 
 
-def agree(run: Run, *flags: bool) -> list[bool]:
-    """Each flag, true when it is true on any rank. All ranks enter, every step; on the host alone, over gloo."""
-    if run.host_group is None:
-        return list(flags)
-    votes = torch.tensor(flags, dtype=torch.int32)
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=run.host_group)
-    return [bool(v) for v in votes]
+def agree(run: Run, minutes_up: bool = False) -> tuple[bool, bool]:
+    """Whether any rank was asked to stop, and whether a checkpoint by the clock is due on any.
+
+    All ranks enter, at every step and evaluation batch; on the host alone, over gloo.
+    """
+    flags = [run.stop.asked(), minutes_up]
+    if run.host_group is not None:
+        votes = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=run.host_group)
+        flags = [bool(v) for v in votes]
+    if flags[0] and run.stop.reason is None:
+        run.stop.reason = "a signal to another of its processes"
+    return flags[0], flags[1]
 
 
 def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:
     """Whether a checkpoint is due after `step` by epochs or steps."""
     count, unit = parse_interval(save_every)
     return unit in ("epoch", "step") and step % (count * (steps_per_epoch if unit == "epoch" else 1)) == 0
+
+
+def look(run: Run, state: State, sums: Sums) -> None:
+    """Move the sums to the state. All ranks enter; the host waits. Raises Diverged when a step was not finite."""
+    bad = run.guard.first_bad()
+    if bad is None:
+        if sums.images:  # else a resume that has taken no step yet
+            state.gradient_norm = float(run.guard.last[0])
+        return sums.move_to(state)
+    step, norm, loss = bad
+    rate = learning_rate(step, run.total_steps, warmup_steps(run.args, run.order), run.args)
+    samples = run.order.samples_of(step).tolist()
+    if run.is_main:
+        with suppress(OSError):
+            about = {"step": step, "learning_rate": rate, "gradient_norm": str(norm), "loss": str(loss)}
+            write_json(run.path / "diverged.json", {**about, "samples": samples})
+    shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+    raise Diverged(
+        f"step {step:,} is not finite: loss {loss:.4g}, gradient norm {norm:.4g}, learning rate {rate:.3g}, training "
+        f"images {shown} (all in {run.path / 'diverged.json'}); its update was not applied"
+    )
 
 
 def training_row(run: Run, state: State, rate: float) -> dict[str, float]:
@@ -287,6 +264,8 @@ def training_row(run: Run, state: State, rate: float) -> dict[str, float]:
         "train/input_share": round(waited / spent, 4),
         "train/peak_memory_mib": round(peak_memory_mib(run.accelerator.device), 1),
     }
+    if math.isfinite(state.gradient_norm):  # a gradient scaler passes over steps where it is not
+        row["train/gradient_norm"] = state.gradient_norm
     if run.peak_flops:
         row["train/mfu"] = round(speed * run.flops / (run.peak_flops * run.order.world), 4)
     if run.compiled:
@@ -303,15 +282,24 @@ def evaluation_row(run: Run, state: State) -> dict[str, float]:
 
 
 def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
-    """Exact figures of the run's weights over one split. All ranks enter."""
+    """Exact figures of the run's weights over one split. All ranks enter. Raises Stopped when they agreed to stop."""
     if run.host_group is not None:
         for buffer in run.result.buffers():  # each rank has its own batch-norm statistics: the main one's are saved
             torch.distributed.broadcast(buffer, 0)
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     size = evaluation_batch_size(run.args, run.order)
-    batches = pipeline.evaluation_batches(size, world, rank)
+    rounds = math.ceil(math.ceil(len(pipeline.split) / world) / size)  # of the rank with the largest share
+    batches = unless_stopped(run, pipeline.evaluation_batches(size, world, rank), rounds)
     fill_to = size if run.compiled else 0  # a compiled model sees one shape
     return evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to)
+
+
+def unless_stopped(run: Run, batches: Iterator[Batch], rounds: int) -> Iterator[Batch]:
+    """Pass `batches` on, asking all ranks before each; a rank with fewer of them is asked as often."""
+    for _ in range(rounds):
+        if agree(run)[0]:
+            raise Stopped
+        yield from itertools.islice(batches, 1)
 
 
 def evaluation_batch_size(args: TrainingArguments, order: Order) -> int:
@@ -323,7 +311,7 @@ def save(run: Run, state: State) -> None:
     """Write a checkpoint. All ranks enter, the main process writes; a failure costs the checkpoint, not the run."""
     if not torch.isfinite(torch.nn.utils.get_total_norm(list(run.module.parameters()))):  # the host waits
         raise Diverged(f"the weights are not finite after step {state.step:,}")
-    if not run.is_main or (run.args.save_every == "none" and run.stop.signal is None):
+    if not run.is_main or (run.args.save_every == "none" and not run.stop.asked()):
         return
     scaler = run.accelerator.scaler
     state.scaler = scaler.state_dict() if scaler is not None else None
@@ -335,6 +323,14 @@ def save(run: Run, state: State) -> None:
         )
     except OSError as e:
         run.say(f"warning: no checkpoint at step {state.step:,}: {e.strerror or e}; training goes on")
+
+
+def keep_epoch(run: Run, epoch: int) -> None:
+    """Keep the weights of an epoch; a failure costs them, not the run."""
+    try:
+        keep_weights(run, f"model-epoch-{epoch:04d}")
+    except OSError as e:
+        run.say(f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on")
 
 
 def keep_weights(run: Run, name: str) -> None:
@@ -362,23 +358,28 @@ def keep_weights(run: Run, name: str) -> None:
 def finish(run: Run, state: State, status: str) -> dict[str, Any]:
     """Save the weights, read the test set where that is still to do, and write summary.json. All ranks enter."""
     test = None
-    if status == "finished":
-        if run.args.validation_fraction:
-            run.say("test: reading the test set, once")
+    if status == "finished" and run.args.validation_fraction:
+        run.say("test: reading the test set, once")
+        try:
             test = evaluate_split(run, run.test)
-        keep_weights(run, "model")
+        except Stopped:
+            status = "preempted"  # the checkpoint of the last step is there
+    if status == "finished":
+        try:
+            keep_weights(run, "model")
+        except OSError as e:
+            raise TrainingError(f"the weights are not written: {e.strerror or e}; the same command tries again") from e
         shown = test or state.evaluation
         if run.compiled:
             run.say(f"compiled  {compiled_graphs()} graphs (training and evaluation need one each)")
         run.say(f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}")
     run.accelerator.wait_for_everyone()
     if run.is_main and status == "preempted":
-        name = signal.Signals(run.stop.signal or signal.SIGTERM).name
         with suppress(OSError):  # a full disk
             (run.path / "PREEMPTED").write_text(
-                f"{name} after step {state.step}; the same command goes on from there\n"
+                f"{run.stop.reason} after step {state.step}; the same command goes on from there\n"
             )
-        run.say(f"stopped by {name} after step {state.step:,}; the same command goes on from there")
+        run.say(f"stopped by {run.stop.reason} after step {state.step:,}; the same command goes on from there")
     return write_summary(run, state, status, test=test)
 
 

@@ -105,6 +105,10 @@ class Order:
         start = step % self.steps_per_epoch * self.batch_size
         return epoch_order[start : start + self.batch_size]
 
+    def samples_of(self, step: int) -> NDArray[np.int64]:
+        """The samples of optimizer step `step` alone (see `global_batch`): int64 [batch_size]."""
+        return self.global_batch(step, permutation(self.seed, step // self.steps_per_epoch, self.samples))
+
     def mix(self, step: int, mixup: float, cutmix: float, prob: float) -> Mix:
         """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), Beta(a, a) per batch."""
         if not (mixup or cutmix) or uniform(self.seed, "mix", step)[0] >= prob:

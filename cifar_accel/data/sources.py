@@ -173,6 +173,11 @@ def _digits(name: str, root: Path, say: Callable[[str], None]) -> Source:
     return Source(lambda: f"digits {sklearn.__version__}", read)
 
 
+def hub_marker(root: Path, name: str) -> Path:
+    """Says that data set `name` of the hub is whole: a download that broke off leaves a snapshot folder too."""
+    return root / f"hub-{name.replace('/', '--')}.whole"
+
+
 def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
     """A data set of the Hugging Face hub that is stored as parquet."""
     from huggingface_hub import constants, snapshot_download
@@ -187,7 +192,7 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
             )
         )
 
-    whole = root / f"hub-{name.replace('/', '--')}.whole"  # a download that broke off leaves a snapshot folder too
+    whole = hub_marker(root, name)
     try:
         if whole.exists():
             return _parquet(fetch(local=True))

@@ -1,0 +1,91 @@
+"""Why and when a run ends before its last step: signals, its launcher's end, --max-time, and failures in one line.
+
+Imports nothing heavy.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cifar_accel.config import parse_duration
+
+# How a parent that starts trainings and passes signals on to them is called.
+LAUNCHERS = {
+    "accelerate",
+    "accelerate.commands.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
+LAUNCHERS |= {"cifar-accel", "cifar_accel.launch"}
+
+
+class TrainingError(RuntimeError):
+    """Ends a training that began; its message is for the user, and a traceback would add nothing."""
+
+
+class Diverged(TrainingError):
+    """The loss, the gradients or the weights are no longer finite."""
+
+
+class OutOfMemory(TrainingError):
+    """The device cannot hold what one step needs."""
+
+
+class PeerLost(TrainingError):
+    """Another process of this run is gone."""
+
+
+class Stopped(Exception):
+    """All ranks agreed, between two batches of an evaluation, to stop."""
+
+
+class StopRequest:
+    """Collects what asks this process for a checkpoint and an orderly end; `asked` tells.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask, and a second SIGINT ends at once; so does the end of the launcher that
+    started this process, which would otherwise leave it an orphan, and `max_time` (`2h`; counted from the start of the
+    process). Until `training` is set there is nothing to save, and the first signal ends the process by
+    KeyboardInterrupt.
+    """
+
+    def __init__(self, max_time: str | None = None):
+        self.reason: str | None = None
+        self.training = False
+        self.max_time = max_time
+        self.deadline = psutil.Process().create_time() + parse_duration(max_time) if max_time else None
+        parent = os.getppid()
+        self.launcher = parent if _is_launcher(parent) else None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup asked to outlive the terminal
+            signal.signal(signal.SIGHUP, self._on_signal)
+
+    def asked(self) -> bool:
+        """Whether this process has been asked to stop."""
+        if self.reason is None and self.launcher and os.getppid() != self.launcher:
+            self.reason = "the end of its launcher"
+        if self.reason is None and self.deadline and time.time() >= self.deadline:
+            self.reason = f"--max-time {self.max_time}"
+        return self.reason is not None
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.reason = signal.Signals(number).name
+        if not self.training:
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:  # print might be in the middle of a line, and is not reentrant
+            os.write(2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n")
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether process `pid` is one of `LAUNCHERS`, by the words of its command."""
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return not LAUNCHERS.isdisjoint(Path(word).name for word in words[:4])

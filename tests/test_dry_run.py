@@ -1,0 +1,103 @@
+"""`--dry-run` says what would happen and what is amiss, and leaves no trace."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import BIN, TINY
+
+
+@pytest.fixture
+def dry(tmp_path, cache, monkeypatch):
+    """Run --dry-run in a folder of its own; gives exit code and the lines by their name."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words, module=("-m", "cifar_accel"), base=TINY, env=None, launcher=(sys.executable,)):
+        import os
+
+        where = ["--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
+        command = [*launcher, *module, *base, *where, "--dry-run", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=120)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "ck").exists(), "it writes nothing"
+        return done.returncode, done.stdout
+
+    return run
+
+
+def line(out: str, name: str) -> str:
+    marks = (["ok"], ["note"], ["BAD"])
+    return next(t for t in out.splitlines() if t.split()[:1] in marks and t.split()[1] == name)
+
+
+def test_everything_with_its_origin(dry):
+    code, out = dry("--micro-batch-size", "10", "--model-ema")
+    assert code == 0 and "nothing is in the way" in out
+    options = {text.split()[0]: text.split()[-1] for text in out.splitlines() if text.startswith("  --")}
+    assert options["--learning-rate"] == "flag" and options["--smoothing"] == "recipe"
+    assert options["--seed"] == "default" and options["--warmup-epochs"] == "derived"
+    assert "256 training, 100 test images, 10 classes" in line(out, "data")
+    assert "32 = 1 processes x 8 images x 4 accumulation steps; 8 steps an epoch" in line(out, "batch")
+    assert "cosine, 32 steps, 6 of warm-up: 1e-05 at 0, 0.003 at 6," in line(out, "schedule")
+    assert "MiB a process" in line(out, "memory") and "a new run" in line(out, "run")
+
+
+def test_each_remedy(dry, tmp_path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    code, out = dry("--model", "vit", "--dataset", "some/where", base=TINY[4:], env=nowhere)
+    assert code == 2 and "checks failed" in out
+    assert "BAD" in line(out, "data") and "cannot be reached" in line(out, "data")
+    assert "note" in line(out, "batch")
+    code, out = dry("--batch-size", "31", env={"CIFAR_ACCEL_PROCESSES": "2"})
+    assert code == 2 and "30 or 32 can" in line(out, "batch")
+    code, out = dry("--image-size", "512", "--limit-train", "1024", "--batch-size", "1024")
+    assert code == 2 and "give --micro-batch-size" in line(out, "memory")
+    code, out = dry("--optimizer", "sgmd")
+    assert code == 2 and "did you mean sgdm" in line(out, "schedule")
+    code, out = dry(env={"ACCELERATE_MIXED_PRECISION": "fp16"})
+    assert code == 2 and "needs a GPU" in line(out, "device")
+
+
+def test_a_port_that_is_taken(dry):
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        code, out = dry(env={"CIFAR_ACCEL_PROCESSES": "2", "MASTER_PORT": str(port)})
+    assert code == 2 and f"{port} is in use" in line(out, "port") and "set MASTER_PORT" in line(out, "port")
+
+
+def test_a_config_that_starts_one_process_only(dry, tmp_path):
+    folder = tmp_path / "hf" / "accelerate"
+    folder.mkdir(parents=True)
+    config = dict(distributed_type="MULTI_CPU", num_processes=2, mixed_precision="bf16")
+    (folder / "default_config.yaml").write_text(yaml.safe_dump(config))
+    code, out = dry()
+    assert code == 0 and "accelerate launch starts ONE" in line(out, "launcher")
+    assert "32 = 1 processes" in line(out, "batch")
+    code, out = dry(module=("-m", "cifar_accel.launch"))
+    assert code == 0 and "32 = 2 processes x 16 images" in line(out, "batch") and "bf16" in line(out, "precision")
+
+
+def test_under_a_launcher_one_process_speaks(dry):
+    code, out = dry(launcher=(str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"))
+    assert code == 0 and out.count("plan and health") == 1 and "32 = 2 processes" in line(out, "batch")
+
+
+def test_a_run_that_is_there(trainer, in_process, cache):
+    from cifar_accel.cli import train_command
+
+    done = trainer("--run-name", "a", "--tracker", "none", "--max-steps", "8")
+    before = {p: p.read_bytes() for p in done.run.rglob("*") if p.is_file()}
+    where = [*TINY, "--data-dir", cache, "--save-dir", str(done.run.parent), "--run-name", "a", "--dry-run"]
+    code, out, _ = in_process(train_command, *where, "--max-steps", "20")
+    assert code == 0 and "is finished" in line(out, "run")
+    code, out, _ = in_process(train_command, *where, "--learning-rate", "1")
+    assert code == 2 and "--learning-rate 0.003 -> 1.0" in line(out, "run")
+    assert {p: p.read_bytes() for p in done.run.rglob("*") if p.is_file()} == before
+    assert Path(done.run).is_dir()

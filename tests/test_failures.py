@@ -1,0 +1,314 @@
+"""What fails outside the trainer: disks, trackers, memory, other processes; and numbers that are not finite."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import faults
+import psutil
+import pytest
+import torch
+from conftest import TINY, TWO, rows, sha256, summary, wait_for
+
+from cifar_accel import checkpoint
+from cifar_accel.data.order import Order
+from cifar_accel.optim import FiniteGuard
+from cifar_accel.run_folder import read_json
+from cifar_accel.tracking import Metrics
+
+
+@pytest.fixture
+def words(tmp_path, cache):
+    """Options of a tiny training in this test's folder."""
+    return lambda *more: [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), *more]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a tmpfs of so many KiB; skipped where this user may not."""
+    mounted = []
+
+    def mount(kib: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("this user may not mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+# ---- disks
+
+
+def test_a_disk_that_takes_one_checkpoint_only(small_disk, words, tmp_path):
+    """The second does not fit beside the first: a warning each time, the first stays, and the run ends as it should."""
+    disk = small_disk(4_000)  # a checkpoint of test_nfnet takes 2.3 MB
+    options = words("--save-dir", str(disk), "--run-name", "a", "--tracker", "none")
+    faults.finish(options, tmp_path / "log")
+    said = (tmp_path / "log").read_text()
+    assert "warning: no checkpoint at step 16" in said and "Traceback" not in said
+    kept = checkpoint.newest_valid(disk / "a", print)
+    assert kept is not None and kept.name == "step-00000008" and not list(disk.rglob("*.tmp"))
+    assert len(rows(disk / "a")) == 13 and summary(disk / "a")["status"] == "finished"
+
+
+def test_no_room_for_the_weights_at_the_end(small_disk, words, tmp_path):
+    disk = small_disk(9_000)
+    options = words("--save-dir", str(disk), "--run-name", "a", "--tracker", "none")
+    filler = tmp_path / "disk" / "filler"
+    training = faults.Training(options, tmp_path / "log")
+    wait_for(lambda: (disk / "a" / "checkpoints" / "step-00000008").exists())
+    with pytest.raises(OSError):
+        filler.write_bytes(b"x" * 9_000 * 1024)
+    assert training.wait(60) and training.codes == [1]
+    said = (tmp_path / "log").read_text()
+    assert "the same command tries again" in said and "Traceback" not in said
+    filler.unlink()
+    faults.finish(options, tmp_path / "log")
+    assert summary(disk / "a")["status"] == "finished" and len(rows(disk / "a")) == 13
+
+
+def test_metrics_wait_for_room(small_disk):
+    disk, said = small_disk(16), []
+    metrics = Metrics(disk / "metrics.jsonl", said.append)
+    metrics.write({"step": 1, "text": "x" * 3000})
+    with pytest.raises(OSError):
+        (disk / "filler").write_bytes(b"x" * 20_000)
+    for step in (2, 3):
+        metrics.write({"step": step, "text": "y" * 3000})
+    assert len(said) == 1 and "No space left" in said[0]
+    assert [row["step"] for row in rows(disk)] == [1], "no part of a line is left"
+    (disk / "filler").unlink()
+    metrics.write({"step": 4})
+    assert [row["step"] for row in rows(disk)] == [1, 2, 3, 4]
+
+
+# ---- trackers
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A server that knows no key."""
+
+    def do_POST(self):
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"error": "user is not logged in"}')
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+def test_wandb_with_a_wrong_key(trainer):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    key = "0123456789" * 4
+    about = dict(WANDB_MODE="online", WANDB_API_KEY=key, WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
+    began = time.monotonic()
+    done = trainer(env=about)
+    server.shutdown()
+    assert time.monotonic() - began < 90 and len(rows(done.run)) == 13 and summary(done.run)["status"] == "finished"
+    assert "wandb: offline" in done.stdout and list((done.run / "wandb").glob("offline-run-*"))
+    secret = [p for p in done.run.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
+    assert not secret and key not in done.stdout + done.stderr
+
+
+def test_wandb_without_a_network(trainer):
+    about = dict(WANDB_MODE="online", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL="http://127.0.0.1:9")
+    began = time.monotonic()
+    done = trainer(env=about)
+    assert time.monotonic() - began < 90 and len(rows(done.run)) == 13 and summary(done.run)["status"] == "finished"
+    assert "wandb: offline, the server does not answer" in done.stdout
+
+
+def test_wandb_killed_in_mid_run(trainer, tmp_path):
+    run = tmp_path / "ck" / "a"
+    with open(tmp_path / "log", "w") as log:
+        command = trainer.command("--epochs", "30", "--run-name", "a")
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+        wait_for((run / "metrics.jsonl").exists)
+        service = [p for p in psutil.Process(process.pid).children(recursive=True) if "wandb" in p.name()]
+        assert service, "wandb has a process of its own"
+        for p in service:
+            p.kill()
+        assert process.wait(120) == 0
+    assert summary(run)["status"] == "finished" and [r["step"] for r in rows(run)][-1] == 240
+    assert len({r["step"] for r in rows(run)}) == len(rows(run)) == 80 + 20  # of 3 steps, and ends of epochs
+
+
+# ---- memory
+
+
+def _little_memory(mib: int) -> None:
+    """Let this process take no more than `mib` beyond what it has once the model is made."""
+    from cifar_accel import train
+
+    real = train.set_up
+
+    def set_up(*args):
+        done = real(*args)
+        now = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (now + mib * 2**20, resource.RLIM_INFINITY))
+        return done
+
+    train.set_up = set_up
+
+
+def test_out_of_memory_names_what_fits(words, tmp_path):
+    more = ["--image-size", "96", "--batch-size", "128", "--run-name", "a", "--tracker", "none", "--epochs", "1"]
+    hook = partial(_little_memory, 420)
+    failed = faults.finish(words(*more), tmp_path / "log", hook=hook)
+    said = (tmp_path / "log").read_text()
+    assert failed.codes == [1], said
+    assert "out of memory on cpu with 128 images at once" in said and "Traceback" not in said
+    size = said.partition("Give --micro-batch-size ")[2].split(":")[0]
+    assert size in ("64", "32", "16", "8") and "the global batch stays 128" in said
+    done = faults.finish([*words(*more), "--micro-batch-size", size], tmp_path / "log2", hook=hook)
+    assert done.codes == [0] and summary(tmp_path / "ck" / "a")["status"] == "finished"
+
+
+# ---- other processes
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_one_rank_dies_the_other_ends(words, tmp_path, dies):
+    training = faults.Training(words("--epochs", "400", "--run-name", "a", "--tracker", "none"), tmp_path / "log", 2)
+    wait_for((tmp_path / "ck" / "a" / "metrics.jsonl").exists)
+    began = time.monotonic()
+    training.ranks[dies].kill()
+    assert training.wait(60) and training.codes[1 - dies] == 1
+    said = (tmp_path / "log").read_text()
+    assert "another process of this run is gone" in said and "Traceback" not in said
+    print(f"{time.monotonic() - began:.1f} s")
+
+
+def test_when_one_rank_dies_under_torchrun(trainer, tmp_path):
+    run = tmp_path / "ck" / "a"
+    command = [*TWO, *trainer.command("--epochs", "400", "--run-name", "a", "--tracker", "none")[1:]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for((run / "metrics.jsonl").exists)
+    main = int((run / ".owner").read_text().split()[1])
+    workers = [p.pid for p in psutil.Process(process.pid).children()]
+    os.kill(next(pid for pid in workers if pid != main), signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert not any(psutil.pid_exists(pid) for pid in workers)
+
+
+# ---- numbers that are not finite
+
+
+def _spoil(step: int, rank: str) -> None:
+    """Put one NaN into the images of one step on one rank."""
+    from cifar_accel.data.pipelines import Pipeline
+
+    real = Pipeline.training_batches
+
+    def training_batches(self, order, start, stop):
+        for i, batch in enumerate(real(self, order, start, stop)):
+            if start + i // order.accumulation == step and os.environ.get("RANK", "0") == rank:
+                batch.images[0, 0, 0, 0] = float("nan")
+            yield batch
+
+    Pipeline.training_batches = training_batches
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
+    options = words("--run-name", "a", "--tracker", "none", "--log-every", "50", "--optimizer", optimizer)
+    failed = faults.finish(options, tmp_path / "log", world, hook=partial(_spoil, 13, str(world - 1)))
+    said, run = (tmp_path / "log").read_text(), tmp_path / "ck" / "a"
+    assert failed.codes == [1] * world and "Traceback" not in said
+    samples = Order(3407, 256, 32).samples_of(13)
+    assert "step 13 is not finite: loss" in said and "gradient norm nan, learning rate 0.00" in said
+    assert f"training images {', '.join(map(str, samples[:8]))}, ..." in said
+    assert read_json(run / "diverged.json")["samples"] == samples.tolist()
+    assert summary(run)["status"] == "failed" and "step 13" in summary(run)["error"]
+    assert checkpoint.newest_valid(run, print).name == "step-00000008", "the last good checkpoint is untouched"
+    faults.finish(options, tmp_path / "log", world)  # the fault was not in the images themselves
+    assert summary(run)["status"] == "finished" and not (run / "diverged.json").exists()
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True, fused=True),
+    "sgdm": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "not fused": lambda p: torch.optim.RMSprop(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_update_from_the_first_bad_step_on(name):
+    weight = torch.nn.Parameter(torch.ones(5))
+    optimizer = OPTIMIZERS[name]([weight])
+    guard = FiniteGuard(optimizer, torch.device("cpu"), False, step=7)
+
+    def step(gradient):
+        weight.grad = torch.full((5,), gradient)
+        if guard.allows(weight.grad.norm(), torch.tensor(1.0)):
+            optimizer.step()
+        return weight.detach().clone()
+
+    before, good = weight.detach().clone(), step(1.0)
+    assert not torch.equal(before, good) and guard.first_bad() is None
+    assert torch.equal(step(float("inf")), good) and torch.equal(step(1.0), good)
+    where, norm, loss = guard.first_bad()
+    assert (where, norm, loss) == (8, float("inf"), 1.0)
+
+
+def test_what_a_run_prints_of_a_divergence(trainer):
+    done = trainer("--learning-rate", "1e30", "--warmup-epochs", "0", check=1)
+    assert (
+        done.stderr.count("\n") == 1 and "is not finite" in done.stderr and "its update was not applied" in done.stderr
+    )
+    assert summary(done.run)["status"] == "failed"
+
+
+# ---- strangers' names
+
+
+def test_names_that_are_markup_do_nothing(tmp_path, cache, in_process):
+    """A class called like a script and one with control characters: trained on, reported, and shown as text."""
+    from PIL import Image
+
+    from cifar_accel.cli import main, train_command
+
+    for split in ("train", "test"):
+        for i, name in enumerate(("<script>alert(1)<_script>", "a\x1b[31mb\x07")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for n in range(4):
+                image = Image.new("RGB", (32, 32), (40 * n, 120 * i, 7))
+                image.save(tmp_path / "data" / split / name / f"{n}.png")
+    options = ["--dataset", tmp_path / "data", "--model", "test_nfnet", "--no-pretrained", "--recipe", "plain"]
+    options += ["--batch-size", "4", "--epochs", "1", "--tracker", "none", "--data-dir", cache]
+    code, out, err = in_process(train_command, *options, "--save-dir", tmp_path / "ck")
+    assert code == 0 and "\x1b[31m" not in out + err, err
+    code, out, _ = in_process(main, "report", tmp_path / "ck")
+    assert code == 0 and "\x1b[31m" not in out
+    page = (tmp_path / "ck" / "report.html").read_text()
+    assert "<script>alert" not in page and "\x1b" not in page and "\x07" not in page
+
+
+def test_checkpoints_that_name_paths_elsewhere_do_nothing(words, tmp_path):
+    faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "8"), tmp_path / "log")
+    run = tmp_path / "ck" / "a"
+    manifest = run / "checkpoints" / "step-00000008" / "manifest.json"
+    about = json.loads(manifest.read_text())
+    (tmp_path / "victim").write_text("mine")
+    about["files"]["../../../../victim"] = {"bytes": 4, "sha256": "0"}
+    manifest.write_text(json.dumps(about))
+    faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "9"), tmp_path / "log")
+    assert "names a file outside the folder" in (tmp_path / "log").read_text()
+    assert (tmp_path / "victim").read_text() == "mine" and len(sha256(run)) == 64
