@@ -6,6 +6,7 @@ DATASET is CIFAR-100 in any form that --dataset takes; it is decoded before anyt
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -50,12 +51,20 @@ def main() -> None:
         ).split()
         first_step = [*train, "--max-steps", "1", "--limit-test", "100"]
         subprocess.run([sys.executable, *first_step], check=True, capture_output=True)
+        steps = itertools.count(1)
+
+        def resume() -> float:
+            words = [*train, "--limit-test", "100", "--save-every", "1steps", "--run-name", "again", "--resume", "auto"]
+            return seconds([*words, "--max-steps", str(next(steps))])
+
+        resume()
         table = {
             "--help": lambda: seconds(["-m", "cifar_accel", "--help"]),
             "a wrong flag": lambda: seconds(["-m", "cifar_accel", "--modle", "vit"]),
             "a value out of range": lambda: seconds(["-m", "cifar_accel", "--epochs", "0"]),
             "an unknown model": lambda: seconds([*first_step, "--model", "nfnett"]),
             "one step, 100 test images, to the exit": lambda: seconds(first_step),
+            "a resume, one step, 100 test images, to the exit": resume,
         }
         measured = {name: [measure() for _ in range(given.rounds)] for name, measure in table.items()}
         libraries = [peak_mib(["-c", LIBRARIES]) for _ in range(3)]

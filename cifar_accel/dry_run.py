@@ -159,10 +159,7 @@ def check_batch(plan: Plan) -> str:
         raise Note("not known without the data")
     accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
     plan.order = order = cut_batch(plan.args, plan.images[0], plan.processes, 0, accumulation)
-    return (
-        f"{order.batch_size} = {order.world} processes x {order.micro_batch_size} images x {order.accumulation} "
-        f"accumulation steps; {order.steps_per_epoch:,} steps an epoch"
-    )
+    return f"{order.arithmetic()}; {order.steps_per_epoch:,} steps an epoch"
 
 
 def check_schedule(plan: Plan) -> str:

@@ -341,9 +341,7 @@ def announce(run: Run, origin: dict[str, str]) -> None:
         "data": f"{args.dataset}: {config['train_images']:,} training, {config['test_images']:,} test images, "
         f"{config['classes']} classes; {args.pipeline} pipeline{workers}",
         "policy": f"{args.aa}{strength(parse(args.aa)) if args.aa.startswith('rand') else ''}",
-        "batch": f"{args.batch_size} = {order.world} process{'es' * (order.world > 1)} "
-        f"x {order.micro_batch_size} images x "
-        f"{order.accumulation} accumulation step{'s' * (order.accumulation > 1)}",
+        "batch": order.arithmetic(),
         "steps": f"{args.epochs} epochs x {order.steps_per_epoch:,} = {run.total_steps:,}"
         + (f", stopping after {run.stop_step:,}" if run.stop_step < run.total_steps else ""),
         "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, "

@@ -28,7 +28,8 @@ class Progress:
     def step(self) -> None:
         """One optimizer step is done."""
         if self.bar is not None:
-            self.bar.update()
+            with contextlib.suppress(OSError):  # the terminal went away
+                self.bar.update()
 
     def log(self, row: dict[str, Any]) -> None:
         """Show a logged row."""

@@ -117,8 +117,9 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
     run.model.train()
     stopped = False
     while not stopped and (state.due or state.step < run.stop_step):
-        rate = learning_rate(state.step - state.due, run.total_steps, warmup_steps(args, run.order), args)
-        if not state.due:  # else a stop came between this step and its row
+        due = state.due  # a stop came between this step and its row: it is taken already
+        rate = learning_rate(state.step - due, run.total_steps, warmup_steps(args, run.order), args)
+        if not due:
             optimizer_step(run, state.step, rate, batches, sums, clock)
             state.step += 1
             if run.ema:
@@ -130,15 +131,16 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
         # What is due after it. All ranks agree: on the steps by counting, on stops and minutes by asking.
         epoch, rest = divmod(state.step, steps_per_epoch)
         last = state.step == run.stop_step
+        evaluates = due or rest == 0 or last
         stopped, minutes_up = agree(run, clock.minutes_up(args.save_every))
-        logs = state.due = state.step % args.log_every == 0 or rest == 0 or last
+        logs = state.due = evaluates or state.step % args.log_every == 0
         saves = stopped or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
         if logs or saves:
             look(run, state, sums)  # the host waits
             clock.stop()
             if logs:
                 try:
-                    evaluated = evaluation_row(run, state) if rest == 0 or last else {}
+                    evaluated = evaluation_row(run, state) if evaluates else {}
                 except Stopped:
                     stopped = saves = True
                 else:

@@ -42,7 +42,7 @@ def test_everything_with_its_origin(dry):
     assert options["--learning-rate"] == "flag" and options["--smoothing"] == "recipe"
     assert options["--seed"] == "default" and options["--warmup-epochs"] == "derived"
     assert "256 training, 100 test images, 10 classes" in line(out, "data")
-    assert "32 = 1 processes x 8 images x 4 accumulation steps; 8 steps an epoch" in line(out, "batch")
+    assert "32 = 1 process x 8 images x 4 accumulation steps; 8 steps an epoch" in line(out, "batch")
     assert "cosine, 32 steps, 6 of warm-up: 1e-05 at 0, 0.003 at 6," in line(out, "schedule")
     assert "MiB a process" in line(out, "memory") and "a new run" in line(out, "run")
 
@@ -79,7 +79,7 @@ def test_a_config_that_starts_one_process_only(dry, tmp_path):
     (folder / "default_config.yaml").write_text(yaml.safe_dump(config))
     code, out = dry()
     assert code == 0 and "accelerate launch starts ONE" in line(out, "launcher")
-    assert "32 = 1 processes" in line(out, "batch")
+    assert "32 = 1 process x 32 images" in line(out, "batch")
     code, out = dry(module=("-m", "cifar_accel.launch"))
     assert code == 0 and "32 = 2 processes x 16 images" in line(out, "batch") and "bf16" in line(out, "precision")
 

@@ -55,19 +55,21 @@ def same_run(run: Path, whole: Path) -> None:
 )
 def test_killed_at_random_moments_is_never_killed(words, tmp_path, kills, worlds, bf16):
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
-    own = ("--micro-batch-size", "8")
-    faults.finish(words(*EVERYTHING, *own, "--run-name", "whole"), tmp_path / "a", worlds[0], environment=environment)
-    options = words(*EVERYTHING, *own, "--run-name", "killed", "--epochs", "6")
-    done = faults.finish_with_kills(options, tmp_path / "b", kills, kills, worlds, environment=environment)
-    assert done >= min(kills, 3), "the run was over before it could be killed"
-    same_run(tmp_path / "ck" / "killed", tmp_path / "ck" / "whole")
+    own, done, name = ("--micro-batch-size", "8"), 0, "whole"
+    faults.finish(words(*EVERYTHING, *own, "--run-name", name), tmp_path / "a", worlds[0], environment=environment)
+    while done < kills:  # a run may be over before it was killed so often: then another one
+        name = f"after-{done}"
+        options = words(*EVERYTHING, *own, "--run-name", name)
+        done += faults.finish_with_kills(options, tmp_path / name, kills - done, done, worlds, environment=environment)
+        same_run(tmp_path / "ck" / name, tmp_path / "ck" / "whole")
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=LONG)])
 def test_killed_and_continued_on_other_numbers_of_processes(words, tmp_path, kills):
-    faults.finish(words(*EVERYTHING, "--run-name", "whole"), tmp_path / "a")
-    done = faults.finish_with_kills(words(*EVERYTHING, "--run-name", "b"), tmp_path / "b", kills, 5, (1, 2, 4))
-    assert done >= 2
+    more = (*EVERYTHING, "--epochs", str(6 + 2 * kills))
+    faults.finish(words(*more, "--run-name", "whole"), tmp_path / "a")
+    done = faults.finish_with_kills(words(*more, "--run-name", "b"), tmp_path / "b", kills, 5, (1, 2, 4))
+    assert done == kills, "the run was over before it could be killed"
     killed, whole = (rows(tmp_path / "ck" / name) for name in ("b", "whole"))
     assert [r["step"] for r in killed] == [r["step"] for r in whole]
     for a, b in zip(killed, whole, strict=True):
@@ -191,6 +193,16 @@ def test_stopped_inside_an_evaluation(words, tmp_path, world, evaluation):
     same_run(run, tmp_path / "ck" / "whole")
 
 
+def test_stopped_inside_the_evaluation_of_a_cut_run_that_is_then_allowed_further(words, tmp_path):
+    options = ("--tracker", "none", "--micro-batch-size", "8", "--log-every", "50")
+    for name in ("whole", "b"):
+        hook = partial(_signal_in_evaluation, signal.SIGTERM, 2) if name == "b" else None
+        faults.finish(words(*options, "--max-steps", "11", "--run-name", name), tmp_path / "log", hook=hook)
+        faults.finish(words(*options, "--run-name", name), tmp_path / "log")
+    assert [row["step"] for row in rows(tmp_path / "ck" / "b")] == [8, 11, 16, 24, 32]
+    same_run(tmp_path / "ck" / "b", tmp_path / "ck" / "whole")
+
+
 def test_max_time_stops_in_order(words, tmp_path):
     options = words("--epochs", "400", "--max-time", "3s", "--run-name", "a", "--tracker", "none")
     began = time.monotonic()
@@ -201,19 +213,20 @@ def test_max_time_stops_in_order(words, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
-    training = faults.Training(words("--epochs", "400", "--run-name", "a", "--tracker", "none"), tmp_path / "log")
-    metrics = tmp_path / "ck" / "a" / "metrics.jsonl"
-    wait_for(metrics.exists)
-    os.kill(training.ranks[0].pid, signal.SIGSTOP)  # so that both come before the step is over
-    for _ in range(2):
-        os.kill(training.ranks[0].pid, signal.SIGINT)
-        time.sleep(0.1)
-    os.kill(training.ranks[0].pid, signal.SIGCONT)
+    """In the middle of a step of some seconds: the first waits for its end, the second does not."""
+    slow = ("--image-size", "192", "--batch-size", "256", "--run-name", "a", "--tracker", "none")
+    training, log = faults.Training(words(*slow), tmp_path / "log"), tmp_path / "log"
+    wait_for(lambda: "parameters" in (log.read_text() if log.exists() else ""))
+    time.sleep(1)
+    os.kill(training.ranks[0].pid, signal.SIGINT)
+    wait_for(lambda: "Ctrl-C again stops at once" in log.read_text())
+    os.kill(training.ranks[0].pid, signal.SIGINT)
     assert training.wait(20) and training.codes == [143]
+    assert "stopped at once" in log.read_text() and not (tmp_path / "ck" / "a" / "checkpoints").exists()
 
 
 LAUNCHERS = {
-    "python": (sys.executable,),
+    "python": (sys.executable, "-m", "cifar_accel"),
     "launch.sh": (sys.executable, "-m", "cifar_accel.launch"),
     "accelerate": (str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "-m", "cifar_accel"),
     "torchrun 1": (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "1", "-m", "cifar_accel"),
@@ -228,6 +241,7 @@ WAYS = [
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
     if number != signal.SIGKILL or (target == "launcher" and launcher not in ("python", "launch.sh"))
 ]
+WAYS.append(pytest.param("python", "worker", signal.SIGHUP, marks=LONG))
 
 
 @pytest.mark.parametrize("launcher, target, number", WAYS)
@@ -236,10 +250,8 @@ def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, l
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     run = tmp_path / "ck" / "a"
     options = words("--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none")
-    start = LAUNCHERS[launcher] if "cifar_accel" in LAUNCHERS[launcher] or launcher == "launch.sh" else (
-        *LAUNCHERS[launcher], "-m", "cifar_accel")  # fmt: skip
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*start, *options], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([*LAUNCHERS[launcher], *options], stdout=log, stderr=log, start_new_session=True)
         wait_for((run / "metrics.jsonl").exists)
         worker = int((run / ".owner").read_text().split()[1])
         family = [worker, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]

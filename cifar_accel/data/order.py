@@ -91,6 +91,12 @@ class Order:
         """Images that one process takes at once."""
         return self.batch_size // (self.world * self.accumulation)
 
+    def arithmetic(self) -> str:
+        """`256 = 2 processes x 64 images x 2 accumulation steps`."""
+        processes = f"{self.world} process{'es' * (self.world > 1)}"
+        steps = f"{self.accumulation} accumulation step{'s' * (self.accumulation > 1)}"
+        return f"{self.batch_size} = {processes} x {self.micro_batch_size} images x {steps}"
+
     def positions(self, micro: int) -> NDArray[np.int64]:
         """Places in the global batch that this process takes in micro-batch `micro`: int64 [micro_batch_size]."""
         start = (micro * self.world + self.rank) * self.micro_batch_size
