@@ -1,6 +1,6 @@
 """What a checkpoint costs: its size, the seconds to write and to verify it, and its share of an epoch.
 
-    python -m benchmarks.checkpoint [DATASET] [--rounds 10] [--models test_nfnet tf_efficientnet_lite0]
+    python -m benchmarks.checkpoint [DATASET] [--rounds 5] [--models test_nfnet tf_efficientnet_lite0]
 
 An epoch is that of the whole training set at the speed of 5 measured steps; one checkpoint is written in each.
 """
@@ -33,7 +33,7 @@ def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
         sums.move_to(state)
         return (time.perf_counter() - began) / n
 
-    steps(2)
+    steps(5)
     step = steps(5)
     written, verified = [], []
     with tempfile.TemporaryDirectory() as folder:

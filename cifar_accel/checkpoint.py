@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def save_checkpoint(
         raise
     older = [path for path in list_checkpoints(run_dir) if path.name < final.name]  # a newer one here is a damaged one
     for old in older[keep - 1 :]:
-        _remove(old)
+        with suppress(OSError):  # the new one is safe, that is what counts
+            _remove(old)
     return final
 
 

@@ -184,7 +184,7 @@ def guarded(work: Callable[[], dict[str, Any]]) -> int:
     except KeyboardInterrupt:
         return fail("stopped at once; checkpoints already written are kept", 143)
     except Exception as e:
-        if not isinstance(e, TrainingError):
+        if not isinstance(e, TrainingError) or os.environ.get("CIFAR_ACCEL_DEBUG"):
             traceback.print_exc()
         return fail(f"{type(e).__name__}: {e}; checkpoints already written are kept", 1)
     finally:

@@ -4,6 +4,7 @@ Each check is a function of the plan that returns a line, raises Note for what d
 would refuse or spoil the run; both say what to do. A new check is one such function and its name in CHECKS.
 """
 
+import math
 import os
 import shutil
 import socket
@@ -12,22 +13,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cifar_accel import checkpoint, launch, memory
 from cifar_accel.config import TrainingArguments, flag
+from cifar_accel.data.cache import first_shape
 from cifar_accel.data.order import Order
-from cifar_accel.data.sources import find_source, hub_marker
+from cifar_accel.data.sources import Dataset, Split, find_source, hub_marker, is_hub_id
 from cifar_accel.evaluate import check_launch
 from cifar_accel.hub import require_network
 from cifar_accel.model import build_model, check_model
-from cifar_accel.optim import check_names, learning_rate
-from cifar_accel.prepare import cut_batch, name_of, warmup_steps
-from cifar_accel.run_folder import changed_options, read_json
+from cifar_accel.optim import build_optimizer, check_names, learning_rate
+from cifar_accel.prepare import cut_batch, cut_splits, name_of, warmup_steps
+from cifar_accel.run_folder import Opened, folder_of, is_checkpoint, look_inside
 from cifar_accel.tracking import wandb_mode
 
 # What torchvision's two sets hold, whether they are on this machine or not: training images, test images, classes.
-NOMINAL = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}
+NOMINAL, HOST = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}, "www.cs.toronto.edu"
 
 
 class Note(Exception):
@@ -42,6 +45,8 @@ class Plan:
     precision: str
     processes: int
     images: tuple[int, int, int] | None = None  # training images, test images, classes
+    stored: int = 0  # images of all splits
+    shape: tuple[int, int] = (0, 0)  # of one, height and width
     order: Order | None = None
     weight_bytes: int = 0  # of a float32 copy of the model
 
@@ -79,7 +84,7 @@ def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str]
 def check_device(plan: Plan) -> str:
     """The device is there."""
     check_launch(plan.args.device, plan.precision)
-    if torch.cuda.is_available() and plan.args.device in ("auto", "cuda"):
+    if device_of(plan).type == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if plan.processes > len(names):
             raise Note(
@@ -114,43 +119,49 @@ def check_launcher(plan: Plan) -> str:
 
 
 def check_port(plan: Plan) -> str:
-    """Several processes find each other through a port that is free."""
-    if plan.processes == 1 or "RANK" in os.environ:
-        return "not needed" if plan.processes == 1 else "the launcher has taken it"
-    port = int(os.environ.get("MASTER_PORT", "29500"))
+    """Several processes of `accelerate launch` find each other through a port that is free."""
+    file, _ = launch.config_file()
+    config = launch.read_config(file) if file else {}
+    if plan.processes == 1 or "RANK" in os.environ or config.get("distributed_type") == "MULTI_CPU":
+        return "not needed, or taken by the launcher"
+    port = int(os.environ.get("MASTER_PORT") or config.get("main_process_port") or 29500)
     with socket.socket() as s:
         try:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("", port))
-        except OSError as e:
-            raise ValueError(
-                f"{port} is in use ({e.strerror}); set MASTER_PORT, or main_process_port in the config"
-            ) from e
+        except (OSError, OverflowError) as e:
+            raise ValueError(f"{port}: {e}; set MASTER_PORT, or main_process_port in the config") from e
     return f"{port} is free"
 
 
 def check_data(plan: Plan) -> str:
-    """The images are here, or can be had."""
+    """The images are here, or can be had, and can be cut as the options say."""
     args, root, note = plan.args, Path(plan.args.data_dir).expanduser(), ""
     name = args.dataset
     if name in NOMINAL:
-        plan.images, host = NOMINAL[name], "www.cs.toronto.edu"
+        train, test, classes = NOMINAL[name]
+        labels, plan.shape = (np.arange(train) % classes, np.arange(test) % classes), (32, 32)
         if not any(root.glob("cifar-10-batches-py" if name == "cifar10" else "cifar-100-python")):
             note = "; to download"
             try:
-                socket.create_connection((host, 443), timeout=5).close()
+                socket.create_connection((HOST, 443), timeout=5).close()
             except OSError as e:
                 remedy = "pass --dataset FOLDER in hub parquet layout"
-                raise ValueError(f"{name} is not in {root}, and {host} cannot be reached ({e}); {remedy}") from e
-    elif name.count("/") == 1 and not Path(name).exists() and not hub_marker(root, name).exists():
+                raise ValueError(f"{name} is not in {root}, and {HOST} cannot be reached ({e}); {remedy}") from e
+    elif is_hub_id(name) and not Path(name).is_dir() and not hub_marker(root, name).exists():
         require_network(f"--dataset {name}", "pass a local folder in the same layout")
         raise Note(f"{name}: to download from the hub; how many images it holds is not known before")
     else:
         raws = dict(find_source(name, root, lambda line: None).read())
-        plan.images = (len(raws["train"].items), len(raws["test"].items), len(raws["train"].classes))
-    train, test = args.limit_train or plan.images[0], args.limit_test or plan.images[1]
-    train -= round(train * args.validation_fraction)
-    plan.images = (train, test, plan.images[2])
-    return f"{name}: {train:,} training, {test:,} test images, {plan.images[2]} classes{note}"
+        labels = (np.asarray(raws["train"].labels), np.asarray(raws["test"].labels))
+        classes, plan.shape = len(raws["train"].classes), first_shape(raws["train"])
+    plan.stored = len(labels[0]) + len(labels[1])
+    names = [str(c) for c in range(classes)]
+    both = [Split(np.empty((len(own), 0), np.uint8), own.astype(np.int64), names) for own in labels]
+    data, held_out = cut_splits(args, Dataset(name, both[0], both[1], ""), min(plan.shape))
+    plan.images = (len(data.train), len(data.test), classes)
+    held = f", {len(held_out):,} held out" if args.validation_fraction else ""
+    return f"{name}: {plan.images[0]:,} training{held}, {plan.images[1]:,} test images, {classes} classes{note}"
 
 
 def check_batch(plan: Plan) -> str:
@@ -185,45 +196,49 @@ def check_weights(plan: Plan) -> str:
 
 
 def check_memory(plan: Plan) -> str:
-    """The device holds a micro-batch."""
+    """The device holds a micro-batch; the optimizer and --checkpoint fit the model."""
+    args = plan.args
     classes = plan.images[2] if plan.images else 100
-    model = build_model(replace(plan.args, pretrained=False, checkpoint=None), classes, lambda line: None)
+    model = build_model(replace(args, pretrained=False), classes, lambda line: None)
+    build_optimizer(model, args)
     plan.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    side, device = plan.args.image_size, device_of(plan)
-    resident = 3 * side * side * sum(plan.images[:2]) if plan.images and plan.args.pipeline == "device" else 0
+    device = device_of(plan)
+    resident = 3 * math.prod(plan.shape) * plan.stored if args.pipeline == "device" else 0
     autocast = torch.autocast("cpu", torch.bfloat16) if plan.precision != "no" else nullcontext()
-    need = memory.estimate(plan.args, model, resident, lambda: autocast)
-    local = plan.args.batch_size // plan.processes
-    images = plan.order.micro_batch_size if plan.order else plan.args.micro_batch_size or local
+    need = memory.estimate(args, model, resident, lambda: autocast)
+    order = plan.order or Order(0, 1, args.batch_size)
     free = memory.available(device)
-    shared = plan.processes if device.type == "cpu" else 1
+    devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    together = math.ceil(plan.processes / devices) * 1.25  # kernels' scratch space
     text = (
-        f"about {size(need.total(images))} a process: {size(need.fixed)} weights, gradients, optimizer and images, "
-        f"{size(need.per_image * images)} for {images} images at once; {size(free)} free on {device.type}"
+        f"about {size(need.total(order.micro_batch_size))} a process: {size(need.fixed)} weights, gradients, optimizer "
+        f"and images, {size(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images at once; "
+        f"{size(free)} free on {device.type}"
     )
-    if need.total(images) * 1.25 * shared > free:
-        fit = [s for s in memory.divisors(local) if need.total(s) * 1.25 * shared <= free]
-        remedy = f"give --micro-batch-size {fit[0]}" if fit else "take a smaller --model or --image-size"
-        raise ValueError(f"{text}; {remedy}")
+    if need.total(order.micro_batch_size) * together > free:
+        fit = [s for s in memory.divisors(order.batch_size // order.world) if need.total(s) * together <= free]
+        remedy = memory.remedy(args, order, fit[0]) if fit else "Take a smaller --model or --image-size"
+        raise ValueError(f"{text}. {remedy}")
     return text
 
 
 def check_folder(plan: Plan) -> str:
     """The run folder is new, or holds this run."""
-    path = Path(plan.args.save_dir).expanduser() / str(plan.args.run_name)
-    there = existing(path)
+    opened = Opened(folder_of(plan.args))
+    there = existing(opened.path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{there} cannot be written; give another --save-dir")
-    config, summary = read_json(path / "config.json"), read_json(path / "summary.json") or {}
-    if config is None or plan.args.resume == "never":
-        return f"{path}, a new run"
-    changed = changed_options(config, plan.args, plan.precision)
-    if changed:
-        raise ValueError(f"{path} holds another run ({'; '.join(changed)}); give a --run-name, or --resume never")
-    if summary.get("status") == "finished":
-        raise Note(f"{path} is finished; --resume never trains it anew")
-    found = checkpoint.list_checkpoints(path)
-    return f"{path} goes on" + (f" from {found[0].name}" if found else " from its beginning: it has no checkpoint")
+    said: list[str] = []
+    look_inside(opened, plan.args, plan.precision, said.append)
+    if opened.finished:
+        raise Note(said[-1].removeprefix("run: "))
+    if opened.resume_from is None:
+        return f"{opened.path}, a new run"
+    source = opened.resume_from
+    found = [source] if is_checkpoint(source) else checkpoint.list_checkpoints(source)
+    return f"{opened.path} goes on " + (
+        f"from {found[0].name}" if found else "from its beginning: it has no checkpoint"
+    )
 
 
 def check_disk(plan: Plan) -> str:
@@ -272,7 +287,7 @@ CHECKS: dict[str, Callable[[Plan], str]] = {
 def device_of(plan: Plan) -> torch.device:
     """The device that the run would take."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = plan.args.device
+    wanted = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") else plan.args.device
     return torch.device(wanted if wanted != "auto" else next(kind for kind, there in kinds.items() if there))
 
 

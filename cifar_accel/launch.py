@@ -67,15 +67,7 @@ def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
         return module, {}, f"launch: one process ({why})"
     config = read_config(file)
     kind, processes = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
-    environment = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
-    if SHIPPED in file.parents:
-        environment.pop(
-            "ACCELERATE_USE_CPU", None
-        )  # nobody said so: --device may choose a device that was not looked for
-    if str(config.get("gpu_ids") or "all") != "all":
-        environment["CUDA_VISIBLE_DEVICES"] = str(config["gpu_ids"])
-    # A variable that the caller set wins, as an option of `accelerate launch` does over its file.
-    environment = {k: v for k, v in environment.items() if k not in os.environ}
+    environment = variables(file, config)
     alone = kind == "NO" or (kind == "MULTI_GPU" and processes == 1 and int(config.get("num_machines") or 1) == 1)
     if alone and not any(config.get(key) for key in SECTIONS):
         return module, environment, f"launch: one process, settings of {file} ({why})"
@@ -100,15 +92,25 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def dry_environment(environment: dict[str, str]) -> dict[str, str]:
+def variables(file: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What the processes read of an accelerate config; what the caller has set already wins and is left out."""
+    found = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
+    if SHIPPED in file.parents:  # nobody said so: --device may choose a device that was not looked for
+        found.pop("ACCELERATE_USE_CPU", None)
+    if str(config.get("gpu_ids") or "all") != "all":
+        found["CUDA_VISIBLE_DEVICES"] = str(config["gpu_ids"])
+    return {k: v for k, v in found.items() if k not in os.environ}
+
+
+def dry_environment() -> dict[str, str]:
     """What one process that only looks needs to know of the processes that a launcher would start."""
     file, _ = config_file()
-    config = read_config(file) if file else {}
+    if file is None:
+        return {}
+    config = read_config(file)
     several = str(config.get("distributed_type", "NO")) != "NO"
     processes = count_gpus() if file == SHIPPED / "multi_gpu.yaml" else int(config.get("num_processes") or 1)
-    known = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
-    known |= {"CIFAR_ACCEL_PROCESSES": str(processes if several else 1), **environment}
-    return {k: v for k, v in known.items() if k not in os.environ}
+    return variables(file, config) | {"CIFAR_ACCEL_PROCESSES": str(processes if several else 1)}
 
 
 def run(command: list[str], environment: dict[str, str], run_folder: Path) -> int:
@@ -126,7 +128,9 @@ def run(command: list[str], environment: dict[str, str], run_folder: Path) -> in
         # SIGUSR1 would kill a launcher and leave its workers; SIGHUP (the terminal went away) stops in order too.
         process.send_signal(number if direct and number != signal.SIGHUP else signal.SIGTERM)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup asked to outlive the terminal
+        numbers.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, forward) for number in numbers}
     try:
         code = process.wait()
@@ -164,7 +168,7 @@ def main() -> int:
         command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], {}
     elif "--dry-run" in sys.argv[1:]:
         print(why, flush=True)
-        command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], dry_environment(environment)
+        command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], dry_environment()
     else:
         print(why, flush=True)
     if command[1:3] == ["-m", "cifar_accel"]:

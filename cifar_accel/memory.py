@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from cifar_accel.config import TrainingArguments
-from cifar_accel.prepare import Run
+from cifar_accel.data.order import Order
+from cifar_accel.prepare import Run, evaluation_batch_size
 
-# Numbers that an optimizer keeps for each weight; two for what is not here.
-MOMENTS = {"sgdm": 1}
+# Numbers that an optimizer keeps for each weight, where that is known.
+MOMENTS = {"adamw": 2, "sgdm": 1, "lion": 1}
+FAILURES = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not create a memory")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def estimate(args: TrainingArguments, model: torch.nn.Module, resident: int, aut
 
     model.train()
     per_image = (kept(4) - kept(2)) // 2
-    moments = MOMENTS.get(args.optimizer, 2) + args.amsgrad
+    moments = MOMENTS.get(args.optimizer, 2) + args.amsgrad  # two: most have two at most
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Estimate(weights * (2 + moments + args.model_ema) + resident, per_image)
 
@@ -73,39 +75,54 @@ def is_out_of_memory(e: BaseException) -> bool:
     """Whether `e` says that a device, or the host, has no memory left."""
     if isinstance(e, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or "could not create a memory" in str(e))
+    return isinstance(e, RuntimeError) and any(text in str(e) for text in FAILURES)
 
 
 def advice(run: Run) -> str:
     """One line for a run that was out of memory: the largest micro-batch that does fit, found by trying."""
     order, device = run.order, run.accelerator.device
     own = order.batch_size // order.world
-    head = f"out of memory on {device} with {order.micro_batch_size} images at once"
+    used = evaluation_batch_size(run.args, order) if run.evaluating else order.micro_batch_size
+    head = f"out of memory on {device} with {used} images at once{' in an evaluation' if run.evaluating else ''}"
     run.optimizer.zero_grad(set_to_none=True)
     for size in divisors(own):
-        if size <= order.micro_batch_size // 2 and fits(run, size):
+        if size <= used // 2 and fits(run, size):
+            parts = own // size
             return (
-                f"{head}: {size} fit. Give --micro-batch-size {size}: {own // size} accumulation steps, the global "
-                f"batch stays {order.batch_size}, and the run goes on"
+                f"{head}: {size} fit. {remedy(run.args, order, size)}: {parts} accumulation steps, the global batch "
+                f"stays {order.batch_size}, and the run goes on"
             )
-    return f"{head}, and one image does not fit either; take a smaller --model or --image-size"
+    return f"{head}, and no smaller part of the batch fits either; take a smaller --model or --image-size"
+
+
+def remedy(args: TrainingArguments, order: Order, size: int) -> str:
+    """How to make `size` images the micro-batch."""
+    if order.accumulation > 1 and not args.micro_batch_size:
+        parts = order.batch_size // order.world // size
+        return f"Set the launcher's gradient_accumulation_steps to {parts}"
+    return f"Give --micro-batch-size {size}"
 
 
 def fits(run: Run, images: int) -> bool:
-    """Whether forward, backward and the optimizer's moments fit with `images` at once; nothing is changed by it."""
+    """Whether forward, backward and the optimizer's moments fit with `images` at once; nothing is changed by it.
+
+    Each rank tries for itself: gradients are asked for without the parameters' hooks, so DDP takes no notice.
+    """
     device, buffers = run.accelerator.device, [b.clone() for b in run.module.buffers()]
-    held: list[torch.Tensor] = []
+    weights = [p for p in run.module.parameters() if p.requires_grad]
+    held: list[Any] = []
     try:
         release(device)
         if not run.optimizer.state:
-            moments = MOMENTS.get(run.args.optimizer, 2) + run.args.amsgrad
-            held = [torch.empty_like(p) for p in run.module.parameters() for _ in range(moments)]
+            moments = MOMENTS.get(run.args.optimizer, 0) + run.args.amsgrad
+            held += [torch.empty_like(p) for p in weights for _ in range(moments)]
         size = run.args.image_size
         x = torch.zeros(images, 3, size, size, device=device).contiguous(memory_format=run.memory_format)
         with run.accelerator.autocast():
             logits = run.module.train()(x)
-        F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.int64, device=device)).backward()
-        logits.sum().item()  # the host waits: a device reports late
+        loss = F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.int64, device=device))
+        held += torch.autograd.grad(loss, weights, allow_unused=True)
+        loss.item()  # the host waits: a device reports late
         return True
     except ValueError:  # batch norm refuses a single image
         return False
@@ -114,11 +131,12 @@ def fits(run: Run, images: int) -> bool:
             raise
         return False
     finally:
-        run.optimizer.zero_grad(set_to_none=True)
         for buffer, value in zip(run.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        del held
+        held.clear()
         release(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def release(device: torch.device) -> None:

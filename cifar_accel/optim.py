@@ -1,7 +1,7 @@
 """Optimizers by name, learning-rate schedules as functions of the optimizer step, and gradient clipping."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm.optim
@@ -81,9 +81,10 @@ def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.op
         raise ValueError(f"--optimizer {args.optimizer}: cannot be made: {str(e).splitlines()[0]}") from e
 
 
-def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
-    """L2 norm over all gradients of `model`, float [] on its device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """L2 norm over the gradients of `parameters`, which lie on one device: float []."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # half the time of get_total_norm
 
 
 def clip_gradients(model: torch.nn.Module, norm: torch.Tensor, args: TrainingArguments) -> None:
@@ -132,6 +133,7 @@ class FiniteGuard:
         self.bad = torch.zeros((), device=device)  # 1 once a step was bad
         self.good = torch.zeros((), dtype=torch.int64, device=device)  # steps before it
         self.start, self.scaled = step, scaled
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.fused = all(group.get("fused") for group in optimizer.param_groups)
         if self.fused and not scaled:
             optimizer.found_inf, optimizer.grad_scale = self.bad, None
@@ -140,11 +142,11 @@ class FiniteGuard:
         """Note one step; False when its update must not be applied and the optimizer cannot know that itself."""
         now = torch.stack([norm.float(), loss.float()])
         self.last = torch.where(self.bad > 0, self.last, now)
-        self.bad.copy_(torch.maximum(self.bad, (~now.isfinite()).any()))
+        judged = now[1:] if self.scaled else now
+        self.bad.copy_(torch.maximum(self.bad, (~judged.isfinite()).any()))
         self.good += self.bad == 0
         return self.fused or self.scaled or not self.bad.item()
 
-    def first_bad(self) -> tuple[int, float, float] | None:
-        """(step, gradient norm, loss) of the first bad step, or None; the host waits."""
-        norm, loss = self.last.tolist()
-        return (self.start + int(self.good), norm, loss) if self.bad.item() else None
+    def report(self) -> torch.Tensor:
+        """float [1, 4] on the device: whether a step was bad, the first such, and its (else the last) norm and loss."""
+        return torch.cat([torch.stack([self.bad, (self.start + self.good).float()]), self.last])[None]

@@ -53,6 +53,7 @@ class State:
     gradient_norm: float = 0.0  # of the last step, before clipping
     train_loss: float | None = None  # mean over the last whole epoch
     evaluation: dict[str, float] = field(default_factory=dict)  # the last one
+    evaluated_step: int = -1  # and after which step that was
     best_accuracy: float = 0.0
     tracker_id: str | None = None
     scaler: dict[str, Any] | None = None  # fp16 loss scale
@@ -85,6 +86,7 @@ class Run:
     compiled: bool
     host_group: Any  # gloo group of all ranks for what the hosts agree on; None with one process
     config: dict[str, Any] = field(default_factory=dict)  # what config.json holds
+    evaluating: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -227,16 +229,21 @@ def load_splits(args: TrainingArguments, say: Callable[[str], None]) -> tuple[Da
     """The data set, cut as the options say, and the split that is evaluated while training."""
     local_main = os.environ.get("LOCAL_RANK", "0") == "0"
     data = load_dataset(args.dataset, args.data_dir, args.image_size, say if local_main else lambda line: None)
+    return cut_splits(args, data, min(data.train.images.shape[2:]))
+
+
+def cut_splits(args: TrainingArguments, data: Dataset, side: int) -> tuple[Dataset, Split]:
+    """`data`, of images with a shorter side of `side` pixels, cut as the options say, and the split evaluated.
+
+    Raises ValueError when it cannot be cut so.
+    """
     train_split = limit(data.train, args.limit_train, "--limit-train", args.seed)
     test = limit(data.test, args.limit_test, "--limit-test", args.seed)
     held_out = test
     if args.validation_fraction:
         train_split, held_out = hold_out(train_split, args.validation_fraction, args.seed)
-    side = min(train_split.images.shape[2:])
     if args.crop_padding >= side:
         raise ValueError(f"--crop-padding {args.crop_padding}: must be smaller than the images' side of {side} pixels")
-    if args.pipeline == "device" and args.scale and max(train_split.images.shape[2:]) > args.image_size:
-        say("warning: the device pipeline shrinks crops without antialiasing; --pipeline timm does not")
     return replace(data, train=train_split, test=test), held_out
 
 
@@ -272,6 +279,11 @@ def cut_batch(args: TrainingArguments, samples: int, world: int, rank: int, accu
             f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): an epoch has no step"
         )
     return Order(args.seed, samples, args.batch_size, world, rank, accumulation)
+
+
+def evaluation_batch_size(args: TrainingArguments, order: Order) -> int:
+    """Images evaluated at once on one device: a limit that the user set holds here too."""
+    return args.micro_batch_size or max(256, order.micro_batch_size)
 
 
 def warmup_steps(args: TrainingArguments, order: Order) -> int:

@@ -26,12 +26,14 @@ class Opened:
     """What to do with the run folder `path`.
 
     `resume_from` is a run or checkpoint folder to go on from, or None; `finished` holds the summary of a run that has
-    nothing left to do; `lock` is held as long as this object lives; `created` are the folders made for it.
+    nothing left to do; `stale` says that it holds another run, which did nothing yet; `lock` is held as long as this
+    object lives; `created` are the folders made for it.
     """
 
     path: Path
     resume_from: Path | None = None
     finished: dict[str, Any] | None = None
+    stale: bool = False
     lock: FileLock | None = None
     created: list[Path] = field(default_factory=list)
 
@@ -53,23 +55,25 @@ def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]
         ValueError: the folder cannot be written, is in use, holds a run of another configuration, or --resume PATH
             holds no checkpoint.
     """
-    assert args.run_name is not None
-    path = Path(args.save_dir).expanduser() / args.run_name
-    if args.resume == "never":
-        path = _fresh(path)
+    path = folder_of(args)
     opened = Opened(path, created=[f for f in (path, *path.parents) if not f.exists()])
     try:
         _make(path, args)
         opened.lock = _lock(path)
-        _look_inside(opened, args, precision, say)
+        look_inside(opened, args, precision, say)
+        if opened.stale:
+            (path / "config.json").unlink()
     except BaseException:
         opened.discard()
         raise
     return opened
 
 
-def _look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]) -> None:
-    """Set `resume_from` or `finished` of `opened` by what the folder, or --resume PATH, holds."""
+def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]) -> None:
+    """Set `resume_from`, `finished` or `stale` of `opened` by what the folder, or --resume PATH, holds; writes nothing.
+
+    Raises ValueError as `open_run` does.
+    """
     path, explicit = opened.path, args.resume not in ("auto", "never")
     source = path
     if explicit:
@@ -82,7 +86,7 @@ def _look_inside(opened: Opened, args: TrainingArguments, precision: str, say: C
         return
     changed = changed_options(config, args, precision)
     if changed and not explicit and not _has_work(path):
-        (path / "config.json").unlink()  # it ended before its first log line: there is nothing to go on with or to lose
+        opened.stale = True  # it ended before its first log line: there is nothing to go on with or to lose
         return
     if changed:
         raise ValueError(
@@ -111,10 +115,12 @@ def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:
     return summary["steps"] < min(args.max_steps or summary["total_steps"], summary["total_steps"])
 
 
-def _fresh(path: Path) -> Path:
-    """`path`, or path-2, path-3, ... if something is there."""
+def folder_of(args: TrainingArguments) -> Path:
+    """SAVE_DIR/RUN_NAME; with --resume never, RUN_NAME-2, -3, ... if something is there."""
+    assert args.run_name is not None
+    path = Path(args.save_dir).expanduser() / args.run_name
     n, fresh = 1, path
-    while fresh.exists() and any(fresh.iterdir()):
+    while args.resume == "never" and fresh.exists() and any(fresh.iterdir()):
         n += 1
         fresh = path.with_name(f"{path.name}-{n}")
     return fresh

@@ -20,19 +20,30 @@ class Metrics:
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]):
-        self.path, self.say, self.pending = path, say, ""
+        self.path, self.say, self.pending, self.warned = path, say, "", False
 
     def truncate(self, step: int) -> None:
         """Drop what follows `step` (and a line cut short by a kill), so that a continued run logs each step once."""
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-            scratch = self.path.with_name(self.path.name + ".tmp")
-            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(scratch, self.path)
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if text != self.path.read_text():
+                scratch = self.path.with_name(self.path.name + ".tmp")
+                scratch.write_text(text)
+                os.replace(scratch, self.path)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append `row`, and what could not be written before."""
-        first, self.pending = not self.pending, self.pending + json.dumps(row) + "\n"
+        self.pending += json.dumps(row) + "\n"
+        self.flush()
+
+    def close(self) -> None:
+        """Try once more, and say how many lines are lost."""
+        if self.pending and not self.flush():
+            self.say(f"warning: {self.path} lacks its last {self.pending.count(chr(10))} lines: no room")
+
+    def flush(self) -> bool:
+        """Whether all lines are in the file now."""
         try:
             with open(self.path, "ab", buffering=0) as f:
                 end = f.tell()
@@ -46,9 +57,12 @@ class Metrics:
                     f.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.pending = ""
+            return True
         except OSError as e:
-            if first:
+            if not self.warned:
                 self.say(f"warning: {self.path} cannot be written ({e.strerror}); training goes on, and tries again")
+            self.warned = True
+            return False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,13 +20,13 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
 from cifar_accel import checkpoint, memory, tracking
 from cifar_accel.config import TrainingArguments, parse_interval
-from cifar_accel.data.order import Order, random_bits
+from cifar_accel.data.order import random_bits
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.evaluate import evaluate
 from cifar_accel.instruments import Clock, Profiler, Sums, compiled_graphs, peak_memory_mib
 from cifar_accel.model import save_model
 from cifar_accel.optim import clip_gradients, gradient_norm, learning_rate
-from cifar_accel.prepare import Run, State, set_up, start_processes, warmup_steps
+from cifar_accel.prepare import Run, State, evaluation_batch_size, set_up, start_processes, warmup_steps
 from cifar_accel.progress import Progress
 from cifar_accel.run_folder import Opened, read_json, sync, write_json
 from cifar_accel.stopping import Diverged, OutOfMemory, PeerLost, Stopped, StopRequest, TrainingError
@@ -55,31 +55,14 @@ def train(
     if opened.finished:
         return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
-    if accelerator.device.type == "cuda" and not run.compiled and not memory.fits(run, run.order.micro_batch_size):
-        raise ValueError(memory.advice(run))
-    config_file = run.path / "config.json"
+    if accelerator.device.type == "cuda" and not run.compiled:
+        fits = memory.fits(run, run.order.micro_batch_size)
+        if any_rank(run, not fits)[0]:
+            raise ValueError("out of memory on another device" if fits else memory.advice(run))
     tracker = tracking.SILENT
-    if run.is_main:
-        for name in ("summary.json", "PREEMPTED", "diverged.json"):  # they speak of an earlier start
-            (run.path / name).unlink(missing_ok=True)
-        old = read_json(config_file) or run.config
-        state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
-        again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
-        write_json(config_file, old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config)
-        tracker = tracking.start_tracker(
-            args.tracker,
-            say,
-            project=args.project,
-            name=args.run_name,
-            group=args.group,
-            job_type="train",
-            config=run.config["options"],
-            folder=run.path,
-            run_id=state.tracker_id,
-        )
-        state.tracker_id = tracker.id
-        write_json(config_file, read_json(config_file) | {"tracker_id": tracker.id})
     try:
+        if run.is_main:
+            tracker = begin(run, state)
         summary = finish(run, state, fit(run, state, tracker))
     except BaseException as e:
         e = explained(e, run)
@@ -90,14 +73,48 @@ def train(
     return summary
 
 
+def begin(run: Run, state: State) -> tracking.Tracker:
+    """Write config.json, take away what speaks of an earlier start, and open the tracker; the main process alone."""
+    for name in ("summary.json", "PREEMPTED", "diverged.json"):
+        (run.path / name).unlink(missing_ok=True)
+    config_file = run.path / "config.json"
+    old = read_json(config_file) or run.config
+    state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
+    again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
+    write_json(config_file, old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config)
+    tracker = tracking.start_tracker(
+        run.args.tracker,
+        run.say,
+        project=run.args.project,
+        name=run.args.run_name,
+        group=run.args.group,
+        job_type="train",
+        config=run.config["options"],
+        folder=run.path,
+        run_id=state.tracker_id,
+    )
+    state.tracker_id = tracker.id
+    write_json(config_file, read_json(config_file) | {"tracker_id": tracker.id})
+    return tracker
+
+
+# What torch says when the other end of a connection is gone: gloo, then NCCL.
+PEER_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "remote process exited")
+
+
 def explained(e: BaseException, run: Run) -> BaseException:
     """What to raise in place of `e`: a line for the user where the cause is known."""
     if memory.is_out_of_memory(e):
         e = e.with_traceback(None)  # its frames hold the step's tensors
-        return OutOfMemory(memory.advice(run))
+        try:
+            return OutOfMemory(memory.advice(run))
+        except Exception as again:  # a device that fails at more than its memory
+            return OutOfMemory(f"out of memory on {run.accelerator.device}, and then: {again}")
     text = " ".join(str(e).split())
-    if run.order.world > 1 and ("gloo" in text or isinstance(e, torch.distributed.DistError)):
+    if run.order.world > 1 and isinstance(e, RuntimeError) and any(sign in text for sign in PEER_LOST):
         return PeerLost(f"another process of this run is gone ({text[:120]}); the same command goes on")
+    if isinstance(e, OSError):
+        return TrainingError(f"{e}; the same command goes on from the last checkpoint")
     if isinstance(e, ValueError):  # no longer the user's: the input was checked before the first step
         return RuntimeError(str(e))
     return e
@@ -153,10 +170,13 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
             if rest == 0 and not state.due and args.save_epochs > 0 and epoch % args.save_epochs == 0:
                 keep_epoch(run, epoch)
             if saves:
+                metrics.flush()
                 save(run, state)
                 clock.saved = time.perf_counter()
             clock.start()
+        run.stop.progressed = True
     clock.stop()
+    metrics.close()
     batches.close()
     progress.close()
     if profiler:
@@ -184,7 +204,7 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
         sums.add(loss, logits, targets)
         losses.append(loss.detach())
     accelerator.unscale_gradients(run.optimizer)
-    norm = gradient_norm(run.module)
+    norm = gradient_norm(run.guard.parameters)
     if args.clip_grad:
         clip_gradients(run.module, norm, args)
     if run.guard.allows(norm, torch.stack(losses).mean()):
@@ -208,16 +228,21 @@ def seed_dropout(run: Run, step: int, micro: int) -> None:
 def agree(run: Run, minutes_up: bool = False) -> tuple[bool, bool]:
     """Whether any rank was asked to stop, and whether a checkpoint by the clock is due on any.
 
-    All ranks enter, at every step and evaluation batch; on the host alone, over gloo.
+    All ranks enter, at every step and evaluation batch.
     """
-    flags = [run.stop.asked(), minutes_up]
-    if run.host_group is not None:
-        votes = torch.tensor(flags, dtype=torch.int32)
-        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=run.host_group)
-        flags = [bool(v) for v in votes]
-    if flags[0] and run.stop.reason is None:
+    stop, save = any_rank(run, run.stop.asked(), minutes_up)
+    if stop and run.stop.reason is None:
         run.stop.reason = "a signal to another of its processes"
-    return flags[0], flags[1]
+    return stop, save
+
+
+def any_rank(run: Run, *flags: bool) -> list[bool]:
+    """Each flag, true when it is true on any rank. All ranks enter; on the host alone, over gloo."""
+    if run.host_group is None:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32)
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=run.host_group)
+    return [bool(v) for v in votes]
 
 
 def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:
@@ -228,12 +253,13 @@ def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:
 
 def look(run: Run, state: State, sums: Sums) -> None:
     """Move the sums to the state. All ranks enter; the host waits. Raises Diverged when a step was not finite."""
-    bad = run.guard.first_bad()
-    if bad is None:
+    reports = run.accelerator.gather(run.guard.report()).tolist()  # a loss may be bad on one rank alone
+    bad, step, norm, loss = max(reports, key=lambda report: report[0])
+    if not bad:
         if sums.images:  # else a resume that has taken no step yet
-            state.gradient_norm = float(run.guard.last[0])
+            state.gradient_norm = norm
         return sums.move_to(state)
-    step, norm, loss = bad
+    step = int(step)
     rate = learning_rate(step, run.total_steps, warmup_steps(run.args, run.order), run.args)
     samples = run.order.samples_of(step).tolist()
     if run.is_main:
@@ -278,7 +304,7 @@ def training_row(run: Run, state: State, rate: float) -> dict[str, float]:
 def evaluation_row(run: Run, state: State) -> dict[str, float]:
     """Evaluate and remember the best accuracy. All ranks enter; the host waits at the end."""
     result = evaluate_split(run, run.evaluation)
-    state.evaluation = result
+    state.evaluation, state.evaluated_step = result, state.step
     state.best_accuracy = max(state.best_accuracy, result["accuracy"])
     return {f"eval/{name}": value for name, value in result.items() if name != "evaluated_images"}
 
@@ -293,7 +319,10 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
     rounds = math.ceil(math.ceil(len(pipeline.split) / world) / size)  # of the rank with the largest share
     batches = unless_stopped(run, pipeline.evaluation_batches(size, world, rank), rounds)
     fill_to = size if run.compiled else 0  # a compiled model sees one shape
-    return evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to)
+    run.evaluating = True
+    result = evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to)
+    run.evaluating = False
+    return result
 
 
 def unless_stopped(run: Run, batches: Iterator[Batch], rounds: int) -> Iterator[Batch]:
@@ -302,11 +331,6 @@ def unless_stopped(run: Run, batches: Iterator[Batch], rounds: int) -> Iterator[
         if agree(run)[0]:
             raise Stopped
         yield from itertools.islice(batches, 1)
-
-
-def evaluation_batch_size(args: TrainingArguments, order: Order) -> int:
-    """Images evaluated at once on one device: a limit that the user set holds here too."""
-    return args.micro_batch_size or max(256, order.micro_batch_size)
 
 
 def save(run: Run, state: State) -> None:
@@ -360,12 +384,16 @@ def keep_weights(run: Run, name: str) -> None:
 def finish(run: Run, state: State, status: str) -> dict[str, Any]:
     """Save the weights, read the test set where that is still to do, and write summary.json. All ranks enter."""
     test = None
-    if status == "finished" and run.args.validation_fraction:
-        run.say("test: reading the test set, once")
+    if status == "finished":
         try:
-            test = evaluate_split(run, run.test)
+            if state.evaluated_step != state.step:  # --max-steps now ends it where it was stopped
+                evaluation_row(run, state)
+            if run.args.validation_fraction:
+                run.say("test: reading the test set, once")
+                test = evaluate_split(run, run.test)
         except Stopped:
-            status = "preempted"  # the checkpoint of the last step is there
+            status = "preempted"
+            save(run, state)
     if status == "finished":
         try:
             keep_weights(run, "model")

@@ -35,6 +35,15 @@ def line(out: str, name: str) -> str:
     return next(t for t in out.splitlines() if t.split()[:1] in marks and t.split()[1] == name)
 
 
+REFUSED = [
+    (["--limit-train", "99999"], "data", "there are only 1,438 images"),
+    (["--validation-fraction", "0.001", "--crop-padding", "9"], "data", "leaves"),
+    (["--crop-padding", "8", "--checkpoint", "/nowhere.pth"], "data", "must be smaller than the images' side of 8"),
+    (["--checkpoint", "/nowhere.pth", "--resume", "/nowhere"], "memory", "no such file"),
+    (["--resume", "/nowhere"], "run", "no such folder"),
+]
+
+
 def test_everything_with_its_origin(dry):
     code, out = dry("--micro-batch-size", "10", "--model-ema")
     assert code == 0 and "nothing is in the way" in out
@@ -56,7 +65,10 @@ def test_each_remedy(dry, tmp_path):
     code, out = dry("--batch-size", "31", env={"CIFAR_ACCEL_PROCESSES": "2"})
     assert code == 2 and "30 or 32 can" in line(out, "batch")
     code, out = dry("--image-size", "512", "--limit-train", "1024", "--batch-size", "1024")
-    assert code == 2 and "give --micro-batch-size" in line(out, "memory")
+    assert code == 2 and "Give --micro-batch-size" in line(out, "memory")
+    for words, name, text in REFUSED:
+        code, out = dry(*words)
+        assert code == 2 and text in line(out, name), out
     code, out = dry("--optimizer", "sgmd")
     assert code == 2 and "did you mean sgdm" in line(out, "schedule")
     code, out = dry(env={"ACCELERATE_MIXED_PRECISION": "fp16"})
@@ -69,7 +81,9 @@ def test_a_port_that_is_taken(dry):
         s.listen()
         port = s.getsockname()[1]
         code, out = dry(env={"CIFAR_ACCEL_PROCESSES": "2", "MASTER_PORT": str(port)})
-    assert code == 2 and f"{port} is in use" in line(out, "port") and "set MASTER_PORT" in line(out, "port")
+        assert code == 2 and "already in use" in line(out, "port") and "set MASTER_PORT" in line(out, "port")
+    code, out = dry(env={"CIFAR_ACCEL_PROCESSES": "2", "MASTER_PORT": "99999"})
+    assert code == 2 and "set MASTER_PORT" in line(out, "port")
 
 
 def test_a_config_that_starts_one_process_only(dry, tmp_path):
@@ -95,8 +109,10 @@ def test_a_run_that_is_there(trainer, in_process, cache):
     done = trainer("--run-name", "a", "--tracker", "none", "--max-steps", "8")
     before = {p: p.read_bytes() for p in done.run.rglob("*") if p.is_file()}
     where = [*TINY, "--data-dir", cache, "--save-dir", str(done.run.parent), "--run-name", "a", "--dry-run"]
-    code, out, _ = in_process(train_command, *where, "--max-steps", "20")
+    code, out, _ = in_process(train_command, *where, "--max-steps", "8")
     assert code == 0 and "is finished" in line(out, "run")
+    code, out, _ = in_process(train_command, *where, "--max-steps", "20")
+    assert code == 0 and "goes on from step-00000008" in line(out, "run")
     code, out, _ = in_process(train_command, *where, "--learning-rate", "1")
     assert code == 2 and "--learning-rate 0.003 -> 1.0" in line(out, "run")
     assert {p: p.read_bytes() for p in done.run.rglob("*") if p.is_file()} == before

@@ -15,7 +15,7 @@ import faults
 import psutil
 import pytest
 import torch
-from conftest import TINY, TWO, rows, sha256, summary, wait_for
+from conftest import TINY, TWO, rows, sha256, summary, wait_for, without_clock
 
 from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
@@ -90,9 +90,12 @@ def test_metrics_wait_for_room(small_disk):
         metrics.write({"step": step, "text": "y" * 3000})
     assert len(said) == 1 and "No space left" in said[0]
     assert [row["step"] for row in rows(disk)] == [1], "no part of a line is left"
+    metrics.close()
+    assert "lacks its last 2 lines" in said[1]
     (disk / "filler").unlink()
     metrics.write({"step": 4})
-    assert [row["step"] for row in rows(disk)] == [1, 2, 3, 4]
+    metrics.close()
+    assert [row["step"] for row in rows(disk)] == [1, 2, 3, 4] and len(said) == 2
 
 
 # ---- trackers
@@ -180,6 +183,29 @@ def test_out_of_memory_names_what_fits(words, tmp_path):
     assert done.codes == [0] and summary(tmp_path / "ck" / "a")["status"] == "finished"
 
 
+def _try_memory() -> None:
+    """Do before the first step what a GPU's start does."""
+    from cifar_accel import memory, train
+
+    real = train.set_up
+
+    def set_up(*args):
+        run, state = real(*args)
+        assert memory.fits(run, run.order.micro_batch_size)
+        return run, state
+
+    train.set_up = set_up
+
+
+def test_the_trial_for_memory_changes_nothing(words, tmp_path):
+    """Not the weights, not batch norm's statistics, not the ranks' synchrony; on two ranks with DDP's static graph."""
+    options = ("--model", "test_efficientnet", "--tracker", "none", "--epochs", "2")
+    for name, hook in (("a", None), ("b", _try_memory)):
+        faults.finish(words(*options, "--run-name", name), tmp_path / name, 2, hook=hook)
+    assert sha256(tmp_path / "ck" / "a") == sha256(tmp_path / "ck" / "b")
+    assert without_clock(rows(tmp_path / "ck" / "a")) == without_clock(rows(tmp_path / "ck" / "b"))
+
+
 # ---- other processes
 
 
@@ -242,6 +268,28 @@ def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
     assert summary(run)["status"] == "finished" and not (run / "diverged.json").exists()
 
 
+def _infinite_loss() -> None:
+    """One loss that is infinite on rank 1 alone, with gradients that are finite."""
+    from cifar_accel import train
+
+    real, calls = train.SoftTargetCrossEntropy.forward, []
+
+    def forward(self, x, target):
+        calls.append(1)
+        loss = real(self, x, target)
+        return loss + float("inf") if len(calls) == 14 and os.environ.get("RANK") == "1" else loss
+
+    train.SoftTargetCrossEntropy.forward = forward
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(words, tmp_path):
+    options = words("--run-name", "a", "--tracker", "none", "--log-every", "50")
+    failed = faults.finish(options, tmp_path / "log", 2, hook=_infinite_loss)
+    said = (tmp_path / "log").read_text()
+    assert failed.codes == [1, 1] and said.count("step 13 is not finite: loss inf") == 2, said
+    assert read_json(tmp_path / "ck" / "a" / "diverged.json")["step"] == 13
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True, fused=True),
     "sgdm": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
@@ -262,10 +310,16 @@ def test_no_update_from_the_first_bad_step_on(name):
         return weight.detach().clone()
 
     before, good = weight.detach().clone(), step(1.0)
-    assert not torch.equal(before, good) and guard.first_bad() is None
+    assert not torch.equal(before, good) and guard.report()[0, 0] == 0
     assert torch.equal(step(float("inf")), good) and torch.equal(step(1.0), good)
-    where, norm, loss = guard.first_bad()
-    assert (where, norm, loss) == (8, float("inf"), 1.0)
+    assert guard.report().tolist() == [[1, 8, float("inf"), 1.0]]
+
+
+def test_a_gradient_scaler_may_pass_over_steps():
+    weight = torch.nn.Parameter(torch.ones(5))
+    guard = FiniteGuard(torch.optim.SGD([weight], 0.1, fused=True), torch.device("cpu"), True, step=0)
+    assert guard.allows(torch.tensor(float("inf")), torch.tensor(1.0)) and guard.report()[0, 0] == 0
+    assert guard.allows(torch.tensor(1.0), torch.tensor(float("nan"))) and guard.report()[0, 0] == 1
 
 
 def test_what_a_run_prints_of_a_divergence(trainer):

@@ -212,6 +212,53 @@ def test_max_time_stops_in_order(words, tmp_path):
     assert checkpoint.newest_valid(tmp_path / "ck" / "a", print) is not None
 
 
+def test_a_short_max_time_still_goes_on_from_start_to_start(words, tmp_path):
+    """Shorter than a start takes: each start makes a step, and the evaluation that is due, before it stops."""
+    options = words("--epochs", "1", "--limit-train", "64", "--max-time", "1s", "--run-name", "a", "--tracker", "none")
+    codes = [faults.finish(options, tmp_path / "log").codes[0] for _ in range(2)]
+    assert codes == [143, 0] and [row["step"] for row in rows(tmp_path / "ck" / "a")] == [2]
+
+
+def _signal_in_the_test_set() -> None:
+    """Stop while the test set is read, after the last step."""
+    _signal_in_evaluation(signal.SIGTERM, 2)
+
+
+def test_stopped_while_the_test_set_is_read(words, tmp_path):
+    options = words("--epochs", "1", "--validation-fraction", "0.25", "--save-every", "none", "--run-name", "a")
+    options += ["--tracker", "none", "--micro-batch-size", "8"]
+    stopped = faults.finish(options, tmp_path / "log", hook=_signal_in_the_test_set)
+    run = tmp_path / "ck" / "a"
+    assert stopped.codes == [143] and checkpoint.newest_valid(run, print).name == "step-00000006"
+    faults.finish(options, tmp_path / "log")
+    assert summary(run)["status"] == "finished" and summary(run)["evaluated_images"] == 100
+    assert len(rows(run)) == 2
+
+
+def test_max_steps_where_a_run_was_stopped(words, tmp_path):
+    """Its weights are evaluated, though no evaluation was due at that step."""
+    options = ("--tracker", "none", "--save-every", "3steps", "--log-every", "3")
+    faults.finish(words(*options, "--run-name", "a"), tmp_path / "log")
+    at = tmp_path / "ck" / "a" / "checkpoints" / "step-00000030"
+    more = ("--resume", str(at), "--run-name", "b", "--max-steps", "30")
+    faults.finish(words(*options, *more), tmp_path / "log")
+    faults.finish(words(*options, "--run-name", "c", "--max-steps", "30"), tmp_path / "log")
+    for key in ("accuracy", "test_loss", "steps"):
+        assert summary(tmp_path / "ck" / "b")[key] == summary(tmp_path / "ck" / "c")[key]
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_too(words, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar_accel", *words("--epochs", "400", "--run-name", "a", "--tracker", "none")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    wait_for((tmp_path / "ck" / "a" / "metrics.jsonl").exists)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 143 and (tmp_path / "ck" / "a" / "PREEMPTED").exists()
+
+
 def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
     """In the middle of a step of some seconds: the first waits for its end, the second does not."""
     slow = ("--image-size", "192", "--batch-size", "256", "--run-name", "a", "--tracker", "none")
@@ -228,6 +275,7 @@ def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
 LAUNCHERS = {
     "python": (sys.executable, "-m", "cifar_accel"),
     "launch.sh": (sys.executable, "-m", "cifar_accel.launch"),
+    "launch.sh 2": (sys.executable, "-m", "cifar_accel.launch"),
     "accelerate": (str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "-m", "cifar_accel"),
     "torchrun 1": (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "1", "-m", "cifar_accel"),
     "torchrun 2": (*TWO, "-m", "cifar_accel"),
@@ -237,17 +285,22 @@ SHORT |= {("torchrun 2", "worker", signal.SIGUSR1)}
 WAYS = [
     pytest.param(launcher, target, number, marks=() if (launcher, target, number) in SHORT else LONG)
     for launcher in LAUNCHERS
+    if launcher != "launch.sh 2"
     for target in ("worker", "launcher", "group")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
     if number != signal.SIGKILL or (target == "launcher" and launcher not in ("python", "launch.sh"))
 ]
 WAYS.append(pytest.param("python", "worker", signal.SIGHUP, marks=LONG))
+WAYS.append(pytest.param("launch.sh 2", "launcher", signal.SIGKILL, marks=LONG))
 
 
 @pytest.mark.parametrize("launcher, target, number", WAYS)
 def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, launcher, target, number, monkeypatch):
     """Also when the launcher is killed and leaves its workers behind: they see it and stop in order."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    if launcher == "launch.sh 2":
+        (tmp_path / "two.yaml").write_text("{distributed_type: MULTI_CPU, num_processes: 2, mixed_precision: 'no'}")
+        monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "two.yaml"))
     run = tmp_path / "ck" / "a"
     options = words("--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none")
     with open(tmp_path / "log", "w") as log:

@@ -125,16 +125,10 @@ def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: b
         return raw.items.shape[2:]
 
     def pixels(i: int) -> NDArray[np.uint8]:
-        item = raw.items[i]
-        encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
-        try:
-            with Image.open(encoded) as image:
-                rgb = _as_rgb(ImageOps.exif_transpose(image))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise ValueError(f"--dataset: {raw.names(i)} is not a whole image ({e})") from e
+        rgb = _open_image(raw, i)
         return np.asarray(_fit(rgb, side[0]) if resize else rgb)
 
-    side = shape or pixels(0).shape[:2]
+    side = shape or first_shape(raw)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         out = np.lib.format.open_memmap(path, "w+", np.uint8, (len(raw.items), 3, *side))
         for i, image in enumerate(_in_chunks(pool, pixels, len(raw.items))):
@@ -143,6 +137,24 @@ def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: b
             out[i] = image.transpose(2, 0, 1)
         out.flush()
     return side
+
+
+def first_shape(raw: Raw) -> tuple[int, int]:
+    """(H, W) of the first image. Raises ValueError when it is not whole."""
+    if isinstance(raw.items, np.ndarray):
+        return raw.items.shape[2:]
+    width, height = _open_image(raw, 0).size
+    return height, width
+
+
+def _open_image(raw: Raw, i: int) -> Image.Image:
+    item = raw.items[i]
+    encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
+    try:
+        with Image.open(encoded) as image:
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"--dataset: {raw.names(i)} is not a whole image ({e})") from e
 
 
 def _in_chunks(pool: ThreadPoolExecutor, f: Callable[[int], Any], n: int, chunk: int = 2048) -> Iterator[Any]:

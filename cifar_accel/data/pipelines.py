@@ -238,5 +238,5 @@ class _PilCrop:
 
 def _ignore_signals(worker: int) -> None:
     """Workers live until the training process dismisses them, also when a signal reaches the whole process group."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

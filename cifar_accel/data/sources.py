@@ -109,7 +109,7 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
         )
     if path.exists():
         raise ValueError(f"--dataset {name}: is a file; give the folder that holds the data")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if is_hub_id(name):
         return _hub(name, root, say)
     if os.sep in name:
         raise ValueError(f"--dataset {name}: no such folder")
@@ -171,6 +171,11 @@ def _digits(name: str, root: Path, say: Callable[[str], None]) -> Source:
             yield split, Raw(images[index], bunch.target[index], [str(d) for d in range(10)])
 
     return Source(lambda: f"digits {sklearn.__version__}", read)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name`, which is no folder here, can be a data set of the hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def hub_marker(root: Path, name: str) -> Path:
