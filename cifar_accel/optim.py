@@ -121,32 +121,42 @@ def clip_adaptively(parameters: list[torch.nn.Parameter], ratio: float, eps: flo
 
 
 class FiniteGuard:
-    """Watches each step's gradient norm and loss on the device; from the first not finite on, updates are withheld.
+    """Watches each step's gradient norm and loss; from the first not finite on, updates are withheld.
 
-    A fused optimizer withholds them itself, by the flag that a gradient scaler would set (`found_inf`); with any other
-    the host waits at every step. The host reads what happened when it waits anyway. With a gradient scaler, which skips
-    steps for its own reasons, only the loss counts and nothing is withheld.
+    On an accelerator nobody waits: a fused optimizer withholds them itself, by the flag that a gradient scaler would
+    set (`found_inf`), and the host reads what happened when it waits anyway. With any other optimizer, and on a CPU,
+    where that costs nothing, the host looks at every step. With a gradient scaler, which passes over steps for its own
+    reasons, only the loss is judged and nothing is withheld.
     """
 
-    def __init__(self, optimizer: Any, device: torch.device, scaled: bool, step: int):
-        self.last = torch.zeros(2, device=device)  # norm and loss of the last step, or of the first bad one
-        self.bad = torch.zeros((), device=device)  # 1 once a step was bad
-        self.good = torch.zeros((), dtype=torch.int64, device=device)  # steps before it
+    def __init__(self, optimizer: Any, device: torch.device, scaled: bool, step: int, on_host: bool | None = None):
         self.start, self.scaled = step, scaled
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.fused = all(group.get("fused") for group in optimizer.param_groups)
-        if self.fused and not scaled:
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        self.on_host = (device.type == "cpu" or not (fused or scaled)) if on_host is None else on_host
+        place = torch.device("cpu") if self.on_host else device
+        self.last = torch.zeros(2, device=place)  # norm and loss of the last step, or of the first bad one
+        self.bad = torch.zeros((), device=place)  # 1 once a step was bad
+        self.good: Any = 0 if self.on_host else torch.zeros((), dtype=torch.int64, device=place)  # steps before it
+        if not self.on_host and not scaled:
             optimizer.found_inf, optimizer.grad_scale = self.bad, None
 
     def allows(self, norm: torch.Tensor, loss: torch.Tensor) -> bool:
         """Note one step; False when its update must not be applied and the optimizer cannot know that itself."""
         now = torch.stack([norm.float(), loss.float()])
+        if self.on_host:
+            if not self.bad:
+                self.last = now.cpu()
+                bad = not all(map(math.isfinite, self.last.tolist()[self.scaled :]))
+                self.bad.fill_(bad)
+                self.good += not bad
+            return self.scaled or not self.bad
         self.last = torch.where(self.bad > 0, self.last, now)
-        judged = now[1:] if self.scaled else now
-        self.bad.copy_(torch.maximum(self.bad, (~judged.isfinite()).any()))
+        self.bad.copy_(torch.maximum(self.bad, (~now[int(self.scaled) :].isfinite()).any()))
         self.good += self.bad == 0
-        return self.fused or self.scaled or not self.bad.item()
+        return True
 
     def report(self) -> torch.Tensor:
-        """float [1, 4] on the device: whether a step was bad, the first such, and its (else the last) norm and loss."""
-        return torch.cat([torch.stack([self.bad, (self.start + self.good).float()]), self.last])[None]
+        """float32 [1, 4]: whether a step was bad, the first such, and its (else the last) norm and loss."""
+        step = torch.as_tensor(self.start + self.good, dtype=torch.float32, device=self.bad.device)
+        return torch.cat([torch.stack([self.bad, step]), self.last])[None]

@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
@@ -209,7 +212,7 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
         clip_gradients(run.module, norm, args)
     if run.guard.allows(norm, torch.stack(losses).mean()):
         run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.optimizer.zero_grad(set_to_none=True)  # past the wrapper, which inspects it at every call
 
 
 # ---- what the loop calls
@@ -217,12 +220,18 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
 
 def seed_dropout(run: Run, step: int, micro: int) -> None:
     """Seed what the model itself draws (dropout, stochastic depth), so that a resume draws the same."""
-    value = int(random_bits(run.args.seed, "dropout", step, run.order.positions(micro)[0])[0] >> 1)
+    value = int(dropout_seeds(run.args.seed, step // 256, int(run.order.positions(micro)[0]))[step % 256])
     torch.default_generator.manual_seed(value)
     if run.accelerator.device.type == "cuda":
         torch.cuda.default_generators[run.accelerator.device.index or 0].manual_seed(value)
     elif run.accelerator.device.type == "mps":
         torch.mps.manual_seed(value)
+
+
+@lru_cache(maxsize=64)
+def dropout_seeds(seed: int, block: int, position: int) -> NDArray[np.uint64]:
+    """Seeds of steps 256 * block and the 255 after it, for the micro-batch that begins at `position`: uint64 [256]."""
+    return random_bits(seed, "dropout", np.arange(256) + 256 * block, position) >> np.uint64(1)
 
 
 def agree(run: Run, minutes_up: bool = False) -> tuple[bool, bool]:
@@ -253,7 +262,8 @@ def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:
 
 def look(run: Run, state: State, sums: Sums) -> None:
     """Move the sums to the state. All ranks enter; the host waits. Raises Diverged when a step was not finite."""
-    reports = run.accelerator.gather(run.guard.report()).tolist()  # a loss may be bad on one rank alone
+    report = run.guard.report().to(run.accelerator.device)
+    reports = run.accelerator.gather(report).tolist()  # a loss may be bad on one rank alone
     bad, step, norm, loss = max(reports, key=lambda report: report[0])
     if not bad:
         if sums.images:  # else a resume that has taken no step yet

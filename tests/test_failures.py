@@ -297,11 +297,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_no_update_from_the_first_bad_step_on(name):
+@pytest.mark.parametrize("name, on_host", [*((name, True) for name in OPTIMIZERS), ("adamw", False), ("sgdm", False)])
+def test_no_update_from_the_first_bad_step_on(name, on_host):
+    """The host looks, as on a CPU, or the fused optimizer takes the flag, as on a GPU."""
     weight = torch.nn.Parameter(torch.ones(5))
     optimizer = OPTIMIZERS[name]([weight])
-    guard = FiniteGuard(optimizer, torch.device("cpu"), False, step=7)
+    guard = FiniteGuard(optimizer, torch.device("cpu"), False, step=7, on_host=on_host)
 
     def step(gradient):
         weight.grad = torch.full((5,), gradient)
@@ -315,9 +316,10 @@ def test_no_update_from_the_first_bad_step_on(name):
     assert guard.report().tolist() == [[1, 8, float("inf"), 1.0]]
 
 
-def test_a_gradient_scaler_may_pass_over_steps():
-    weight = torch.nn.Parameter(torch.ones(5))
-    guard = FiniteGuard(torch.optim.SGD([weight], 0.1, fused=True), torch.device("cpu"), True, step=0)
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_gradient_scaler_may_pass_over_steps(on_host):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(5))], 0.1, fused=True)
+    guard = FiniteGuard(optimizer, torch.device("cpu"), True, 0, on_host)
     assert guard.allows(torch.tensor(float("inf")), torch.tensor(1.0)) and guard.report()[0, 0] == 0
     assert guard.allows(torch.tensor(1.0), torch.tensor(float("nan"))) and guard.report()[0, 0] == 1
 
