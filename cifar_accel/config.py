@@ -161,7 +161,7 @@ class TrainingArguments:
     max_steps: int = 0
     """Stop after this many optimizer steps (0: no limit); the schedule is not rescaled."""
     max_time: str | None = None
-    """Stop in order after this time since the start, with a checkpoint, as 90m, 2h or 1h30m; the next start goes on."""
+    """Stop in order, with a checkpoint, at the first step after so long since the start: 90m, 2h, 1h30m."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
     dry_run: bool = False

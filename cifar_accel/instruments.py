@@ -131,11 +131,11 @@ class Sums:
         self.values = torch.zeros(2, dtype=wide, device=accelerator.device)
         self.images = 0  # of all ranks: they take equal shares
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count one micro-batch; correct means that the largest logit is at the largest target."""
-        correct = (logits.argmax(1) == targets.argmax(1)).sum()
-        self.values += torch.stack([loss.detach() * len(targets), correct])
-        self.images += len(targets) * self.accelerator.num_processes
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count one micro-batch; correct means that the largest logit is at the label."""
+        correct = (logits.argmax(1) == labels).sum()
+        self.values += torch.stack([loss.detach() * len(labels), correct])
+        self.images += len(labels) * self.accelerator.num_processes
 
     def move_to(self, state: State) -> None:
         """Add the sums over all ranks to the state's window and epoch, and start anew. All ranks enter; the host waits.

@@ -134,23 +134,27 @@ class FiniteGuard:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.on_host = (device.type == "cpu" or not (fused or scaled)) if on_host is None else on_host
-        place = torch.device("cpu") if self.on_host else device
-        self.last = torch.zeros(2, device=place)  # norm and loss of the last step, or of the first bad one
-        self.bad = torch.zeros((), device=place)  # 1 once a step was bad
-        self.good: Any = 0 if self.on_host else torch.zeros((), dtype=torch.int64, device=place)  # steps before it
-        if not self.on_host and not scaled:
-            optimizer.found_inf, optimizer.grad_scale = self.bad, None
+        self.last: Any = (0.0, 0.0)  # norm and loss of the last step, or of the first bad one
+        self.bad: Any = False  # whether a step was bad
+        self.good: Any = 0  # steps before it
+        if not self.on_host:
+            self.last, self.bad = torch.zeros(2, device=device), torch.zeros((), device=device)
+            self.good = torch.zeros((), dtype=torch.int64, device=device)
+            if not scaled:
+                optimizer.found_inf, optimizer.grad_scale = self.bad, None
 
-    def allows(self, norm: torch.Tensor, loss: torch.Tensor) -> bool:
-        """Note one step; False when its update must not be applied and the optimizer cannot know that itself."""
-        now = torch.stack([norm.float(), loss.float()])
+    def allows(self, norm: torch.Tensor, losses: list[torch.Tensor]) -> bool:
+        """Note one step, by its norm and its micro-batches' losses.
+
+        False when its update must not be applied and the optimizer cannot know that itself.
+        """
         if self.on_host:
             if not self.bad:
-                self.last = now.cpu()
-                bad = not all(map(math.isfinite, self.last.tolist()[self.scaled :]))
-                self.bad.fill_(bad)
-                self.good += not bad
+                self.last = (norm.item(), sum(loss.item() for loss in losses) / len(losses))
+                self.bad = not all(map(math.isfinite, self.last[int(self.scaled) :]))
+                self.good += not self.bad
             return self.scaled or not self.bad
+        now = torch.stack([norm.float(), torch.stack(losses).float().mean()])
         self.last = torch.where(self.bad > 0, self.last, now)
         self.bad.copy_(torch.maximum(self.bad, (~now[int(self.scaled) :].isfinite()).any()))
         self.good += self.bad == 0
@@ -158,5 +162,7 @@ class FiniteGuard:
 
     def report(self) -> torch.Tensor:
         """float32 [1, 4]: whether a step was bad, the first such, and its (else the last) norm and loss."""
-        step = torch.as_tensor(self.start + self.good, dtype=torch.float32, device=self.bad.device)
-        return torch.cat([torch.stack([self.bad, step]), self.last])[None]
+        step = self.start + self.good
+        if self.on_host:
+            return torch.tensor([[float(self.bad), step, *self.last]])
+        return torch.cat([torch.stack([self.bad, step.float()]), self.last])[None]

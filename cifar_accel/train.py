@@ -198,21 +198,22 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
         if run.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite what the last replay returned
         with clock.waiting():
-            images, _, targets = next(batches)
+            images, labels, targets = next(batches)
         seed_dropout(run, step, micro)
         with accelerator.no_sync(run.model) if micro < accumulation - 1 else nullcontext():
             logits = run.model(images.contiguous(memory_format=run.memory_format))
             loss = criterion(logits, targets)
+            sums.add(loss, logits, targets.argmax(1) if args.mixup or args.cutmix else labels)  # the larger part's
             accelerator.backward(loss / accumulation)  # DDP averages over the ranks: the mean of the global batch
-        sums.add(loss, logits, targets)
         losses.append(loss.detach())
     accelerator.unscale_gradients(run.optimizer)
     norm = gradient_norm(run.guard.parameters)
     if args.clip_grad:
         clip_gradients(run.module, norm, args)
-    if run.guard.allows(norm, torch.stack(losses).mean()):
-        run.optimizer.step()
-    run.optimizer.optimizer.zero_grad(set_to_none=True)  # past the wrapper, which inspects it at every call
+    optimizer = run.optimizer if accelerator.scaler else run.optimizer.optimizer  # the wrapper looks for packages
+    if run.guard.allows(norm, losses):
+        optimizer.step()
+    run.optimizer.optimizer.zero_grad(set_to_none=True)
 
 
 # ---- what the loop calls

@@ -306,7 +306,7 @@ def test_no_update_from_the_first_bad_step_on(name, on_host):
 
     def step(gradient):
         weight.grad = torch.full((5,), gradient)
-        if guard.allows(weight.grad.norm(), torch.tensor(1.0)):
+        if guard.allows(weight.grad.norm(), [torch.tensor(1.0)]):
             optimizer.step()
         return weight.detach().clone()
 
@@ -320,8 +320,8 @@ def test_no_update_from_the_first_bad_step_on(name, on_host):
 def test_a_gradient_scaler_may_pass_over_steps(on_host):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(5))], 0.1, fused=True)
     guard = FiniteGuard(optimizer, torch.device("cpu"), True, 0, on_host)
-    assert guard.allows(torch.tensor(float("inf")), torch.tensor(1.0)) and guard.report()[0, 0] == 0
-    assert guard.allows(torch.tensor(1.0), torch.tensor(float("nan"))) and guard.report()[0, 0] == 1
+    assert guard.allows(torch.tensor(float("inf")), [torch.tensor(1.0)]) and guard.report()[0, 0] == 0
+    assert guard.allows(torch.tensor(1.0), [torch.tensor(float("nan"))]) and guard.report()[0, 0] == 1
 
 
 def test_what_a_run_prints_of_a_divergence(trainer):

@@ -6,6 +6,8 @@ Each promise has a short form that runs always and a long form: `./launch.sh tes
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,8 +343,6 @@ def test_workers_do_not_die_before_the_training_does(words, tmp_path):
 @pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "data").glob("format-*")), ids=lambda p: p.name)
 def test_every_released_format_goes_on(tmp_path, cache, folder):
     """A run folder that an earlier version left in mid-run, continued by this one with the same command."""
-    import shutil
-
     run = tmp_path / "ck" / "old"
     shutil.copytree(folder, run)
     assert checkpoint.newest_valid(run, print).name == "step-00000008"
@@ -358,3 +358,12 @@ FORMAT = (
     "--batch-size 32 --epochs 2 --learning-rate 3e-3 --log-every 3 --tracker none --run-name old "
     "--model-kwargs embed_dim=8 depth=1 num_heads=1 patch_size=16"
 ).split()
+
+
+def test_every_promise_names_its_test():
+    """The README's table, line by line."""
+    root = Path(__file__).parent
+    section = (root.parent / "README.md").read_text().partition("## What you can rely on")[2].partition("\n## ")[0]
+    promised = re.findall(r"`(test_\w+)`", section)
+    there = "".join(file.read_text() for file in root.glob("test_*.py"))
+    assert len(promised) > 25 and not [name for name in promised if f"def {name}(" not in there]
