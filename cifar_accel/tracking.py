@@ -19,12 +19,13 @@ class Metrics:
     A disk that cannot take a line costs one warning, never the run: the line is kept and tried again with the next.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]):
+    def __init__(self, path: Path, say: Callable[[str], None], enabled: bool = True):
+        self.enabled = enabled  # on the main process
         self.path, self.say, self.pending, self.warned = path, say, "", False
 
     def truncate(self, step: int) -> None:
         """Drop what follows `step` (and a line cut short by a kill), so that a continued run logs each step once."""
-        if self.path.exists():
+        if self.enabled and self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != self.path.read_text():
@@ -34,16 +35,19 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append `row`, and what could not be written before."""
-        self.pending += json.dumps(row) + "\n"
-        self.flush()
+        if self.enabled:
+            self.pending += json.dumps(row) + "\n"
+            self.flush()
 
     def close(self) -> None:
         """Try once more, and say how many lines are lost."""
-        if self.pending and not self.flush():
+        if not self.flush():
             self.say(f"warning: {self.path} lacks its last {self.pending.count(chr(10))} lines: no room")
 
     def flush(self) -> bool:
         """Whether all lines are in the file now."""
+        if not self.pending:
+            return True
         try:
             with open(self.path, "ab", buffering=0) as f:
                 end = f.tell()

@@ -6,32 +6,28 @@ where the host waits for the device. Everything else runs ahead of the device.
 
 import itertools
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-from cifar_accel import checkpoint, memory, tracking
+from cifar_accel import memory, tracking
 from cifar_accel.config import TrainingArguments, parse_interval
 from cifar_accel.data.order import random_bits
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.evaluate import evaluate
 from cifar_accel.instruments import Clock, Profiler, Sums, compiled_graphs, peak_memory_mib
-from cifar_accel.model import save_model
 from cifar_accel.optim import clip_gradients, gradient_norm, learning_rate
 from cifar_accel.prepare import Run, State, evaluation_batch_size, set_up, start_processes, warmup_steps
 from cifar_accel.progress import Progress
-from cifar_accel.run_folder import Opened, read_json, sync, write_json
+from cifar_accel.run_folder import Opened, read_json, write_json
+from cifar_accel.saving import keep_epoch, keep_weights, save, write_summary
 from cifar_accel.stopping import Diverged, OutOfMemory, PeerLost, Stopped, StopRequest, TrainingError
 
 
@@ -128,9 +124,8 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
     args, steps_per_epoch = run.args, run.order.steps_per_epoch
     batches = run.train.training_batches(run.order, state.step, run.stop_step)
     sums, clock = Sums(run.accelerator), Clock(state)
-    metrics = tracking.Metrics(run.path / "metrics.jsonl", run.say)
-    if run.is_main:
-        metrics.truncate(state.step - state.due)
+    metrics = tracking.Metrics(run.path / "metrics.jsonl", run.say, enabled=run.is_main)
+    metrics.truncate(state.step - state.due)
     progress = Progress(run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main)
     profiler = Profiler(run.path / "profile", args.profile, run.say) if args.profile and run.is_main else None
     run.stop.training = True
@@ -166,10 +161,8 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
                 else:
                     row = training_row(run, state, rate) | evaluated
                     state.due = False
-                    if run.is_main:
-                        metrics.write(row)
-                        tracker.log(row)
-                    progress.log(row)
+                    for log in (metrics.write, tracker.log, progress.log):
+                        log(row)
             if rest == 0 and not state.due and args.save_epochs > 0 and epoch % args.save_epochs == 0:
                 keep_epoch(run, epoch)
             if saves:
@@ -344,51 +337,6 @@ def unless_stopped(run: Run, batches: Iterator[Batch], rounds: int) -> Iterator[
         yield from itertools.islice(batches, 1)
 
 
-def save(run: Run, state: State) -> None:
-    """Write a checkpoint. All ranks enter, the main process writes; a failure costs the checkpoint, not the run."""
-    if not torch.isfinite(torch.nn.utils.get_total_norm(list(run.module.parameters()))):  # the host waits
-        raise Diverged(f"the weights are not finite after step {state.step:,}")
-    if not run.is_main or (run.args.save_every == "none" and not run.stop.asked()):
-        return
-    scaler = run.accelerator.scaler
-    state.scaler = scaler.state_dict() if scaler is not None else None
-    ema = run.ema.module.state_dict() if run.ema else None
-    optimizer = run.optimizer.optimizer.state_dict()
-    try:
-        checkpoint.save_checkpoint(
-            run.path, run.module.state_dict(), optimizer, ema, asdict(state), run.args.keep_checkpoints
-        )
-    except OSError as e:
-        run.say(f"warning: no checkpoint at step {state.step:,}: {e.strerror or e}; training goes on")
-
-
-def keep_epoch(run: Run, epoch: int) -> None:
-    """Keep the weights of an epoch; a failure costs them, not the run."""
-    try:
-        keep_weights(run, f"model-epoch-{epoch:04d}")
-    except OSError as e:
-        run.say(f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on")
-
-
-def keep_weights(run: Run, name: str) -> None:
-    """Write the weights as a timm model folder of the run folder, whole or not at all; the main process alone does."""
-    if not run.is_main:
-        return
-    final, scratch = run.path / name, run.path / f"{name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        save_model(run.result, scratch, run.args, run.train.split.classes)
-        for file in scratch.iterdir():
-            sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(scratch, final)
-    except BaseException as e:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(e, SafetensorError):
-            raise OSError(f"{final} cannot be written ({e})") from e
-        raise
-
-
 # ---- after the loop
 
 
@@ -422,32 +370,3 @@ def finish(run: Run, state: State, status: str) -> dict[str, Any]:
             )
         run.say(f"stopped by {run.stop.reason} after step {state.step:,}; the same command goes on from there")
     return write_summary(run, state, status, test=test)
-
-
-def write_summary(
-    run: Run, state: State, status: str, test: dict[str, float] | None = None, error: str | None = None
-) -> dict[str, Any]:
-    """Write summary.json on the main process and return its content. `test` holds the figures that count."""
-    test = test or ({} if run.args.validation_fraction else state.evaluation)  # the test set is read at the end
-    summary = {
-        "status": status,
-        "train_loss": state.train_loss,
-        "accuracy": test.get("accuracy"),
-        "top5_accuracy": test.get("top5_accuracy"),
-        "test_loss": test.get("loss"),
-        "best_accuracy": state.best_accuracy,
-        "epochs": state.step / run.order.steps_per_epoch,
-        "steps": state.step,
-        "total_steps": run.total_steps,
-        "images_per_s": state.step * run.order.batch_size / state.time_s if state.time_s else None,
-        "time_s": state.time_s,
-        "wall_s": state.wall_s,
-        "evaluated_images": test.get("evaluated_images"),
-        "error": error,
-    }
-    if run.is_main:
-        try:
-            write_json(run.path / "summary.json", summary)
-        except OSError as e:
-            run.say(f"warning: {run.path / 'summary.json'} cannot be written ({e.strerror or e})")
-    return summary
