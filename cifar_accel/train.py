@@ -323,7 +323,7 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
     rounds = math.ceil(math.ceil(len(pipeline.split) / world) / size)  # of the rank with the largest share
     batches = unless_stopped(run, pipeline.evaluation_batches(size, world, rank), rounds)
     fill_to = size if run.compiled else 0  # a compiled model sees one shape
-    run.evaluating = True
+    run.evaluating = True  # out of memory here needs another remedy
     result = evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to)
     run.evaluating = False
     return result

@@ -305,8 +305,9 @@ def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, l
         monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "two.yaml"))
     run = tmp_path / "ck" / "a"
     options = words("--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none")
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*LAUNCHERS[launcher], *options], stdout=log, stderr=log, start_new_session=True)
+    about = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    with open(tmp_path / "log", "w") as log:  # a shell that runs the tests in the background has SIGINT ignored
+        process = subprocess.Popen([*LAUNCHERS[launcher], *options], stdout=log, stderr=log, **about)
         wait_for((run / "metrics.jsonl").exists)
         worker = int((run / ".owner").read_text().split()[1])
         family = [worker, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
