@@ -148,7 +148,7 @@ def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
         last = state.step == run.stop_step
         evaluates = due or rest == 0 or last
         stopped, minutes_up = agree(run, clock.minutes_up(args.save_every))
-        logs = state.due = evaluates or state.step % args.log_every == 0
+        logs = state.due = due or row_due(run, state.step)
         saves = stopped or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
         if logs or saves:
             look(run, state, sums)  # the host waits
@@ -200,8 +200,10 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
             accelerator.backward(loss / accumulation)  # DDP averages over the ranks: the mean of the global batch
         losses.append(loss.detach())
     accelerator.unscale_gradients(run.optimizer)
-    norm = gradient_norm(run.guard.parameters)
-    if args.clip_grad:
+    norm = None
+    if args.clip_grad or row_due(run, step + 1) or accelerator.device.type != "cpu":
+        norm = gradient_norm(run.guard.parameters)
+    if args.clip_grad and norm is not None:
         clip_gradients(run.module, norm, args)
     optimizer = run.optimizer if accelerator.scaler else run.optimizer.optimizer  # the wrapper looks for packages
     if run.guard.allows(norm, losses):
@@ -246,6 +248,11 @@ def any_rank(run: Run, *flags: bool) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.int32)
     torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=run.host_group)
     return [bool(v) for v in votes]
+
+
+def row_due(run: Run, step: int) -> bool:
+    """Whether a row is logged after `step`: every --log-every steps, and where an evaluation is."""
+    return step % run.args.log_every == 0 or step % run.order.steps_per_epoch == 0 or step == run.stop_step
 
 
 def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:

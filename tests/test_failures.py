@@ -316,6 +316,22 @@ def test_no_update_from_the_first_bad_step_on(name, on_host):
     assert guard.report().tolist() == [[1, 8, float("inf"), 1.0]]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_gradients_are_looked_through_where_no_norm_is_asked_for(value):
+    """In any layout; and where all is well, not one bit of them is changed."""
+    weights = [torch.nn.Parameter(torch.ones(3, 2, 3, 3)), torch.nn.Parameter(torch.ones(5))]
+    guard = FiniteGuard(torch.optim.SGD(weights, 0.1, fused=True), torch.device("cpu"), False, step=0)
+    weights[0].grad = torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last)
+    weights[1].grad, kept = torch.randn(5) * 1e-40, weights[0].grad.clone()
+    tiny = weights[1].grad.clone()
+    assert guard.allows(None, [torch.tensor(1.0)]) and torch.equal(weights[0].grad, kept)
+    assert torch.equal(weights[1].grad, tiny)
+    weights[0].grad[1, 1, 2, 0] = value
+    assert not guard.allows(None, [torch.tensor(1.0)])
+    bad, step, norm, _ = guard.report()[0].tolist()
+    assert (bad, step) == (1, 1) and not norm < float("inf")
+
+
 @pytest.mark.parametrize("on_host", [True, False])
 def test_a_gradient_scaler_may_pass_over_steps(on_host):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(5))], 0.1, fused=True)
