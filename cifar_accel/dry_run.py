@@ -18,7 +18,7 @@ import torch
 
 from cifar_accel import checkpoint, launch, memory
 from cifar_accel.config import TrainingArguments, flag
-from cifar_accel.data.cache import first_shape
+from cifar_accel.data.cache import image_shape
 from cifar_accel.data.order import Order
 from cifar_accel.data.sources import Dataset, Split, find_source, hub_marker, is_hub_id
 from cifar_accel.evaluate import check_launch
@@ -44,6 +44,7 @@ class Plan:
     args: TrainingArguments
     precision: str
     processes: int
+    local: int  # of them on this machine
     images: tuple[int, int, int] | None = None  # training images, test images, classes
     stored: int = 0  # images of all splits
     shape: tuple[int, int] = (0, 0)  # of one, height and width
@@ -54,7 +55,8 @@ class Plan:
 def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None]) -> int:
     """Print the plan and the checks; 2 when a check says that the run would not work, else 0. Writes nothing."""
     processes = int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
-    plan = Plan(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), processes)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    plan = Plan(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), processes, local)
     say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
     for f in fields(args):
         value = getattr(args, f.name)
@@ -70,7 +72,7 @@ def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str]
             mark, text = "ok", check(plan)
         except Note as e:
             mark, text = "note", str(e)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, RuntimeError) as e:  # torch, of a device that is not there
             mark, text, bad = "BAD", " ".join(str(e).split()), bad + 1
         say(f"  {mark:<5} {name:<10} {text}")
     say(
@@ -86,10 +88,8 @@ def check_device(plan: Plan) -> str:
     check_launch(plan.args.device, plan.precision)
     if device_of(plan).type == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if plan.processes > len(names):
-            raise Note(
-                f"{plan.processes} processes share {len(names)} GPU: {', '.join(names)}, over gloo: slow, for tests"
-            )
+        if plan.local > len(names):
+            raise Note(f"{plan.local} processes share {len(names)} GPU: {', '.join(names)}, over gloo: slow, for tests")
         return ", ".join(names)
     return f"{device_of(plan).type}, {os.cpu_count()} cores"
 
@@ -154,7 +154,9 @@ def check_data(plan: Plan) -> str:
     else:
         raws = dict(find_source(name, root, lambda line: None).read())
         labels = (np.asarray(raws["train"].labels), np.asarray(raws["test"].labels))
-        classes, plan.shape = len(raws["train"].classes), first_shape(raws["train"])
+        classes, n = len(raws["train"].classes), len(raws["train"].items)
+        shapes = {image_shape(raws["train"], i) for i in range(0, n, max(1, n // 32))}
+        plan.shape = shapes.pop() if len(shapes) == 1 else (args.image_size, args.image_size)
     plan.stored = len(labels[0]) + len(labels[1])
     names = [str(c) for c in range(classes)]
     both = [Split(np.empty((len(own), 0), np.uint8), own.astype(np.int64), names) for own in labels]
@@ -209,7 +211,7 @@ def check_memory(plan: Plan) -> str:
     order = plan.order or Order(0, 1, args.batch_size)
     free = memory.available(device)
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    together = math.ceil(plan.processes / devices) * 1.25  # kernels' scratch space
+    together = math.ceil(plan.local / devices) * 1.25  # kernels' scratch space
     text = (
         f"about {size(need.total(order.micro_batch_size))} a process: {size(need.fixed)} weights, gradients, optimizer "
         f"and images, {size(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images at once; "

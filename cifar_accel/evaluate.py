@@ -128,6 +128,7 @@ def make_accelerator(device: str, mixed_precision: str | None = None) -> Acceler
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if not cpu and int(os.environ.get("LOCAL_WORLD_SIZE", world)) > torch.cuda.device_count() > 0:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # several processes share a GPU, which NCCL refuses
+        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,

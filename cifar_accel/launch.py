@@ -110,7 +110,11 @@ def dry_environment() -> dict[str, str]:
     config = read_config(file)
     several = str(config.get("distributed_type", "NO")) != "NO"
     processes = count_gpus() if file == SHIPPED / "multi_gpu.yaml" else int(config.get("num_processes") or 1)
-    return variables(file, config) | {"CIFAR_ACCEL_PROCESSES": str(processes if several else 1)}
+    kind, machines = str(config.get("distributed_type")), int(config.get("num_machines") or 1)
+    known = variables(file, config) | {"CIFAR_ACCEL_PROCESSES": str(processes if several else 1)}
+    if several:
+        known["LOCAL_WORLD_SIZE"] = str(max(1, processes // machines))
+    return known | ({f"ACCELERATE_USE_{kind}": "true"} if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else {})
 
 
 def run(command: list[str], environment: dict[str, str], run_folder: Path) -> int:

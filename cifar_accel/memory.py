@@ -86,13 +86,18 @@ def advice(run: Run) -> str:
     head = f"out of memory on {device} with {used} images at once{' in an evaluation' if run.evaluating else ''}"
     run.optimizer.zero_grad(set_to_none=True)
     for size in divisors(own):
-        if size <= used // 2 and fits(run, size):
+        if size <= used // 2 and (size > 1 or not _has_batch_norm(run.module)) and fits(run, size):
             parts = own // size
             return (
                 f"{head}: {size} fit. {remedy(run.args, order, size)}: {parts} accumulation steps, the global batch "
                 f"stays {order.batch_size}, and the run goes on"
             )
     return f"{head}, and no smaller part of the batch fits either; take a smaller --model or --image-size"
+
+
+def _has_batch_norm(model: torch.nn.Module) -> bool:
+    """Whether a layer could refuse a single image."""
+    return any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in model.modules())
 
 
 def remedy(args: TrainingArguments, order: Order, size: int) -> str:
@@ -124,8 +129,6 @@ def fits(run: Run, images: int) -> bool:
         held += torch.autograd.grad(loss, weights, allow_unused=True)
         loss.item()  # the host waits: a device reports late
         return True
-    except ValueError:  # batch norm refuses a single image
-        return False
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise

@@ -55,9 +55,12 @@ def train(
         return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
     if accelerator.device.type == "cuda" and not run.compiled:
-        fits = memory.fits(run, run.order.micro_batch_size)
-        if any_rank(run, not fits)[0]:
-            raise ValueError("out of memory on another device" if fits else memory.advice(run))
+        text = None if memory.fits(run, run.order.micro_batch_size) else memory.advice(run)
+        texts = [text] * run.order.world
+        if run.host_group is not None:
+            torch.distributed.all_gather_object(texts, text, group=run.host_group)
+        for text in filter(None, texts):  # of whichever device it is
+            raise ValueError(text)
     tracker = tracking.SILENT
     try:
         if run.is_main:
@@ -92,8 +95,8 @@ def begin(run: Run, state: State) -> tracking.Tracker:
         folder=run.path,
         run_id=state.tracker_id,
     )
-    state.tracker_id = tracker.id
-    write_json(config_file, read_json(config_file) | {"tracker_id": tracker.id})
+    state.tracker_id = tracker.id or state.tracker_id  # a start without a tracker does not end its run
+    write_json(config_file, read_json(config_file) | {"tracker_id": state.tracker_id})
     return tracker
 
 
@@ -265,7 +268,8 @@ def look(run: Run, state: State, sums: Sums) -> None:
     """Move the sums to the state. All ranks enter; the host waits. Raises Diverged when a step was not finite."""
     report = run.guard.report().to(run.accelerator.device)
     reports = run.accelerator.gather(report).tolist()  # a loss may be bad on one rank alone
-    bad, step, norm, loss = max(reports, key=lambda report: report[0])
+    # The earliest, and of its ranks the one whose loss is to blame.
+    bad, step, norm, loss = max(reports, key=lambda r: (r[0], -r[1], not math.isfinite(r[3])))
     if not bad:
         if sums.images:  # else a resume that has taken no step yet
             state.gradient_norm = norm
@@ -369,7 +373,7 @@ def finish(run: Run, state: State, status: str) -> dict[str, Any]:
         if run.compiled:
             run.say(f"compiled  {compiled_graphs()} graphs (training and evaluation need one each)")
         run.say(f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}")
-    run.accelerator.wait_for_everyone()
+    any_rank(run, False)  # all have come so far
     if run.is_main and status == "preempted":
         with suppress(OSError):  # a full disk
             (run.path / "PREEMPTED").write_text(

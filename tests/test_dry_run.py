@@ -71,6 +71,8 @@ def test_each_remedy(dry, tmp_path):
         assert code == 2 and text in line(out, name), out
     code, out = dry("--optimizer", "sgmd")
     assert code == 2 and "did you mean sgdm" in line(out, "schedule")
+    code, out = dry("--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert code == 2 and "sees no such device" in line(out, "device") and "BAD" in line(out, "memory")
     code, out = dry(env={"ACCELERATE_MIXED_PRECISION": "fp16"})
     assert code == 2 and "needs a GPU" in line(out, "device")
 
@@ -96,6 +98,28 @@ def test_a_config_that_starts_one_process_only(dry, tmp_path):
     assert "32 = 1 process x 32 images" in line(out, "batch")
     code, out = dry(module=("-m", "cifar_accel.launch"))
     assert code == 0 and "32 = 2 processes x 16 images" in line(out, "batch") and "bf16" in line(out, "precision")
+
+
+def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for n in range(8):
+                Image.new("RGB", (400 + n, 300)).save(tmp_path / "data" / split / name / f"{n}.png")
+    words = ("--dataset", str(tmp_path / "data"), "--limit-train", "0", "--limit-test", "0", "--batch-size", "4")
+    code, out = dry(*words, "--crop-padding", "4")
+    assert code == 0 and "16 training, 16 test images, 2 classes" in line(out, "data"), out
+    code, out = dry(*words, "--crop-padding", "40")
+    assert code == 2 and "images' side of 32" in line(out, "data")
+
+
+def test_a_config_of_another_kind_is_refused(dry, tmp_path):
+    (tmp_path / "fsdp.yaml").write_text("{distributed_type: FSDP, num_processes: 2}")
+    about = {"ACCELERATE_CONFIG_FILE": str(tmp_path / "fsdp.yaml")}
+    code, out = dry(module=("-m", "cifar_accel.launch"), env=about)
+    assert code == 2 and "asks for FSDP" in line(out, "device")
 
 
 def test_under_a_launcher_one_process_speaks(dry):

@@ -128,7 +128,7 @@ def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: b
         rgb = _open_image(raw, i)
         return np.asarray(_fit(rgb, side[0]) if resize else rgb)
 
-    side = shape or first_shape(raw)
+    side = shape or image_shape(raw, 0)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         out = np.lib.format.open_memmap(path, "w+", np.uint8, (len(raw.items), 3, *side))
         for i, image in enumerate(_in_chunks(pool, pixels, len(raw.items))):
@@ -139,11 +139,11 @@ def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: b
     return side
 
 
-def first_shape(raw: Raw) -> tuple[int, int]:
-    """(H, W) of the first image. Raises ValueError when it is not whole."""
+def image_shape(raw: Raw, i: int) -> tuple[int, int]:
+    """(H, W) of image `i`. Raises ValueError when it is not whole."""
     if isinstance(raw.items, np.ndarray):
         return raw.items.shape[2:]
-    width, height = _open_image(raw, 0).size
+    width, height = _open_image(raw, i).size
     return height, width
 
 
