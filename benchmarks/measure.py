@@ -132,11 +132,22 @@ def show(rows: list[Row], out: str | None, title: str) -> None:
     print("\n".join(["", title, *lines]))
     if out:
         record = {"title": title, "rows": [asdict(r) for r in rows]}
-        record |= {k: about[k] for k in ("versions", "hardware", "command")}
+        machine = {k: v for k, v in about["hardware"].items() if k != "host"} | {"processor": processor()}
+        record |= {"versions": about["versions"], "hardware": machine}
         Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
         versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
         table = ["| | median | range | n | goal |", "|---|---|---|---|---|", *cells]
-        Path(out + ".md").write_text("\n".join([f"# {title}", "", f"{about['hardware']}; {versions}", "", *table, ""]))
+        devices = ", ".join(machine["gpus"]) or "no GPU"
+        line = f"{machine['cpu_cores']} cores ({machine['processor']}), {devices}; {versions}"
+        Path(out + ".md").write_text("\n".join([f"# {title}", "", line, "", *table, ""]))
+
+
+def processor() -> str:
+    """The processor's name and whether it computes bf16, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "unknown")
+    return ", ".join([name, *(f for f in ("avx512_bf16", "amx_bf16") if f in text)])
 
 
 def number(value: float) -> str:
