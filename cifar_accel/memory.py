@@ -34,7 +34,7 @@ def estimate(args: TrainingArguments, model: torch.nn.Module, resident: int, aut
     """Estimate by one image's forward pass of `model` on the CPU; `resident` bytes are those of the images kept there.
 
     Counted are weights, gradients, moments, the average, and what autograd keeps for the backward pass. Kernels'
-    scratch space is not: take a quarter more.
+    scratch space is not: take a quarter more. Nor are the libraries, on a host nearly 1 GiB a process.
     """
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
