@@ -247,6 +247,10 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that `path` holds either the old or the new text, never a part."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
-    sync(scratch)
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(json.dumps(value, indent=2) + "\n")
+        sync(scratch)
+        os.replace(scratch, path)
+    except OSError:  # a full disk has no room for a part of it either
+        scratch.unlink(missing_ok=True)
+        raise

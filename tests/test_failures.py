@@ -20,7 +20,7 @@ from conftest import TINY, TWO, rows, sha256, summary, wait_for, without_clock
 from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
 from cifar_accel.optim import FiniteGuard
-from cifar_accel.run_folder import read_json
+from cifar_accel.run_folder import read_json, write_json
 from cifar_accel.tracking import Metrics
 
 
@@ -96,6 +96,14 @@ def test_metrics_wait_for_room(small_disk):
     metrics.write({"step": 4})
     metrics.close()
     assert [row["step"] for row in rows(disk)] == [1, 2, 3, 4] and len(said) == 2
+
+
+def test_a_full_disk_leaves_the_old_json_and_no_part_of_the_new(small_disk):
+    file = small_disk(16) / "summary.json"
+    write_json(file, {"step": 1})
+    with pytest.raises(OSError):
+        write_json(file, {"step": 2, "text": "x" * 20_000})
+    assert json.loads(file.read_text()) == {"step": 1} and [f.name for f in file.parent.iterdir()] == [file.name]
 
 
 # ---- trackers
