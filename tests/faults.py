@@ -76,16 +76,32 @@ def finish(words, log, world=1, seconds=120.0, **about) -> Training:
     return training
 
 
-def finish_with_kills(words, log, kills, seed, worlds=(1,), **about) -> int:
-    """Kill the training `kills` times at random moments, on changing numbers of ranks, then let it end; kills done."""
+def _killed(training: Training, saved: Callable[[], set[str]], rng: random.Random, early: bool) -> bool:
+    """Kill it in its first second (`early`), or soon after its first checkpoint; False where it ended by itself."""
+    before, end = saved(), time.monotonic() + 120
+    while not early and not training.wait(0.02) and saved() <= before:
+        assert time.monotonic() < end, training.log.read_text()
+    if training.wait(rng.uniform(0, 1.0 if early else 0.3)):
+        assert set(training.codes) == {0}, training.log.read_text()
+        return False
+    training.kill()
+    return True
+
+
+def finish_with_kills(words, log, run, kills, seed, worlds=(1,), **about) -> int:
+    """Kill the training of run folder `run` `kills` times at random moments, on changing numbers of ranks, then let it
+    end; kills done. A third of them fall into a start's first second, however far it came by then; the others follow
+    what the start itself has saved, so that every later start has something to go on from, on a slow machine too."""
     rng, done = random.Random(seed), 0
     while done < kills:
         training = Training(words, log, worlds[done % len(worlds)], **about)
-        # a third in the first second, whatever is going on; the others when there was time for some steps
-        if training.wait(rng.uniform(0, 1) if done % 3 == 0 else rng.uniform(1, 2.5)):
-            assert set(training.codes) == {0}, Path(log).read_text()
+        if not _killed(training, lambda: {p.name for p in run.glob("checkpoints/step-*")}, rng, done % 3 == 0):
             break
-        training.kill()
         done += 1
     assert finish(words, log, worlds[-1], **about).codes[0] == 0, Path(log).read_text()
     return done
+
+
+def resumes(log) -> int:
+    """How many starts went on from a checkpoint."""
+    return Path(log).read_text().count("resume: from")

@@ -35,10 +35,10 @@ def test_one_run_on_any_number_of_processes(words, tmp_path, world, accumulation
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_killed_and_resumed(words, tmp_path, precision):
     environment = {"ACCELERATE_MIXED_PRECISION": precision}
-    options = words("--epochs", "30", "--save-every", "2steps", "--run-name", "a")
-    done = faults.finish_with_kills(options, tmp_path / "log", 4, 3, (1, 2), environment=environment)
-    assert done >= 2 and summary(tmp_path / "ck" / "a")["status"] == "finished"
-    lines = rows(tmp_path / "ck" / "a")
+    options, run = words("--epochs", "30", "--save-every", "2steps", "--run-name", "a"), tmp_path / "ck" / "a"
+    done = faults.finish_with_kills(options, tmp_path / "log", run, 4, 3, (1, 2), environment=environment)
+    assert done >= 2 and faults.resumes(tmp_path / "log") >= 2 and summary(run)["status"] == "finished"
+    lines = rows(run)
     assert len({line["step"] for line in lines}) == len(lines) == 80 + 20
 
 

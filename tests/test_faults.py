@@ -35,8 +35,10 @@ def words(tmp_path, cache):
 
 
 def same_run(run: Path, whole: Path) -> None:
-    """Weights by their bytes, and every logged figure but the clock's."""
+    """Weights by their bytes, and every logged figure but the clock's, which only ever goes on."""
     assert sha256(run) == sha256(whole)
+    clock = [row["time_s"] for row in rows(run)]
+    assert clock == sorted(clock)
     assert without_clock(rows(run)) == without_clock(rows(whole))
     for key in ("accuracy", "best_accuracy", "train_loss", "steps", "status"):
         assert summary(run)[key] == summary(whole)[key]
@@ -57,25 +59,47 @@ def same_run(run: Path, whole: Path) -> None:
 )
 def test_killed_at_random_moments_is_never_killed(words, tmp_path, kills, worlds, bf16):
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
-    own, done, name = ("--micro-batch-size", "8"), 0, "whole"
-    faults.finish(words(*EVERYTHING, *own, "--run-name", name), tmp_path / "a", worlds[0], environment=environment)
+    own, done, resumed, whole = ("--micro-batch-size", "8"), 0, 0, tmp_path / "ck" / "whole"
+    faults.finish(words(*EVERYTHING, *own, "--run-name", "whole"), tmp_path / "a", worlds[0], environment=environment)
     while done < kills:  # a run may be over before it was killed so often: then another one
-        name = f"after-{done}"
-        options = words(*EVERYTHING, *own, "--run-name", name)
-        done += faults.finish_with_kills(options, tmp_path / name, kills - done, done, worlds, environment=environment)
-        same_run(tmp_path / "ck" / name, tmp_path / "ck" / "whole")
+        run = tmp_path / "ck" / f"after-{done}"
+        log, options = tmp_path / run.name, words(*EVERYTHING, *own, "--run-name", run.name)
+        done += faults.finish_with_kills(options, log, run, kills - done, done, worlds, environment=environment)
+        resumed += faults.resumes(log)
+        same_run(run, whole)
+    assert resumed >= kills / 2, "the kills left nothing to go on from"
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=LONG)])
 def test_killed_and_continued_on_other_numbers_of_processes(words, tmp_path, kills):
     more = (*EVERYTHING, "--epochs", str(6 + 2 * kills))
     faults.finish(words(*more, "--run-name", "whole"), tmp_path / "a")
-    done = faults.finish_with_kills(words(*more, "--run-name", "b"), tmp_path / "b", kills, 5, (1, 2, 4))
+    options, log = words(*more, "--run-name", "b"), tmp_path / "b"
+    done = faults.finish_with_kills(options, log, tmp_path / "ck" / "b", kills, 5, (1, 2, 4))
     assert done == kills, "the run was over before it could be killed"
+    assert faults.resumes(log) >= kills / 2, "the kills left nothing to go on from"
     killed, whole = (rows(tmp_path / "ck" / name) for name in ("b", "whole"))
     assert [r["step"] for r in killed] == [r["step"] for r in whole]
     for a, b in zip(killed, whole, strict=True):
         assert a["train/lr"] == b["train/lr"] and a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+
+
+def _praise_the_evaluation() -> None:
+    """Make whatever this start evaluates better than what later ones can reach."""
+    from cifar_accel import train
+
+    real = train.evaluate_split
+    train.evaluate_split = lambda *about: real(*about) | {"accuracy": 2.0}
+
+
+def test_the_best_accuracy_and_the_clocks_go_on(words, tmp_path):
+    options, log, run = ("--tracker", "none", "--run-name", "a"), tmp_path / "log", tmp_path / "ck" / "a"
+    faults.finish(words(*options, "--max-steps", "24"), log, hook=_praise_the_evaluation)
+    first = summary(run)
+    faults.finish(words(*options), log)
+    last = summary(run)
+    assert last["accuracy"] <= 1 and first["best_accuracy"] == last["best_accuracy"] == 2
+    assert last["time_s"] > first["time_s"] and last["wall_s"] > first["wall_s"]
 
 
 def _save_for_ever(run: str, log: str) -> None:
