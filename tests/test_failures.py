@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import TINY, TWO, rows, sha256, summary, wait_for, without_clock
+from safetensors.torch import load_file
 
 from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
@@ -274,6 +275,31 @@ def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
     assert checkpoint.newest_valid(run, print).name == "step-00000008", "the last good checkpoint is untouched"
     faults.finish(options, tmp_path / "log", world)  # the fault was not in the images themselves
     assert summary(run)["status"] == "finished" and not (run / "diverged.json").exists()
+
+
+def _keep_what_failed(file: Path) -> None:
+    """Spoil step 13, and write the weights that are there when the run ends of it."""
+    from cifar_accel import train
+
+    real = train.explained
+
+    def explained(e, run):
+        torch.save(run.module.state_dict(), file)
+        return real(e, run)
+
+    train.explained = explained
+    _spoil(13, "0")
+
+
+def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(words, tmp_path):
+    """Two more steps are made before the next row is due and the host looks."""
+    options = words("--tracker", "none", "--log-every", "16")
+    hook = partial(_keep_what_failed, tmp_path / "failed.pt")
+    assert faults.finish([*options, "--run-name", "a"], tmp_path / "a", hook=hook).codes == [1]
+    faults.finish([*options, "--run-name", "b", "--max-steps", "13"], tmp_path / "b")
+    good = load_file(tmp_path / "ck" / "b" / "model" / "model.safetensors")
+    failed = torch.load(tmp_path / "failed.pt")
+    assert failed.keys() == good.keys() and all(torch.equal(failed[name], good[name]) for name in good)
 
 
 def _infinite_loss() -> None:

@@ -19,10 +19,11 @@ import faults
 import psutil
 import pytest
 import torch
-from conftest import BIN, TINY, TWO, rows, sha256, summary, wait_for, without_clock
+from conftest import BIN, TINY, TWO, rows, sha256, summary, wait_for, wandb_runs, without_clock
 
 from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
+from cifar_accel.run_folder import read_json
 
 LONG = pytest.mark.faults
 EVERYTHING = "--mixup 0.5 --model-ema --model-ema-decay 0.9 --save-every 2steps --epochs 6 --tracker none".split()
@@ -100,6 +101,30 @@ def test_the_best_accuracy_and_the_clocks_go_on(words, tmp_path):
     last = summary(run)
     assert last["accuracy"] <= 1 and first["best_accuracy"] == last["best_accuracy"] == 2
     assert last["time_s"] > first["time_s"] and last["wall_s"] > first["wall_s"]
+
+
+def _die_after_row(step: int) -> None:
+    """End this process once the row of `step` is written."""
+    from cifar_accel.tracking import Metrics
+
+    real = Metrics.write
+
+    def write(self, row):
+        real(self, row)
+        if self.enabled and row["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Metrics.write = write
+
+
+def test_killed_before_its_first_checkpoint_it_is_still_one_wandb_run(words, tmp_path):
+    options, about = words("--run-name", "a"), {"WANDB_MODE": "offline"}
+    killed = faults.finish(options, tmp_path / "log", environment=about, hook=partial(_die_after_row, 3))
+    run = tmp_path / "ck" / "a"
+    assert killed.codes == [-signal.SIGKILL] and not checkpoint.list_checkpoints(run)
+    faults.finish(options, tmp_path / "log", environment=about)
+    first, second = wandb_runs(run)
+    assert first.name == second.name == f"run-{read_json(run / 'config.json')['tracker_id']}.wandb"
 
 
 def _save_for_ever(run: str, log: str) -> None:
@@ -214,6 +239,10 @@ def test_stopped_inside_an_evaluation(words, tmp_path, world, evaluation):
     assert set(stopped.codes) == {143} and (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
     assert rows(run)[-1]["step"] < 8 * evaluation, "an evaluation that was not finished is not logged"
     assert checkpoint.newest_valid(run, print).name == f"step-{8 * evaluation:08d}"
+    if evaluation == 2:  # killed after the row, before a checkpoint that knows of it: it is not logged twice
+        hook = partial(_die_after_row, 16)
+        killed = faults.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
+        assert killed.codes[0] == -signal.SIGKILL and rows(run)[-1]["step"] == 16
     faults.finish(words(*options, "--run-name", "b"), tmp_path / "b", world)
     assert not (run / "PREEMPTED").exists()
     same_run(run, tmp_path / "ck" / "whole")
