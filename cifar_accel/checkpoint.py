@@ -22,6 +22,7 @@ from cifar_accel.run_folder import sync, write_json
 
 FORMAT = 2  # 1: before a stop inside an evaluation; every format ever released is loaded by a test
 NAME = re.compile(r"step-\d{8}")
+REMEDY = "take its folder away to go on from the one before"
 
 
 def save_checkpoint(
@@ -143,21 +144,34 @@ def load_checkpoint(
 ) -> None:
     """Load checkpoint folder `path` into the unwrapped model, the optimizer and the average, in place; all ranks enter.
 
-    Raises ValueError when it was not written by this model and optimizer.
+    Raises ValueError when it was not written by this model and optimizer, or not by `save_checkpoint`.
     """
+    found: dict[str, Any] = {}
+    for name in ("model.safetensors", "optimizer.pt", *(["ema.safetensors"] if ema is not None else [])):
+        try:
+            found[name] = _read(path / name)
+        except Exception as e:  # whatever bytes that a stranger put there make of the libraries
+            raise ValueError(f"--resume {path}: {name} cannot be read ({type(e).__name__}); {REMEDY}") from e
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        model.load_state_dict(found["model.safetensors"])
         if ema is not None:
-            ema.load_state_dict(load_file(path / "ema.safetensors"))
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+            ema.load_state_dict(found["ema.safetensors"])
+        optimizer.load_state_dict(found["optimizer.pt"])
         for parameter, moments in optimizer.state.items():  # fused kernels need the weights' own layout
             for name, moment in moments.items():
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(moment)
-    except (RuntimeError, ValueError, KeyError, OSError) as e:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(
             f"--resume {path}: is a checkpoint of another model or optimizer ({str(e).splitlines()[0]})"
         ) from e
+
+
+def _read(file: Path) -> Any:
+    """Tensors by name, or an optimizer's state dict; torch runs nothing that a file names."""
+    if file.suffix == ".pt":
+        return torch.load(file, map_location="cpu", weights_only=True)
+    return load_file(file)
 
 
 def sha256(file: Path) -> str:

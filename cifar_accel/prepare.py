@@ -149,6 +149,8 @@ def set_up(
     state = State(data=data.fingerprint)
     if start_from:
         state = restore(start_from, opened, accelerator, module, optimizer, ema, data.fingerprint)
+        if state.step > total_steps:
+            raise ValueError(f"--resume {start_from}: stands at step {state.step:,} of {total_steps:,}")
         say(f"resume: from {start_from}, after step {state.step:,}")
     mean, std = input_statistics(args, module)
     train, test = (Pipeline(args, split, accelerator.device, mean, std) for split in (data.train, data.test))
@@ -317,10 +319,16 @@ def restore(
 ) -> State:
     """Load checkpoint folder `path` and return the state it holds. All ranks enter.
 
-    Raises ValueError when it was written on other images or by another model.
+    Raises ValueError when it was written on other images, by another model, or not by this trainer.
     """
-    state = State(**checkpoint.read_state(path))
-    state.window += [0.0] * (5 - len(state.window))  # earlier versions did not time the input
+    try:
+        state = State(**checkpoint.read_state(path))
+        state.window += [0.0] * (5 - len(state.window))  # earlier versions did not time the input
+        sound = state.step >= 0 and all(_alike(getattr(state, name), value) for name, value in vars(State()).items())
+    except (ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"--resume {path}: its state.json is none that this trainer writes; {checkpoint.REMEDY}")
     if state.data != fingerprint:
         raise ValueError(f"--resume {path}: was trained on other images than --dataset now holds")
     checkpoint.load_checkpoint(path, module, optimizer.optimizer, ema.module if ema else None)
@@ -332,6 +340,13 @@ def restore(
         if accelerator.is_main_process and (source_run / "metrics.jsonl").exists():
             shutil.copy(source_run / "metrics.jsonl", opened.path)
     return state
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether `value` is of the kind of `default`: lists of as many numbers, any number for a number."""
+    if isinstance(default, list):
+        return isinstance(value, list) and len(value) == len(default) and all(map(_alike, value, default))
+    return default is None or isinstance(value, int | float if isinstance(default, int | float) else type(default))
 
 
 def name_of(args: TrainingArguments) -> str:

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import faults
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality needs one thread count, and tests share few cores
@@ -52,17 +54,22 @@ def weights() -> Path:
 
 @pytest.fixture
 def trainer(tmp_path, cache):
-    """Run the trainer as a user does; gives the finished process, with the run folder as `.run`."""
+    """Train as a user does; gives the finished process, with the run folder as `.run`.
+
+    A forked process where the plain command is asked for, a fresh one where `launcher` or `env` makes a difference.
+    """
 
     def command(*words, launcher=(sys.executable,), base=TINY):
         where = ["--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
         return [*launcher, "-m", "cifar_accel", *base, *where, *words]
 
-    def run(*words, launcher=(sys.executable,), check=0, env=None, timeout=240, base=TINY):
-        words = command(*words, launcher=launcher, base=base)
-        done = subprocess.run(
-            words, capture_output=True, text=True, env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path
-        )
+    def run(*words, launcher=None, check=0, env=None, timeout=240, base=TINY):
+        if launcher or env:
+            words = command(*words, launcher=launcher or (sys.executable,), base=base)
+            about = dict(env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path)
+            done = subprocess.run(words, capture_output=True, text=True, **about)
+        else:
+            done = forked(command(*words, base=base)[3:], tmp_path, timeout)
         assert check is None or done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
         done.run = next((p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None)
@@ -70,6 +77,14 @@ def trainer(tmp_path, cache):
 
     run.command = command
     return run
+
+
+def forked(words, folder: Path, timeout: float = 240.0) -> subprocess.CompletedProcess:
+    """What `python -m cifar_accel WORDS` in `folder` gives, from a fork of a process that has imported it."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        training = faults.finish(words, out, seconds=timeout, err=err, cwd=folder)
+        return subprocess.CompletedProcess(words, training.codes[0], out.read_text(), err.read_text())
 
 
 @pytest.fixture

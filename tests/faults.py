@@ -1,7 +1,8 @@
 """Trainings in forked processes: they start within a second, so that hundreds can be killed and continued.
 
 A fork server that has imported the trainer forks one process for each rank. They are processes like any other: they
-take signals, write the run folder and leave an exit code. What imports take is tried by the tests that start commands.
+take signals, write the run folder and leave an exit code. What is read while the libraries are imported (threads, the
+hub's address) is the fork server's; the tests that need another start commands.
 """
 
 import multiprocessing
@@ -14,14 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cifar_accel.train", "cifar_accel.report", "cifar_accel.memory"])
+SERVER.set_forkserver_preload(["cifar_accel.train", "cifar_accel.report", "cifar_accel.memory", "cifar_accel.dry_run"])
 
 
-def _rank(words: list[str], environment: dict[str, str], log: Path, hook: Callable[[], None] | None) -> None:
+def _rank(
+    words: list[str],
+    environment: dict[str, str],
+    files: tuple[Path, Path],
+    folder: Path,
+    hook: Callable[[], None] | None,
+) -> None:
+    os.environ.clear()
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    os.chdir(folder)
+    for number, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["cifar_accel", *words]
     from cifar_accel.cli import train_command
 
@@ -31,19 +39,20 @@ def _rank(words: list[str], environment: dict[str, str], log: Path, hook: Callab
 
 
 class Training:
-    """One training of `world` ranks; `hook` runs in each before it begins."""
+    """One training of `world` ranks in folder `cwd`; `hook` runs in each before it begins, `err` is the log's."""
 
-    def __init__(self, words, log, world=1, environment=None, hook=None):
+    def __init__(self, words, log, world=1, environment=None, hook=None, err=None, cwd="."):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.log, self.ranks = Path(log), []
         for rank in range(world):
-            about = dict(environment or {})
+            about = dict(os.environ) | (environment or {})
             if world > 1:
                 about |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
                 about |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            process = SERVER.Process(target=_rank, args=([str(w) for w in words], about, self.log, hook))
+            files, folder = (self.log.absolute(), Path(err or log).absolute()), Path(cwd).absolute()
+            process = SERVER.Process(target=_rank, args=([str(w) for w in words], about, files, folder, hook))
             process.start()
             self.ranks.append(process)
 

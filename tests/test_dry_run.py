@@ -1,5 +1,6 @@
 """`--dry-run` says what would happen and what is amiss, and leaves no trace."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import BIN, TINY
+from conftest import BIN, TINY, forked
 
 
 @pytest.fixture
@@ -17,12 +18,13 @@ def dry(tmp_path, cache, monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*words, module=("-m", "cifar_accel"), base=TINY, env=None, launcher=(sys.executable,)):
-        import os
-
-        where = ["--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
-        command = [*launcher, *module, *base, *where, "--dry-run", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=120)
+    def run(*words, module="cifar_accel", base=TINY, env=None, launcher=None):
+        options = [*base, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), "--dry-run", *words]
+        if launcher or env or module != "cifar_accel":
+            command = [*(launcher or [sys.executable]), "-m", module, *options]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=120)
+        else:
+            done = forked(options, tmp_path)
         assert "Traceback" not in done.stderr, done.stderr
         assert not (tmp_path / "ck").exists(), "it writes nothing"
         return done.returncode, done.stdout
@@ -96,7 +98,7 @@ def test_a_config_that_starts_one_process_only(dry, tmp_path):
     code, out = dry()
     assert code == 0 and "accelerate launch starts ONE" in line(out, "launcher")
     assert "32 = 1 process x 32 images" in line(out, "batch")
-    code, out = dry(module=("-m", "cifar_accel.launch"))
+    code, out = dry(module="cifar_accel.launch")
     assert code == 0 and "32 = 2 processes x 16 images" in line(out, "batch") and "bf16" in line(out, "precision")
 
 
@@ -118,7 +120,7 @@ def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path
 def test_a_config_of_another_kind_is_refused(dry, tmp_path):
     (tmp_path / "fsdp.yaml").write_text("{distributed_type: FSDP, num_processes: 2}")
     about = {"ACCELERATE_CONFIG_FILE": str(tmp_path / "fsdp.yaml")}
-    code, out = dry(module=("-m", "cifar_accel.launch"), env=about)
+    code, out = dry(module="cifar_accel.launch", env=about)
     assert code == 2 and "asks for FSDP" in line(out, "device")
 
 

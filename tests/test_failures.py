@@ -418,3 +418,58 @@ def test_checkpoints_that_name_paths_elsewhere_do_nothing(words, tmp_path):
     faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "9"), tmp_path / "log")
     assert "names a file outside the folder" in (tmp_path / "log").read_text()
     assert (tmp_path / "victim").read_text() == "mine" and len(sha256(run)) == 64
+
+
+class Hostile:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def _state(**changes):
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# What somebody else may have put into a checkpoint whose manifest is right.
+FOREIGN = {
+    "a pickle that runs a command": ("optimizer.pt", lambda f: torch.save(Hostile("touch hostile-was-here"), f)),
+    "an optimizer that is a list": ("optimizer.pt", lambda f: torch.save([1], f)),
+    "an optimizer without its groups": ("optimizer.pt", lambda f: torch.save({"state": {}, "param_groups": []}, f)),
+    "weights that are no safetensors": ("model.safetensors", lambda f: f.write_bytes(b"nothing")),
+    "a state that is a list": ("state.json", lambda f: f.write_text("[]")),
+    "a state that is no JSON": ("state.json", lambda f: f.write_text("{")),
+    "a step that is text": ("state.json", _state(step="8")),
+    "a step below 0": ("state.json", _state(step=-8)),
+    "a step behind the last": ("state.json", _state(step=10**9)),
+    "an unknown entry": ("state.json", _state(__class__="x")),
+    "a window that is too short for its sums": ("state.json", _state(window={})),
+    "an epoch of text": ("state.json", _state(epoch=["1", "2", "3"])),
+    "a flag that is text": ("state.json", _state(due="no")),
+    "an evaluation that is a number": ("state.json", _state(evaluation=1)),
+}
+
+
+def test_what_a_stranger_put_into_a_checkpoint_is_one_line(words, tmp_path):
+    """Its manifest is right: sizes and SHA-256 only say that nothing was damaged."""
+    faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "8"), tmp_path / "log")
+    run = tmp_path / "ck" / "a"
+    folder = run / "checkpoints" / "step-00000008"
+    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for n, (what, (name, change)) in enumerate(FOREIGN.items()):
+        change(folder / name)
+        about = json.loads(good["manifest.json"])
+        about["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": checkpoint.sha256(folder / name)}
+        (folder / "manifest.json").write_text(json.dumps(about))
+        assert checkpoint.fault(folder) is None
+        log, before = tmp_path / f"log-{n}", rows(run)
+        refused = faults.finish(words("--run-name", "a", "--tracker", "none"), log)
+        said = log.read_text()
+        assert refused.codes == [2] and "Traceback" not in said and said.count("cifar_accel: --resume ") == 1, what
+        assert rows(run) == before and not list(Path.cwd().glob("hostile-*")), what
+        for file, content in good.items():
+            (folder / file).write_bytes(content)
+    assert faults.finish(words("--run-name", "a", "--tracker", "none"), tmp_path / "log").codes == [0]

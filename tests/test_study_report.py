@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, summary
+from conftest import TINY, forked, summary
 from PIL import Image
 
 from cifar_accel.cli import main
@@ -66,24 +66,9 @@ def finished(tmp_path_factory, cache):
     """Two runs of one setting with different seeds, one of another, and one that never finished."""
     root = tmp_path_factory.mktemp("runs")
     for name, words in {"a": ["--seed", "1"], "b": ["--seed", "2"], "deep/c": ["--optimizer", "sgdm"]}.items():
-        command = [
-            sys.executable,
-            "-m",
-            "cifar_accel",
-            *TINY,
-            "--data-dir",
-            cache,
-            "--tracker",
-            "none",
-            "--save-dir",
-            str(root),
-            "--run-name",
-            name,
-            "--epochs",
-            "2",
-            *words,
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        where = ["--data-dir", cache, "--save-dir", str(root), "--run-name", name]
+        done = forked([*TINY, *where, "--tracker", "none", "--epochs", "2", *words], root)
+        assert done.returncode == 0, done.stderr
     shutil.copytree(root / "a", root / "un<b>finished")
     text = json.loads((root / "a" / "summary.json").read_text()) | {
         "status": "failed",
