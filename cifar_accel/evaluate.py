@@ -18,7 +18,7 @@ from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.data.sources import limit
 from cifar_accel.model import shorten_convolutions
-from cifar_accel.run_folder import read_json
+from cifar_accel.run_folder import read_config
 
 
 def evaluate(
@@ -70,8 +70,8 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     Raises ValueError when the folder is no run, is unfinished, or the classes differ.
     """
     path = Path(args.run).expanduser()
-    config = read_json(path / "config.json")
-    if not config or "options" not in config:
+    config = read_config(path)
+    if config is None:
         raise ValueError(f"{path}: is no run folder (it has no config.json of a run)")
     if not (path / "model" / "model.safetensors").is_file():
         raise ValueError(

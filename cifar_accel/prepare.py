@@ -33,7 +33,7 @@ from cifar_accel.model import (
     use_channels_last,
 )
 from cifar_accel.optim import FiniteGuard, build_optimizer, check_names
-from cifar_accel.run_folder import Opened, describe_config, is_checkpoint
+from cifar_accel.run_folder import Opened, alike, describe_config, is_checkpoint
 from cifar_accel.stopping import StopRequest
 
 
@@ -324,7 +324,7 @@ def restore(
     try:
         state = State(**checkpoint.read_state(path))
         state.window += [0.0] * (5 - len(state.window))  # earlier versions did not time the input
-        sound = state.step >= 0 and all(_alike(getattr(state, name), value) for name, value in vars(State()).items())
+        sound = state.step >= 0 and all(alike(getattr(state, name), value) for name, value in vars(State()).items())
     except (ValueError, TypeError):
         sound = False
     if not sound:
@@ -340,13 +340,6 @@ def restore(
         if accelerator.is_main_process and (source_run / "metrics.jsonl").exists():
             shutil.copy(source_run / "metrics.jsonl", opened.path)
     return state
-
-
-def _alike(value: Any, default: Any) -> bool:
-    """Whether `value` is of the kind of `default`: lists of as many numbers, any number for a number."""
-    if isinstance(default, list):
-        return isinstance(value, list) and len(value) == len(default) and all(map(_alike, value, default))
-    return default is None or isinstance(value, int | float if isinstance(default, int | float) else type(default))
 
 
 def name_of(args: TrainingArguments) -> str:

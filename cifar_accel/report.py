@@ -6,12 +6,12 @@ import os
 import shlex
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cifar_accel.config import VOLATILE, ReportArguments, TrainingArguments
-from cifar_accel.run_folder import read_json
+from cifar_accel.run_folder import read_config, read_summary
 from cifar_accel.tracking import read_metrics
 
 # The course report's own results: (family, optimizer, schedule) -> last training loss, test accuracy.
@@ -52,11 +52,12 @@ class RunFiles:
 
 def read_run(path: Path) -> RunFiles | None:
     """Read run folder `path`; None when it is none."""
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict) or "options" not in config or "provenance" not in config:
+    config = read_config(path)
+    if config is None:
         return None
     rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    return RunFiles(path, config["options"], config.get("command", []), read_json(path / "summary.json") or {}, rows)
+    options = asdict(TrainingArguments()) | config["options"]  # an earlier version had fewer
+    return RunFiles(path, options, config.get("command", []), read_summary(path), rows)
 
 
 def find_runs(folder: Path) -> list[RunFiles]:

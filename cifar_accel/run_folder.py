@@ -81,8 +81,13 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
         source = source.parent.parent if is_checkpoint(source) else source
         if source.resolve() != path.resolve() and (path / "config.json").exists():
             raise ValueError(f"--resume {args.resume}: {path} holds another run already; give a --run-name of its own")
-    config = read_json(source / "config.json")
+    config = read_config(source)
     if config is None:
+        if _has_work(path) and not explicit:
+            raise ValueError(
+                f"--resume {args.resume}: {path} holds a run, but no config.json that says which; give another "
+                "--run-name, or --resume never"
+            )
         return
     changed = changed_options(config, args, precision)
     if changed and not explicit and not _has_work(path):
@@ -93,8 +98,8 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
             f"--resume {args.resume}: {source} holds a run of another configuration ({'; '.join(changed)}); "
             "give the same options, another --run-name, or --resume never"
         )
-    summary = read_json(path / "summary.json")
-    if summary and summary.get("status") == "finished" and not explicit and not _more_steps(args, summary):
+    summary = read_summary(path)
+    if summary.get("status") == "finished" and not explicit and not _more_steps(args, summary):
         opened.finished = summary
         say(
             f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
@@ -165,7 +170,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def changed_options(config: dict[str, Any], args: TrainingArguments, precision: str) -> list[str]:
     """Options that differ between a recorded run and this command and change what is computed, as `flag old -> new`."""
-    old = config.get("options", {})
+    old = config["options"]
     new = json.loads(json.dumps({**asdict(args), "mixed_precision": precision}))
     names = [n for n in new if n not in VOLATILE and n in old and old[n] != new[n]]
     return [f"{flag(n)} {old[n]} -> {new[n]}" for n in names]
@@ -225,6 +230,40 @@ def _git_state() -> dict[str, Any] | None:
         }
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def read_config(run: Path) -> dict[str, Any] | None:
+    """What config.json of a run folder holds, or None where it is missing or none that a training writes."""
+    config = read_json(run / "config.json")
+    if not alike(config, {}) or not alike(config.get("options"), {}) or not alike(config.get("provenance"), {}):
+        return None
+    always = {"run_name": "", "mixed_precision": "no", "classes": 0, "input_mean": [0.0] * 3, "input_std": [1.0] * 3}
+    kinds, options = {**asdict(TrainingArguments()), **always}, config["options"]
+    sound = options.keys() >= always.keys()  # an earlier version had fewer options
+    sound &= all(alike(options[name], kind) for name, kind in kinds.items() if name in options)
+    return config if sound and all(alike(config.get(name, []), []) for name in ("command", "resumed")) else None
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What summary.json of a run folder holds, or {} where it is missing or none that a training writes."""
+    summary = read_json(run / "summary.json")
+    if not alike(summary, {}):
+        return {}
+    kinds: dict[str, Any] = {"status": "", "steps": 0, "total_steps": 0, "train_loss": None}
+    if summary.get("status") == "finished":
+        kinds["accuracy"] = 0.0
+    return summary if all(name in summary and alike(summary[name], kind) for name, kind in kinds.items()) else {}
+
+
+def alike(value: Any, kind: Any) -> bool:
+    """Whether `value`, read from JSON, is of the kind of `kind`.
+
+    For a number any number will do, for a list one as long (an empty one stands for any), for None anything.
+    """
+    if isinstance(kind, list | tuple):
+        long = not kind or (isinstance(value, list) and len(value) == len(kind))
+        return isinstance(value, list) and long and all(map(alike, value, kind))
+    return kind is None or isinstance(value, int | float if isinstance(kind, int | float) else type(kind))
 
 
 def read_json(path: Path) -> Any:

@@ -14,7 +14,7 @@ import yaml
 
 from cifar_accel import launch
 from cifar_accel.config import StudyArguments, TrainingArguments, did_you_mean
-from cifar_accel.run_folder import read_json
+from cifar_accel.run_folder import read_config, read_summary
 
 
 def read_study(path: str) -> tuple[str, list[dict[str, Any]]]:
@@ -92,7 +92,7 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
     results = []
     for i, (path, options) in enumerate(commands, 1):
         say(f"\nstudy {name}, run {i} of {len(commands)}: {path}")
-        summary, config = read_json(path / "summary.json") or {}, read_json(path / "config.json") or {}
+        summary, config = read_summary(path), read_config(path) or {}
         if summary.get("status") == "finished" and config.get("command", [])[1:] == options:
             say(f"finished before: accuracy {summary['accuracy']:.2%}")
             results.append((path, 0))

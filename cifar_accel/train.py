@@ -26,7 +26,7 @@ from cifar_accel.instruments import Clock, Profiler, Sums, compiled_graphs, peak
 from cifar_accel.optim import clip_gradients, gradient_norm, learning_rate
 from cifar_accel.prepare import Run, State, evaluation_batch_size, set_up, start_processes, warmup_steps
 from cifar_accel.progress import Progress
-from cifar_accel.run_folder import Opened, read_json, write_json
+from cifar_accel.run_folder import Opened, read_config, write_json
 from cifar_accel.saving import keep_epoch, keep_weights, save, write_summary
 from cifar_accel.stopping import Diverged, OutOfMemory, PeerLost, Stopped, StopRequest, TrainingError
 
@@ -80,10 +80,11 @@ def begin(run: Run, state: State) -> tracking.Tracker:
     for name in ("summary.json", "PREEMPTED", "diverged.json"):
         (run.path / name).unlink(missing_ok=True)
     config_file = run.path / "config.json"
-    old = read_json(config_file) or run.config
+    old = read_config(run.path) or run.config
     state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
     again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
-    write_json(config_file, old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config)
+    config = old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config
+    write_json(config_file, config | {"tracker_id": state.tracker_id})
     tracker = tracking.start_tracker(
         run.args.tracker,
         run.say,
@@ -96,7 +97,7 @@ def begin(run: Run, state: State) -> tracking.Tracker:
         run_id=state.tracker_id,
     )
     state.tracker_id = tracker.id or state.tracker_id  # a start without a tracker does not end its run
-    write_json(config_file, read_json(config_file) | {"tracker_id": state.tracker_id})
+    write_json(config_file, config | {"tracker_id": state.tracker_id})
     return tracker
 
 

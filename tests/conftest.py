@@ -18,6 +18,7 @@ os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 
 BIN = Path(sys.executable).parent
+FRESH = (sys.executable,)
 TWO = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2")
 
 # The smallest real training: 8 optimizer steps an epoch, a second in all once torch is loaded.
@@ -56,20 +57,20 @@ def weights() -> Path:
 def trainer(tmp_path, cache):
     """Train as a user does; gives the finished process, with the run folder as `.run`.
 
-    A forked process where the plain command is asked for, a fresh one where `launcher` or `env` makes a difference.
+    In a fork of a process that has imported the trainer, unless there is a `launcher` (`FRESH`: a process of its own).
     """
 
-    def command(*words, launcher=(sys.executable,), base=TINY):
+    def command(*words, launcher=FRESH, base=TINY):
         where = ["--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
         return [*launcher, "-m", "cifar_accel", *base, *where, *words]
 
     def run(*words, launcher=None, check=0, env=None, timeout=240, base=TINY):
-        if launcher or env:
-            words = command(*words, launcher=launcher or (sys.executable,), base=base)
+        if launcher:
+            words = command(*words, launcher=launcher, base=base)
             about = dict(env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path)
             done = subprocess.run(words, capture_output=True, text=True, **about)
         else:
-            done = forked(command(*words, base=base)[3:], tmp_path, timeout)
+            done = forked(command(*words, base=base)[3:], tmp_path, env, timeout)
         assert check is None or done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
         done.run = next((p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None)
@@ -79,11 +80,13 @@ def trainer(tmp_path, cache):
     return run
 
 
-def forked(words, folder: Path, timeout: float = 240.0) -> subprocess.CompletedProcess:
+def forked(
+    words, folder: Path, env: dict[str, str] | None = None, timeout: float = 240.0
+) -> subprocess.CompletedProcess:
     """What `python -m cifar_accel WORDS` in `folder` gives, from a fork of a process that has imported it."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        training = faults.finish(words, out, seconds=timeout, err=err, cwd=folder)
+        training = faults.finish(words, out, seconds=timeout, environment=env, err=err, cwd=folder)
         return subprocess.CompletedProcess(words, training.codes[0], out.read_text(), err.read_text())
 
 
@@ -111,6 +114,11 @@ def rows(run: Path) -> list[dict]:
 
 def summary(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """All files of a run folder but those of its lock."""
+    return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in (".owner", ".lock")}
 
 
 def without_clock(lines: list[dict]) -> list[dict]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, summary
+from conftest import FRESH, TINY, contents, summary
 from safetensors.torch import save_file
 from test_sources import _cut, _empty_class, image_folder, parquet_folder
 
@@ -151,10 +151,10 @@ def test_a_run_of_another_configuration(trainer):
 def test_a_run_is_never_overwritten_by_the_continuation_of_another(trainer):
     source = trainer("--max-steps", "8", "--tracker", "none", "--run-name", "step-source").run
     victim = trainer("--max-steps", "9", "--tracker", "none", "--run-name", "victim", "--seed", "7").run
-    before = {p: p.read_bytes() for p in victim.rglob("*") if p.is_file() and p.name != ".owner"}
+    before = contents(victim)
     refused = trainer("--run-name", "victim", "--resume", str(source), "--tracker", "none", check=2)
     assert "holds another run already" in refused.stderr
-    assert {p: p.read_bytes() for p in victim.rglob("*") if p.is_file() and p.name != ".owner"} == before
+    assert contents(victim) == before
     # A run may be called step-something and is still a run
     again = trainer("--max-steps", "9", "--tracker", "none", "--run-name", "step-source")
     assert "after step 8" in again.stdout
@@ -190,7 +190,7 @@ def test_no_network_for_the_weights(trainer, tmp_path, model):
     """Up to the network and no further: the hub's address is one where nobody listens."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     base = [w for w in TINY if w not in ("--no-pretrained", "--model", "test_nfnet")]
-    refused = trainer("--model", model, base=base, env=nowhere, check=2, timeout=60)
+    refused = trainer("--model", model, base=base, env=nowhere, launcher=FRESH, check=2, timeout=60)
     assert "downloading the weights timm/" in refused.stdout
     assert "cannot be reached" in refused.stderr and "--no-pretrained" in refused.stderr
     assert refused.stderr.count("\n") == 1 and refused.run is None
@@ -198,9 +198,8 @@ def test_no_network_for_the_weights(trainer, tmp_path, model):
 
 def test_no_network_for_a_hub_data_set(trainer, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
-    refused = trainer(
-        "--dataset", "uoft-cs/cifar100", "--data-dir", str(tmp_path / "d"), env=nowhere, check=2, timeout=60
-    )
+    words = ("--dataset", "uoft-cs/cifar100", "--data-dir", str(tmp_path / "d"))
+    refused = trainer(*words, env=nowhere, launcher=FRESH, check=2, timeout=60)
     assert "cannot be reached" in refused.stderr and refused.stderr.count("\n") == 1
 
 

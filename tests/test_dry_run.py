@@ -3,12 +3,11 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import BIN, TINY, forked
+from conftest import BIN, FRESH, TINY, forked
 
 
 @pytest.fixture
@@ -20,11 +19,11 @@ def dry(tmp_path, cache, monkeypatch):
 
     def run(*words, module="cifar_accel", base=TINY, env=None, launcher=None):
         options = [*base, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), "--dry-run", *words]
-        if launcher or env or module != "cifar_accel":
-            command = [*(launcher or [sys.executable]), "-m", module, *options]
+        if launcher or module != "cifar_accel":
+            command = [*(launcher or FRESH), "-m", module, *options]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=120)
         else:
-            done = forked(options, tmp_path)
+            done = forked(options, tmp_path, env)
         assert "Traceback" not in done.stderr, done.stderr
         assert not (tmp_path / "ck").exists(), "it writes nothing"
         return done.returncode, done.stdout
@@ -60,7 +59,7 @@ def test_everything_with_its_origin(dry):
 
 def test_each_remedy(dry, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    code, out = dry("--model", "vit", "--dataset", "some/where", base=TINY[4:], env=nowhere)
+    code, out = dry("--model", "vit", "--dataset", "some/where", base=TINY[4:], env=nowhere, launcher=FRESH)
     assert code == 2 and "checks failed" in out
     assert "BAD" in line(out, "data") and "cannot be reached" in line(out, "data")
     assert "note" in line(out, "batch")

@@ -15,7 +15,7 @@ import faults
 import psutil
 import pytest
 import torch
-from conftest import TINY, TWO, rows, sha256, summary, wait_for, without_clock
+from conftest import TINY, TWO, contents, rows, sha256, summary, wait_for, without_clock
 from safetensors.torch import load_file
 
 from cifar_accel import checkpoint
@@ -382,7 +382,15 @@ def test_what_a_run_prints_of_a_divergence(trainer):
     assert summary(done.run)["status"] == "failed"
 
 
-# ---- strangers' names
+# ---- strangers' names, strangers' files
+
+
+@pytest.fixture
+def trained(words, tmp_path):
+    """The options of a small run, and its folder."""
+    options = words("--run-name", "a", "--tracker", "none", "--max-steps", "8")
+    faults.finish(options, tmp_path / "log")
+    return options, tmp_path / "ck" / "a"
 
 
 def test_names_that_are_markup_do_nothing(tmp_path, cache, in_process):
@@ -407,9 +415,8 @@ def test_names_that_are_markup_do_nothing(tmp_path, cache, in_process):
     assert "<script>alert" not in page and "\x1b" not in page and "\x07" not in page
 
 
-def test_checkpoints_that_name_paths_elsewhere_do_nothing(words, tmp_path):
-    faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "8"), tmp_path / "log")
-    run = tmp_path / "ck" / "a"
+def test_checkpoints_that_name_paths_elsewhere_do_nothing(trained, words, tmp_path):
+    run = trained[1]
     manifest = run / "checkpoints" / "step-00000008" / "manifest.json"
     about = json.loads(manifest.read_text())
     (tmp_path / "victim").write_text("mine")
@@ -434,6 +441,60 @@ def _state(**changes):
     return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def _options(**changes):
+    return lambda text: json.dumps(json.loads(text) | {"options": json.loads(text)["options"] | changes})
+
+
+# What may have become of a run's config.json.
+SPOILT = {
+    "missing": None,
+    "empty": lambda text: "",
+    "cut short": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[]",
+    "a number": lambda text: "1",
+    "options that are a list": lambda text: json.dumps(json.loads(text) | {"options": []}),
+    "no provenance": lambda text: json.dumps(json.loads(text) | {"provenance": None}),
+    "a command that is a number": lambda text: json.dumps(json.loads(text) | {"command": 1}),
+    "starts that are a number": lambda text: json.dumps(json.loads(text) | {"resumed": 1}),
+    "a model that is a number": _options(model=1),
+    "a mean of two channels": _options(input_mean=[0, 0]),
+    "no classes": _options(classes=None),
+}
+
+
+def test_a_run_that_has_lost_its_config_is_not_trained_over(trained, in_process):
+    """Nobody knows which run it is: it is neither continued nor begun anew, and the other commands pass it by."""
+    from cifar_accel.cli import main, train_command
+
+    words, run = trained
+    text = (run / "config.json").read_text()
+    for how, spoil in SPOILT.items():
+        (run / "config.json").unlink(missing_ok=True)
+        if spoil:
+            (run / "config.json").write_text(spoil(text))
+        before = contents(run)
+        for command, options, message in (
+            (train_command, words, "no config.json that says which; give another --run-name, or --resume never"),
+            (main, ["evaluate", run], "is no run folder"),
+            (main, ["report", run.parent], "no run folder"),
+        ):
+            code, _, err = in_process(command, *options)
+            assert code == 2 and message in err and err.count("\n") == 1, how
+        assert contents(run) == before, how
+
+
+def test_a_spoilt_summary_does_no_harm(trained, in_process):
+    from cifar_accel.cli import main, train_command
+
+    words, run = trained
+    for text in ("", "[]", '{"status": "finished"}', '{"status": "finished", "steps": "x"}'):
+        (run / "summary.json").write_text(text)
+        code, out, err = in_process(main, "report", run.parent)
+        assert code == 0 and "Not finished" in out and not err
+    code, out, err = in_process(train_command, *words)
+    assert code == 0 and "after step 8" in out and summary(run)["status"] == "finished"
+
+
 # What somebody else may have put into a checkpoint whose manifest is right.
 FOREIGN = {
     "a pickle that runs a command": ("optimizer.pt", lambda f: torch.save(Hostile("touch hostile-was-here"), f)),
@@ -453,10 +514,9 @@ FOREIGN = {
 }
 
 
-def test_what_a_stranger_put_into_a_checkpoint_is_one_line(words, tmp_path):
+def test_what_a_stranger_put_into_a_checkpoint_is_one_line(trained, words, tmp_path):
     """Its manifest is right: sizes and SHA-256 only say that nothing was damaged."""
-    faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "8"), tmp_path / "log")
-    run = tmp_path / "ck" / "a"
+    run = trained[1]
     folder = run / "checkpoints" / "step-00000008"
     good = {file.name: file.read_bytes() for file in folder.iterdir()}
     for n, (what, (name, change)) in enumerate(FOREIGN.items()):

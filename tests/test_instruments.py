@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import torch
-from conftest import rows, summary
+from conftest import FRESH, rows, summary
 
 from cifar_accel.instruments import peak_flops, peak_memory_mib
 
@@ -49,14 +49,14 @@ def test_compiled_runs_see_one_shape_a_model(trainer, tmp_path):
         "none",
     )
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = trainer(*words, "--micro-batch-size", "32", "--max-steps", "6", env=cache)
+    done = trainer(*words, "--micro-batch-size", "32", "--max-steps", "6", env=cache, launcher=FRESH)
     assert rows(done.run)[-1]["train/compiled_graphs"] == 2 and "compiled  2 graphs" in done.stdout
-    again = trainer(*words, "--micro-batch-size", "32", "--max-steps", "8", env=cache)
+    again = trainer(*words, "--micro-batch-size", "32", "--max-steps", "8", env=cache, launcher=FRESH)
     assert "after step 6" in again.stdout and summary(again.run)["steps"] == 8
 
 
 def test_without_a_compiler_a_run_goes_on_uncompiled(trainer, tmp_path):
     broken = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = trainer("--compile", "--epochs", "1", "--tracker", "none", env=broken)
+    done = trainer("--compile", "--epochs", "1", "--tracker", "none", env=broken, launcher=FRESH)
     assert done.stdout.count("warning: --compile does not work here and is left out") == 1
     assert summary(done.run)["status"] == "finished" and "train/compiled_graphs" not in rows(done.run)[-1]

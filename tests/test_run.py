@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import BIN, TINY, TWO, rows, summary, wandb_runs, wandb_summary
+from conftest import BIN, FRESH, TINY, TWO, rows, summary, wandb_runs, wandb_summary
 from test_sources import image_folder, parquet_folder
 
 from cifar_accel.cli import main, train_command
@@ -260,7 +260,7 @@ def test_the_reports_architectures_train(trainer, cifar, model):
         "--save-every",
         "none",
     ]
-    done = trainer(*words, base=(), env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    done = trainer(*words, base=(), env={"OMP_NUM_THREADS": str(os.cpu_count())}, launcher=FRESH)
     options = read_json(done.run / "config.json")["options"]
     assert summary(done.run)["evaluated_images"] == 32
     assert options["parameters"] > {"nfnet": 68e6, "vit": 85e6}[model]
