@@ -23,6 +23,7 @@ from cifar_accel.data.order import Order
 from cifar_accel.data.sources import Dataset, Split, find_source, hub_marker, is_hub_id
 from cifar_accel.evaluate import check_launch
 from cifar_accel.hub import require_network
+from cifar_accel.memory import sized
 from cifar_accel.model import build_model, check_model
 from cifar_accel.optim import build_optimizer, check_names, learning_rate
 from cifar_accel.prepare import cut_batch, cut_splits, name_of, warmup_steps
@@ -211,15 +212,14 @@ def check_memory(plan: Plan) -> str:
     order = plan.order or Order(0, 1, args.batch_size)
     free = memory.available(device)
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    together = math.ceil(plan.local / devices) * 1.25  # kernels' scratch space
+    sharing = math.ceil(plan.local / devices)
     text = (
-        f"about {size(need.total(order.micro_batch_size))} a process: {size(need.fixed)} weights, gradients, optimizer "
-        f"and images, {size(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images at once; "
-        f"{size(free)} free on {device.type}"
+        f"about {sized(need.total(order.micro_batch_size))} a process: {sized(need.fixed)} weights, gradients, "
+        f"optimizer and images, {sized(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images at "
+        f"once; {sized(free)} free on {device.type}"
     )
-    if need.total(order.micro_batch_size) * together > free:
-        fit = [s for s in memory.divisors(order.batch_size // order.world) if need.total(s) * together <= free]
-        remedy = memory.remedy(args, order, fit[0]) if fit else "Take a smaller --model or --image-size"
+    remedy = memory.shortage(args, order, need, int(free / (sharing * memory.SCRATCH)))
+    if remedy:
         raise ValueError(f"{text}. {remedy}")
     return text
 
@@ -250,9 +250,8 @@ def check_disk(plan: Plan) -> str:
     one = plan.weight_bytes * (1 + moments + args.model_ema)
     need = one * (args.keep_checkpoints + 1) + plan.weight_bytes
     free = shutil.disk_usage(existing(Path(args.save_dir).expanduser())).free
-    text = (
-        f"{size(need)} for {args.keep_checkpoints} checkpoints of {size(one)} and one being written; {size(free)} free"
-    )
+    text = f"{sized(need)} for {args.keep_checkpoints} checkpoints of {sized(one)} and one being written; "
+    text += f"{sized(free)} free"
     if need > free:
         raise ValueError(f"{text}; make room in {args.save_dir}, or give another --save-dir")
     return text
@@ -297,8 +296,3 @@ def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
-
-
-def size(count: float) -> str:
-    """Bytes as a person reads them."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

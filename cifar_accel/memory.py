@@ -1,7 +1,9 @@
 """What a training needs of a device's memory: estimated before it starts, and what to change when it was not there."""
 
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from cifar_accel.prepare import Run, evaluation_batch_size
 
 # Numbers that an optimizer keeps for each weight, where that is known.
 MOMENTS = {"adamw": 2, "sgdm": 1, "lion": 1}
+SCRATCH = 1.25  # over an estimate, for kernels' scratch space
 FAILURES = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not create a memory")
 
 
@@ -34,7 +37,8 @@ def estimate(args: TrainingArguments, model: torch.nn.Module, resident: int, aut
     """Estimate by one image's forward pass of `model` on the CPU; `resident` bytes are those of the images kept there.
 
     Counted are weights, gradients, moments, the average, and what autograd keeps for the backward pass. Kernels'
-    scratch space is not: take a quarter more. Nor are the libraries, on a host nearly 1 GiB a process.
+    scratch space is not: take a quarter more. Nor are the libraries, on a host nearly 1 GiB a process. The model stays
+    as it was.
     """
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -52,11 +56,23 @@ def estimate(args: TrainingArguments, model: torch.nn.Module, resident: int, aut
         del logits
         return sum(saved.values())
 
-    model.train()
-    per_image = (kept(4) - kept(2)) // 2
+    with _buffers_kept(model):
+        per_image = (kept(4) - kept(2)) // 2
     moments = MOMENTS.get(args.optimizer, 2) + args.amsgrad  # two: most have two at most
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Estimate(weights * (2 + moments + args.model_ema) + resident, per_image)
+
+
+@contextmanager
+def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` into training mode for a trial, and its buffers (batch norm's statistics) back afterwards."""
+    kept = [buffer.clone() for buffer in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
 
 def available(device: torch.device) -> int:
@@ -69,6 +85,41 @@ def available(device: torch.device) -> int:
 def divisors(size: int) -> list[int]:
     """The micro-batch sizes that cut `size` images of a process into equal parts, the largest first."""
     return [size // parts for parts in range(1, size + 1) if size % parts == 0]
+
+
+def shortage(args: TrainingArguments, order: Order, need: Estimate, room: int) -> str | None:
+    """What to change when a step needs more than `room` bytes, or None when it does not."""
+    if need.total(order.micro_batch_size) <= room:
+        return None
+    fit = [size for size in divisors(order.batch_size // order.world) if need.total(size) <= room]
+    return remedy(args, order, fit[0]) if fit else "Take a smaller --model or --image-size"
+
+
+def look_ahead(run: Run) -> None:
+    """Find out before the first step whether the device has the memory for one. All ranks enter.
+
+    An accelerator is tried, and a rank that fails ends all by a ValueError with its remedy. On a host, where the system
+    would kill this process or a neighbour for trying, an estimate warns.
+    """
+    args, order, device = run.args, run.order, run.accelerator.device
+    if run.compiled:  # another path through memory, and a trial would compile for its own shapes
+        return
+    if device.type == "cpu":
+        need = estimate(args, run.module, 0, run.accelerator.autocast)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", order.world))
+        room = int(available(device) / (local * SCRATCH))
+        text = shortage(args, order, need, room)
+        if text and run.is_main:
+            size, free = (sized(n) for n in (need.total(order.micro_batch_size) * SCRATCH, available(device)))
+            each = f"in each of {local} processes, " if local > 1 else ""
+            run.say(f"warning: a step needs about {size}, {each}and {free} are free: the system may kill it. {text}")
+    elif device.type == "cuda":
+        said = None if fits(run, order.micro_batch_size) else advice(run)
+        texts = [said] * order.world
+        if run.host_group is not None:
+            torch.distributed.all_gather_object(texts, said, group=run.host_group)
+        for said in filter(None, texts):  # of whichever device it is
+            raise ValueError(said)
 
 
 def is_out_of_memory(e: BaseException) -> bool:
@@ -113,7 +164,7 @@ def fits(run: Run, images: int) -> bool:
 
     Each rank tries for itself: gradients are asked for without the parameters' hooks, so DDP takes no notice.
     """
-    device, buffers = run.accelerator.device, [b.clone() for b in run.module.buffers()]
+    device = run.accelerator.device
     weights = [p for p in run.module.parameters() if p.requires_grad]
     held: list[Any] = []
     try:
@@ -123,19 +174,18 @@ def fits(run: Run, images: int) -> bool:
             held += [torch.empty_like(p) for p in weights for _ in range(moments)]
         size = run.args.image_size
         x = torch.zeros(images, 3, size, size, device=device).contiguous(memory_format=run.memory_format)
-        with run.accelerator.autocast():
-            logits = run.module.train()(x)
-        loss = F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.int64, device=device))
-        held += torch.autograd.grad(loss, weights, allow_unused=True)
-        loss.item()  # the host waits: a device reports late
+        with _buffers_kept(run.module):
+            with run.accelerator.autocast():
+                logits = run.module(x)
+            loss = F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.int64, device=device))
+            held += torch.autograd.grad(loss, weights, allow_unused=True)
+            loss.item()  # the host waits: a device reports late
         return True
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
         return False
     finally:
-        for buffer, value in zip(run.module.buffers(), buffers, strict=True):
-            buffer.copy_(value)
         held.clear()
         release(device)
         if device.type == "cuda":
@@ -147,3 +197,8 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def sized(count: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -54,13 +54,7 @@ def train(
     if opened.finished:
         return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
-    if accelerator.device.type == "cuda" and not run.compiled:
-        text = None if memory.fits(run, run.order.micro_batch_size) else memory.advice(run)
-        texts = [text] * run.order.world
-        if run.host_group is not None:
-            torch.distributed.all_gather_object(texts, text, group=run.host_group)
-        for text in filter(None, texts):  # of whichever device it is
-            raise ValueError(text)
+    memory.look_ahead(run)
     tracker = tracking.SILENT
     try:
         if run.is_main:

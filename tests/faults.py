@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+PLOTTING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cifar_accel.train", "cifar_accel.report", "cifar_accel.memory", "cifar_accel.dry_run"])
+SERVER.set_forkserver_preload(["cifar_accel.train", "cifar_accel.dry_run", "cifar_accel.report", *PLOTTING])
 
 
 def _rank(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -63,6 +64,7 @@ def test_a_disk_that_takes_one_checkpoint_only(small_disk, words, tmp_path):
     kept = checkpoint.newest_valid(disk / "a", print)
     assert kept is not None and kept.name == "step-00000008" and not list(disk.rglob("*.tmp"))
     assert len(rows(disk / "a")) == 13 and summary(disk / "a")["status"] == "finished"
+    assert "the system may kill it" not in said, "there is memory enough"
 
 
 def test_no_room_for_the_weights_at_the_end(small_disk, words, tmp_path):
@@ -180,16 +182,35 @@ def _little_memory(mib: int) -> None:
 
 
 def test_out_of_memory_names_what_fits(words, tmp_path):
+    """Followed until it trains: a limit on addresses, unlike one on memory, also counts what is only set aside."""
     more = ["--image-size", "96", "--batch-size", "128", "--run-name", "a", "--tracker", "none", "--epochs", "1"]
-    hook = partial(_little_memory, 420)
-    failed = faults.finish(words(*more), tmp_path / "log", hook=hook)
+    size, codes = 128, [1]
+    while codes == [1]:
+        log = tmp_path / f"log-{size}"
+        codes = faults.finish(
+            words(*more, "--micro-batch-size", str(size)), log, hook=partial(_little_memory, 420)
+        ).codes
+        if codes == [1]:
+            said = log.read_text()
+            assert f"out of memory on cpu with {size} images at once" in said and "Traceback" not in said
+            found = re.search(r"(\d+) fit. Give --micro-batch-size (\d+): (\d+) accumulation steps", said)
+            assert found and "the global batch stays 128" in said, said
+            fit, given, steps = map(int, found.groups())
+            assert fit == given < size and given * steps == 128
+            size = given
+    assert codes == [0] and 8 <= size <= 64 and summary(tmp_path / "ck" / "a")["status"] == "finished"
+
+
+def test_a_host_is_warned_before_it_runs_out_of_memory(words, tmp_path):
+    """With the sizes of this very machine; stopped before it takes them."""
+    more = ["--image-size", "1024", "--batch-size", "1024", "--limit-train", "1024", "--run-name", "a"]
+    training = faults.Training(words(*more, "--tracker", "none"), tmp_path / "log")
+    wait_for(lambda: training.wait(0.01) or "warning: a step needs" in (tmp_path / "log").read_text())
+    training.kill()
     said = (tmp_path / "log").read_text()
-    assert failed.codes == [1], said
-    assert "out of memory on cpu with 128 images at once" in said and "Traceback" not in said
-    size = said.partition("Give --micro-batch-size ")[2].split(":")[0]
-    assert size in ("64", "32", "16", "8") and "the global batch stays 128" in said
-    done = faults.finish([*words(*more), "--micro-batch-size", size], tmp_path / "log2", hook=hook)
-    assert done.codes == [0] and summary(tmp_path / "ck" / "a")["status"] == "finished"
+    assert re.search(r"needs about \d+\.\d\d GiB, and \d+\.\d\d GiB are free.* Give --micro-batch-size \d+\n", said), (
+        said
+    )
 
 
 def _try_memory() -> None:

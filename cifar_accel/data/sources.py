@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,17 @@ def _add_coarse(raw: Raw, folder: Path, split: str) -> None:
 
 def _digits(name: str, root: Path, say: Callable[[str], None]) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8, 17 grey levels; a fifth of each class is the test split."""
-    import sklearn
-    from sklearn.datasets import load_digits
 
     def read() -> Iterator[tuple[str, Raw]]:
+        from sklearn.datasets import load_digits  # two seconds, which a start on cached arrays need not wait
+
         bunch = load_digits()
         images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)
         test = stratified_subset(bunch.target, len(images) // 5, seed=0)
         for split, index in (("train", np.setdiff1d(np.arange(len(images)), test)), ("test", test)):
             yield split, Raw(images[index], bunch.target[index], [str(d) for d in range(10)])
 
-    return Source(lambda: f"digits {sklearn.__version__}", read)
+    return Source(lambda: f"digits {version('scikit-learn')}", read)
 
 
 def is_hub_id(name: str) -> bool:
