@@ -215,8 +215,8 @@ def check_memory(plan: Plan) -> str:
     sharing = math.ceil(plan.local / devices)
     text = (
         f"about {sized(need.total(order.micro_batch_size))} a process: {sized(need.fixed)} weights, gradients, "
-        f"optimizer and images, {sized(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images at "
-        f"once; {sized(free)} free on {device.type}"
+        f"optimizer and images, {sized(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images "
+        f"at once; {sized(free)} free on {device.type}"
     )
     remedy = memory.shortage(args, order, need, int(free / (sharing * memory.SCRATCH)))
     if remedy:

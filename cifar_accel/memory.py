@@ -18,7 +18,17 @@ from cifar_accel.prepare import Run, evaluation_batch_size
 # Numbers that an optimizer keeps for each weight, where that is known.
 MOMENTS = {"adamw": 2, "sgdm": 1, "lion": 1}
 SCRATCH = 1.25  # over an estimate, for kernels' scratch space
-FAILURES = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not create a memory")
+# As torch, CUDA's libraries and oneDNN word it.
+FAILURES = (
+    "can't allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "could not create a memory",
+    "could not create a primitive",
+)
+# Older than any operation of a step. When a backward pass fails on the host, the tasks it had not done stay in the
+# queue of this thread, and hold their tensors, until an older task is taken out behind them.
+OLDEST = torch.ones((), requires_grad=True) * 1
 
 
 @dataclass(frozen=True)
@@ -40,21 +50,21 @@ def estimate(args: TrainingArguments, model: torch.nn.Module, resident: int, aut
     scratch space is not: take a quarter more. Nor are the libraries, on a host nearly 1 GiB a process. The model stays
     as it was.
     """
-    saved: dict[int, int] = {}
+    saved: dict[int, torch.UntypedStorage] = {}  # kept, or the next tensor might lie where one was counted
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> None:  # the graph keeps nothing: with the tensor itself it would never be freed
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            saved[storage.data_ptr()] = storage
 
     def kept(images: int) -> int:
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast():
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing), autocast():
             logits = model(torch.zeros(images, 3, args.image_size, args.image_size))
         del logits
-        return sum(saved.values())
+        total = sum(storage.nbytes() for storage in saved.values())
+        saved.clear()
+        return total
 
     with _buffers_kept(model):
         per_image = (kept(4) - kept(2)) // 2
@@ -194,6 +204,7 @@ def fits(run: Run, images: int) -> bool:
 
 def release(device: torch.device) -> None:
     """Give back what is no longer used."""
+    OLDEST.backward(retain_graph=True)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -188,7 +188,7 @@ def test_out_of_memory_names_what_fits(words, tmp_path):
     while codes == [1]:
         log = tmp_path / f"log-{size}"
         codes = faults.finish(
-            words(*more, "--micro-batch-size", str(size)), log, hook=partial(_little_memory, 420)
+            words(*more, "--micro-batch-size", str(size)), log, hook=partial(_little_memory, 560)
         ).codes
         if codes == [1]:
             said = log.read_text()
