@@ -5,6 +5,7 @@ and a checkpoint is whole without the others.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from cifar_accel.run_folder import sync, write_json
 
 FORMAT = 2  # 1: before a stop inside an evaluation; every format ever released is loaded by a test
 NAME = re.compile(r"step-\d{8}")
+LEFT = re.compile(r"step-\d{8}(\.old)?\.tmp")  # by a kill
 REMEDY = "take its folder away to go on from the one before"
 
 
@@ -52,8 +54,9 @@ def save_checkpoint(
     parent = run_dir / "checkpoints"
     final = parent / f"step-{state['step']:08d}"
     scratch = parent / f"{final.name}.tmp"
-    for left in parent.glob("step-*.tmp"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+    for left in parent.glob("step-*.tmp"):
+        if LEFT.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         save_file(_flat(model), scratch / "model.safetensors")
@@ -71,6 +74,8 @@ def save_checkpoint(
             if fault(final) is None and sha256(final / "model.safetensors") == files["model.safetensors"]["sha256"]:
                 shutil.rmtree(scratch)
                 return final
+            if not is_ours(final):
+                raise OSError(f"{final} is in the way: it is no checkpoint of this trainer")
             _remove(final)
         os.rename(scratch, final)
         sync(parent)
@@ -79,7 +84,7 @@ def save_checkpoint(
         if isinstance(e, RuntimeError | SafetensorError):  # how torch and safetensors report a write that failed
             raise OSError(f"cannot be written ({str(e).splitlines()[0]})") from e
         raise
-    older = [path for path in list_checkpoints(run_dir) if path.name < final.name]  # a newer one here is a damaged one
+    older = [path for path in list_checkpoints(run_dir) if path.name < final.name and is_ours(path)]
     for old in older[keep - 1 :]:
         with suppress(OSError):  # the new one is safe, that is what counts
             _remove(old)
@@ -95,6 +100,26 @@ def _remove(path: Path) -> None:
 
 def _flat(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save_checkpoint` wrote folder `path`: whatever else may have the name of a checkpoint is left alone."""
+    return (path / "manifest.json").is_file()
+
+
+def set_later_aside(run_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, from which a run goes on anew; returns what they are called now."""
+    renamed = []
+    for path in list_checkpoints(run_dir):
+        if step_of(path) > step:
+            aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
+            renamed.append(path.rename(aside))
+    return renamed
+
+
+def step_of(path: Path) -> int:
+    """`checkpoints/step-00000012` -> 12."""
+    return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from cifar_accel.config import (
     resolve,
 )
 from cifar_accel.run_folder import open_run
-from cifar_accel.stopping import TrainingError
+from cifar_accel.stopping import StopRequest, TrainingError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "study": (study_command, "run every run of a study file that is not finished"),
         "report": (report_command, "tables, plots and a page of all runs below a folder"),
     }
+    speak_somewhere()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in commands:
         return commands[argv[0]][0](argv[1:])
@@ -48,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {name:<10}{text}")
     print("\ncifar-accel COMMAND --help explains one of them.")
     return 0
+
+
+def speak_somewhere() -> None:
+    """Give a process that was started without stdout or stderr (`>&-`) one that leads nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
 
 
 def say(line: str) -> None:
@@ -92,8 +100,31 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
             cut = next(
                 (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))), None
             )
-            raise SystemExit(fail(f"{' '.join(lines[:cut])} ({prog} --help lists all options)")) from None
+            raise SystemExit(fail(f"{' '.join(lines[:cut])} ({_hint(argv, prog)})")) from None
         raise
+
+
+# What other trainers call an option of ours.
+SYNONYMS = {
+    "--lr": "--learning-rate",
+    "--wd": "--weight-decay",
+    "--bs": "--batch-size",
+    "--opt": "--optimizer",
+    "--sched": "--scheduler",
+    "--data": "--dataset",
+    "--output": "--save-dir",
+}
+PRECISION = ("--mixed-precision", "--amp", "--fp16", "--bf16", "--precision")
+
+
+def _hint(argv: Sequence[str], prog: str) -> str:
+    """What to do about options that do not exist here."""
+    for name in (word.partition("=")[0].replace("_", "-") for word in argv):
+        if name in SYNONYMS:
+            return f"here {name} is {SYNONYMS[name]}"
+        if name in PRECISION:
+            return "precision is the launcher's: accelerate launch --mixed_precision, or ACCELERATE_MIXED_PRECISION"
+    return f"{prog} --help lists all options"
 
 
 def _off(kind: Any) -> str | None:
@@ -101,7 +132,7 @@ def _off(kind: Any) -> str | None:
     return "None" if "None" in str(kind) else "0" if kind in (int, float) else None
 
 
-def parse_training(argv: Sequence[str], prog: str = "cifar_accel") -> tuple[TrainingArguments, dict[str, str]]:
+def parse_training(argv: Sequence[str]) -> tuple[TrainingArguments, dict[str, str]]:
     """Options of a training and where each value comes from. Raises ValueError, or SystemExit for a usage error."""
     types = {f.name: f.type for f in fields(TrainingArguments)}
     words: list[str] = []
@@ -122,15 +153,16 @@ def parse_training(argv: Sequence[str], prog: str = "cifar_accel") -> tuple[Trai
         words.append(word)
     recipes = re.findall(r"^--recipe[=\n](.+)$", "\n".join(words), re.MULTILINE)  # the last one counts, as for any flag
     defaults = recipe_defaults(recipes[-1] if recipes else TrainingArguments.recipe)
-    return resolve(parse(TrainingArguments, words, prog, defaults), given & types.keys())
+    return resolve(parse(TrainingArguments, words, "python -m cifar_accel", defaults), given & types.keys())
 
 
 def train_command(argv: Sequence[str]) -> int:
     """Train; exit code 0 when finished, 2 for bad input, 143 when stopped by a signal, 1 for anything else."""
+    speak_somewhere()
     try:
         args, origin = parse_training(argv)
         if args.pipeline == "timm" and args.workers is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             args = replace(args, workers=min(8, max(1, (os.cpu_count() or 1) // local)))
             origin["workers"] = "derived"
         opened = None
@@ -140,17 +172,22 @@ def train_command(argv: Sequence[str]) -> int:
             opened = open_run(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), say)
             if opened.finished and os.environ.get("WORLD_SIZE", "1") == "1":
                 return 0
-    except ValueError as e:
+    except (ValueError, OSError) as e:  # a name too long for a file, or a folder where a file should be
         return fail(str(e))
 
     def work() -> dict[str, Any]:
+        stop = StopRequest(args.max_time)  # from here on a signal ends it in order, with 143
         say("loading torch, timm and accelerate")
         # What a Mac's GPU lacks is computed on its processor; torch says so once for each operation.
         os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+        # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes a small model
+        # 20 times slower (benchmarks/RESULTS.md); this is long enough for an idle one.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         from cifar_accel.train import train
 
         try:
-            summary = train(args, origin, say, opened)
+            summary = train(args, origin, say, opened, stop)
         finally:
             if opened:
                 opened.discard()

@@ -5,10 +5,12 @@ imports nothing heavy, so that `--help` and every usage error answer at once.
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
@@ -262,6 +264,14 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def home(path: str) -> Path:
+    """`path` with `~` and `~user` filled in. Raises ValueError where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
 def recipe_defaults(name: str) -> TrainingArguments:
     """The defaults under recipe `name`. Raises ValueError when there is none of that name."""
     if name not in RECIPES:
@@ -292,12 +302,14 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
 
     check_ranges(args)
     # A path means the same from wherever the run is continued or evaluated.
-    if os.path.isdir(os.path.expanduser(args.dataset)):
-        args = replace(args, dataset=os.path.abspath(os.path.expanduser(args.dataset)))
+    if os.path.isdir(home(args.dataset)):
+        args = replace(args, dataset=os.path.abspath(home(args.dataset)))
     if args.model.startswith("local-dir:"):
-        args = replace(args, model="local-dir:" + os.path.abspath(os.path.expanduser(args.model[len("local-dir:") :])))
+        args = replace(args, model="local-dir:" + os.path.abspath(home(args.model.removeprefix("local-dir:"))))
     if args.checkpoint:
-        args = replace(args, checkpoint=os.path.abspath(os.path.expanduser(args.checkpoint)))
+        args = replace(args, checkpoint=os.path.abspath(home(args.checkpoint)))
+    if args.resume not in ("auto", "never"):
+        args = replace(args, resume=os.path.abspath(home(args.resume)))
     if args.warmup_epochs is None:
         share = {"linear_decay": 0.0, "constant": 0.0, "one_cycle": 0.3}.get(args.scheduler, 0.2)
         derive(warmup_epochs=round(args.epochs * share, 4))
@@ -351,13 +363,17 @@ def check_ranges(args: TrainingArguments) -> None:
         "warmup_epochs workers limit_train limit_test max_steps profile seed weight_decay momentum warmup_lr "
         "min_lr clip_grad crop_padding mixup cutmix color_jitter"
     )
+    for name in [*positive.split(), *not_negative.split()]:
+        value = getattr(args, name)
+        if value is not None and not value <= (2**63 if name == "seed" else 1e9):
+            raise ValueError(f"{flag(name)} {str(value)[:20]}: is no number that this can mean")
     for name in positive.split():
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"{flag(name)} {value:g}: must be greater than 0")
     for name in not_negative.split():
         value = getattr(args, name)
-        if value is not None and not 0 <= value < float("inf"):
+        if value is not None and not value >= 0:
             raise ValueError(f"{flag(name)} {value:g}: must be 0 or greater")
     for name in ["hflip", "vflip", "reprob", "mixup_prob", "smoothing", "model_ema_decay", "crop_pct"]:
         if not 0 <= getattr(args, name) <= 1:
@@ -374,13 +390,16 @@ def check_ranges(args: TrainingArguments) -> None:
         pair, bound = getattr(args, name), " and at most 1" if high == 1 else ""
         if (pair and not low < pair[0] <= pair[1] <= high) or (pair and pair[1] == float("inf")):
             raise ValueError(f"{flag(name)} {pair[0]:g} {pair[1]:g}: must be an increasing pair above 0{bound}")
-    if args.std and min(args.std) <= 0:
+    if args.std and not all(0 < value < float("inf") for value in args.std):
         raise ValueError(f"--std {args.std}: every deviation must be greater than 0")
+    if args.mean and not all(map(math.isfinite, args.mean)):
+        raise ValueError(f"--mean {args.mean}: every mean must be finite")
     parse_interval(args.save_every)
     parse_duration(args.max_time or "1s")
     parse_keywords(args.model_kwargs)
-    if args.run_name is not None and (os.path.isabs(args.run_name) or ".." in args.run_name.split("/")):
-        raise ValueError(f"--run-name {args.run_name}: must be a relative path without '..' (it lies below --save-dir)")
+    run = args.run_name
+    if run is not None and (os.path.isabs(run) or ".." in run.split("/") or os.path.normpath(run) == "."):
+        raise ValueError(f"--run-name {run}: must be a relative path without '..' (it lies below --save-dir)")
 
 
 def parse_interval(text: str) -> tuple[int, str]:
@@ -399,7 +418,7 @@ def parse_duration(text: str) -> float:
     """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
-    if not seconds:
+    if not 0 < seconds < 1e9:
         raise ValueError(f"--max-time {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m")
     return float(seconds)
 
@@ -415,6 +434,6 @@ def parse_keywords(pairs: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"--model-kwargs {pair}: must be name=value")
         try:
             keywords[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             keywords[name] = value
     return keywords

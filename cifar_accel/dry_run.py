@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from cifar_accel import checkpoint, launch, memory
-from cifar_accel.config import TrainingArguments, flag
+from cifar_accel.config import TrainingArguments, flag, home
 from cifar_accel.data.cache import image_shape
 from cifar_accel.data.order import Order
 from cifar_accel.data.sources import Dataset, Split, find_source, hub_marker, is_hub_id
@@ -55,8 +56,8 @@ class Plan:
 
 def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None]) -> int:
     """Print the plan and the checks; 2 when a check says that the run would not work, else 0. Writes nothing."""
-    processes = int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    processes = max(1, int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1"))))
+    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     plan = Plan(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), processes, local)
     say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
     for f in fields(args):
@@ -137,7 +138,9 @@ def check_port(plan: Plan) -> str:
 
 def check_data(plan: Plan) -> str:
     """The images are here, or can be had, and can be cut as the options say."""
-    args, root, note = plan.args, Path(plan.args.data_dir).expanduser(), ""
+    args, root, note = plan.args, home(plan.args.data_dir), ""
+    if not os.access(existing(root), os.W_OK):
+        raise ValueError(f"--data-dir {args.data_dir}: {existing(root)} cannot be written")
     name = args.dataset
     if name in NOMINAL:
         train, test, classes = NOMINAL[name]
@@ -218,6 +221,7 @@ def check_memory(plan: Plan) -> str:
         f"optimizer and images, {sized(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images "
         f"at once; {sized(free)} free on {device.type}"
     )
+    text += "; the libraries take nearly 1 GiB more" if device.type == "cpu" else ""
     remedy = memory.shortage(args, order, need, int(free / (sharing * memory.SCRATCH)))
     if remedy:
         raise ValueError(f"{text}. {remedy}")
@@ -237,10 +241,19 @@ def check_folder(plan: Plan) -> str:
     if opened.resume_from is None:
         return f"{opened.path}, a new run"
     source = opened.resume_from
-    found = [source] if is_checkpoint(source) else checkpoint.list_checkpoints(source)
-    return f"{opened.path} goes on " + (
-        f"from {found[0].name}" if found else "from its beginning: it has no checkpoint"
-    )
+    if (opened.path / ".lock").is_file():
+        try:
+            FileLock(opened.path / ".lock").acquire(timeout=0).lock.release()
+        except Timeout:
+            raise ValueError(f"{opened.path} is in use by another process; wait, or give another --run-name") from None
+    found: Path | None = source
+    if is_checkpoint(source):
+        if problem := checkpoint.fault(source):
+            raise ValueError(f"--resume {source}: {problem}")
+    else:
+        found = checkpoint.newest_valid(source, said.append)
+    passed = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
+    return f"{opened.path} goes on from {found.name if found else 'its beginning: it has no checkpoint'}{passed}"
 
 
 def check_disk(plan: Plan) -> str:
@@ -249,7 +262,7 @@ def check_disk(plan: Plan) -> str:
     moments = memory.MOMENTS.get(args.optimizer, 2) + args.amsgrad
     one = plan.weight_bytes * (1 + moments + args.model_ema)
     need = one * (args.keep_checkpoints + 1) + plan.weight_bytes
-    free = shutil.disk_usage(existing(Path(args.save_dir).expanduser())).free
+    free = shutil.disk_usage(existing(home(args.save_dir))).free
     text = f"{sized(need)} for {args.keep_checkpoints} checkpoints of {sized(one)} and one being written; "
     text += f"{sized(free)} free"
     if need > free:

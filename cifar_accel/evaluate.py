@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from cifar_accel import tracking
-from cifar_accel.config import EvaluateArguments, TrainingArguments
+from cifar_accel.config import EvaluateArguments, TrainingArguments, home
 from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.pipelines import Batch, Pipeline
 from cifar_accel.data.sources import limit
@@ -69,7 +68,9 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
 
     Raises ValueError when the folder is no run, is unfinished, or the classes differ.
     """
-    path = Path(args.run).expanduser()
+    path = home(args.run)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be greater than 0")
     config = read_config(path)
     if config is None:
         raise ValueError(f"{path}: is no run folder (it has no config.json of a run)")
@@ -92,7 +93,10 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     split = limit(data.test, min(run.limit_test, len(data.test)), "--limit-test", run.seed)
     accelerator = make_accelerator(run.device, config["options"]["mixed_precision"])
     memory_format = torch.channels_last if run.memory_format == "channels_last" else torch.contiguous_format
-    model: Any = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True)
+    try:
+        model: Any = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True)
+    except Exception as e:  # whatever a damaged file makes of the libraries
+        raise ValueError(f"{path / 'model'}: cannot be read as a model ({' '.join(str(e).split())[:150]})") from e
     shorten_convolutions(model)  # as in training, so that the figures are equal to the last digit
     model.to(accelerator.device, memory_format=memory_format)
     options = config["options"]
@@ -151,6 +155,8 @@ def check_launch(device: str, precision: str) -> bool:
     if device in ("cuda", "mps") and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
         raise ValueError(f"--device {device}: the accelerate config says use_cpu; change one of them")
     cpu = device == "cpu" or not (cuda or mps)
+    if precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"mixed precision {precision}: unknown here; launch with --mixed_precision bf16, fp16 or no")
     if precision == "fp16" and cpu:
         raise ValueError("mixed precision fp16 needs a GPU; on a CPU launch with --mixed_precision bf16 or no")
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):

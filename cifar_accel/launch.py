@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from cifar_accel.config import home
+
 # What one process needs from an accelerate config file: its key -> the variable that is read.
 VARIABLES = {
     "mixed_precision": "ACCELERATE_MIXED_PRECISION",
@@ -85,10 +87,16 @@ def read_config(file: Path) -> dict[str, Any]:
     """The keys of an accelerate config file. Raises ValueError when it cannot be read or holds none."""
     try:
         config = yaml.safe_load(file.read_text()) or {}
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, yaml.YAMLError, RecursionError) as e:
         raise ValueError(f"{file}: cannot be read as an accelerate config ({' '.join(str(e).split())})") from e
     if not isinstance(config, dict):
         raise ValueError(f"{file}: is no accelerate config (it holds no keys); make one with accelerate config")
+    if config.get("distributed_type") is False:  # an unquoted NO
+        config["distributed_type"] = "NO"
+    for key in ("num_processes", "num_machines", "gradient_accumulation_steps"):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{file}: {key} {value}: must be a whole number of 1 or more")
     return config
 
 
@@ -123,12 +131,14 @@ def run(command: list[str], environment: dict[str, str], run_folder: Path) -> in
     A launcher between us and the training turns every code into 1; the run folder says when it was stopped by a signal.
     The child has a session of its own, so that a Ctrl-C of the terminal reaches it once, through us.
     """
-    marker = run_folder / "PREEMPTED"
-    marker.unlink(missing_ok=True)
+    marker, forwarded = run_folder / "PREEMPTED", False
+    before = _changed_at(marker)
     process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
     direct = command[1:3] == ["-m", "cifar_accel"]
 
     def forward(number: int, frame: Any) -> None:
+        nonlocal forwarded
+        forwarded = True
         # SIGUSR1 would kill a launcher and leave its workers; SIGHUP (the terminal went away) stops in order too.
         process.send_signal(number if direct and number != signal.SIGHUP else signal.SIGTERM)
 
@@ -141,9 +151,17 @@ def run(command: list[str], environment: dict[str, str], run_folder: Path) -> in
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if code and marker.exists():
+    if code and (forwarded or _changed_at(marker) not in (before, None)):
         return 143
     return code if code >= 0 else 128 - code
+
+
+def _changed_at(file: Path) -> int | None:
+    """When `file` was written, in nanoseconds, or None where it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def tour() -> int:
@@ -183,7 +201,7 @@ def main() -> int:
         args, _ = parse_training(sys.argv[1:])
     except ValueError as e:
         return fail(str(e))
-    return run(command, environment, Path(args.save_dir).expanduser() / str(args.run_name))
+    return run(command, environment, home(args.save_dir) / str(args.run_name))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Models: aliases, timm.create_model, local weights, starting checkpoints, and the saved form."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cifar_accel import checkpoint
-from cifar_accel.config import TrainingArguments, did_you_mean, parse_keywords
+from cifar_accel.config import TrainingArguments, did_you_mean, home, parse_keywords
 from cifar_accel.hub import require_network
+from cifar_accel.run_folder import alike, read_json
 
 # The report's two models. Another short name is one line here.
 ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
@@ -42,6 +42,7 @@ def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
             raise ValueError(
                 f"--model {args.model}: {folder} holds no model.safetensors (--no-pretrained does without)"
             )
+        _read_local_config(args.model, folder)
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -142,14 +143,26 @@ def _check_input_size(model: torch.nn.Module, args: TrainingArguments) -> None:
 def _fixed_input_size(name: str) -> bool:
     """Whether the architecture takes `img_size` (a ViT does, a CNN does not)."""
     if name.startswith("local-dir:"):
-        try:
-            config = json.loads(Path(name.removeprefix("local-dir:"), "config.json").read_text())
-            return bool(config["pretrained_cfg"].get("fixed_input_size")) and bool(config["architecture"])
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ValueError(
-                f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg"
-            ) from e
+        config = _read_local_config(name, Path(name.removeprefix("local-dir:")))
+        return bool(config["pretrained_cfg"].get("fixed_input_size"))
     return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+
+
+def _read_local_config(name: str, folder: Path) -> dict[str, Any]:
+    """The config.json of a local-dir model. Raises ValueError when it is none in timm's form."""
+    config = read_json(folder / "config.json")
+    kinds = {"architecture": "", "num_classes": 0, "pretrained_cfg": {}}
+    sound = alike(config, {}) and all(alike(config.get(key), kind) for key, kind in kinds.items())
+    if sound and alike(config.get("model_args", {}), {}):
+        channels = [config["pretrained_cfg"].get(key, [0.5] * 3) for key in ("mean", "std")]
+        sound = all(alike(value, [0.5] * 3) for value in channels)
+    else:
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg in timm's form"
+        )
+    return dict(config)
 
 
 def _announce_download(name: str, say: Callable[[str], None]) -> None:
@@ -171,7 +184,7 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
 
     Nothing that could run code is unpickled. Raises ValueError when the file is missing or cannot be read so.
     """
-    file = Path(path).expanduser()
+    file = home(path)
     if file.is_dir():
         inside = [file / "model" / "model.safetensors", file / "model.safetensors"]
         steps = [p / "model.safetensors" for p in checkpoint.list_checkpoints(file) if checkpoint.fault(p) is None]
@@ -194,11 +207,16 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"--checkpoint {file}: holds no table of tensors (a state dict)")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_weight(v) for k, v in state.items()):
+        raise ValueError(f"--checkpoint {file}: holds no table of dense real tensors by name (a state dict)")
     for prefix in ("module.", "_orig_mod."):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return file, state
+
+
+def _is_weight(value: Any) -> bool:
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return plain and not value.is_complex() and not value.is_meta
 
 
 def load_weights(model: torch.nn.Module, path: str) -> str:

@@ -5,6 +5,7 @@ Read it from `set_up` downwards.
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 
 from cifar_accel import checkpoint
-from cifar_accel.config import TrainingArguments
+from cifar_accel.config import TrainingArguments, home
 from cifar_accel.data.cache import load_dataset
 from cifar_accel.data.order import Order
 from cifar_accel.data.pipelines import Pipeline
 from cifar_accel.data.policy import parse, strength
-from cifar_accel.data.sources import Dataset, Split, hold_out, limit
+from cifar_accel.data.sources import Dataset, Split, find_source, hold_out, is_hub_id, limit
 from cifar_accel.evaluate import make_accelerator
 from cifar_accel.instruments import compile_model, keep_freed_memory, peak_flops
 from cifar_accel.model import (
@@ -106,6 +107,9 @@ def start_processes(
 
     Raises ValueError when the device is not there or the processes do not find each other.
     """
+    # Said once by each rank: of an argument that Accelerate has no other name for, and of 1x1 kernels in channels-last.
+    for text in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", message=text)
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         say(f"processes: waiting for all {world}")
@@ -128,6 +132,8 @@ def set_up(
 ) -> tuple[Run, State]:
     """Load the data, make the model and the optimizer, and resume. All ranks enter. Raises ValueError for bad input."""
     check_names(args)
+    if not is_hub_id(args.dataset):  # a slip in its name should not wait for the weights' download
+        find_source(args.dataset, home(args.data_dir), say)
     start_from = choose_checkpoint(opened, accelerator, say)
     # What a checkpoint holds need not be had a second time.
     start = replace(args, pretrained=False, checkpoint=None) if start_from else args
@@ -212,7 +218,7 @@ def describe(run: Run, origin: dict[str, str], fingerprint: str) -> dict[str, An
             "steps_per_epoch": order.steps_per_epoch,
             "total_steps": run.total_steps,
             "stop_step": run.stop_step,
-            "device_name": str(run.accelerator.device),
+            "device_name": str(run.accelerator.device).replace("cpu:0", "cpu"),
             "memory_format": "channels_last" if run.memory_format is torch.channels_last else "contiguous",
             "forward_gflops": run.flops / 3e9,
             "train_images": len(train.split),
@@ -261,6 +267,8 @@ def cut_batch(args: TrainingArguments, samples: int, world: int, rank: int, accu
 
     Raises ValueError when it cannot be cut equally.
     """
+    if accumulation < 1:
+        raise ValueError(f"the launcher's gradient_accumulation_steps {accumulation}: must be 1 or greater")
     size, rest = divmod(args.batch_size, world)
     if rest or not size:
         near = f"{size * world} or {(size + 1) * world}" if size else str(world)
@@ -362,7 +370,7 @@ def announce(run: Run, origin: dict[str, str]) -> None:
         f"{config['classes']} classes; {args.pipeline} pipeline{workers}",
         "policy": f"{args.aa}{strength(parse(args.aa)) if args.aa.startswith('rand') else ''}",
         "batch": order.arithmetic(),
-        "steps": f"{args.epochs} epochs x {order.steps_per_epoch:,} = {run.total_steps:,}"
+        "steps": f"{args.epochs} epoch{'s' * (args.epochs > 1)} x {order.steps_per_epoch:,} = {run.total_steps:,}"
         + (f", stopping after {run.stop_step:,}" if run.stop_step < run.total_steps else ""),
         "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, "
         f"warm-up {args.warmup_epochs:g} epochs{how} = {warmup:,} steps",

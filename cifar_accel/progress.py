@@ -1,6 +1,7 @@
 """What a person sees of a running training: one bar on a terminal, plain lines elsewhere; the main process only."""
 
 import contextlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -38,7 +39,8 @@ class Progress:
         if "eval/accuracy" in row:
             self.accuracy = f"{row['eval/accuracy']:.2%}"
         speed = f"{row['train/images_per_s']:,.0f} img/s"
-        if row["train/input_share"] >= 0.05:
+        narrow = self.bar is not None and shutil.get_terminal_size().columns < 100
+        if row["train/input_share"] >= 0.05 and not narrow:
             speed += f" ({row['train/input_share']:.0%} input)"
         if "train/mfu" in row:
             speed += f", MFU {row['train/mfu']:.0%}"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cifar_accel.config import VOLATILE, ReportArguments, TrainingArguments
+from cifar_accel.config import VOLATILE, ReportArguments, TrainingArguments, home
 from cifar_accel.run_folder import read_config, read_summary
 from cifar_accel.tracking import read_metrics
 
@@ -127,19 +127,21 @@ def _plot(run: RunFiles) -> None:
 
 
 def _save_figure(path: Path, draw: Callable[[Any], None]) -> None:
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
-    draw(axes)
-    axes.set_xlabel("epoch")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
     scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, format="png")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+        axes = FigureCanvasAgg(figure).figure.add_subplot()
+        draw(axes)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        figure.savefig(scratch, format="png")
     os.replace(scratch, path)
 
 
@@ -160,7 +162,7 @@ def write_report(args: ReportArguments) -> str:
 
     Raises ValueError when there is no run below the folder or it cannot be written.
     """
-    folder = Path(args.folder).expanduser()
+    folder = home(args.folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     runs = find_runs(folder)
@@ -180,7 +182,7 @@ def write_report(args: ReportArguments) -> str:
     text = "".join(f"## {title}\n\n{markdown(head, body)}\n\n" for title, head, body in tables if body) + _LEGEND
     text += "\n## Not finished\n\n" + "".join(f"- {line}\n" for line in open_runs) if open_runs else ""
     try:
-        (folder / "report.md").write_text(text)
+        (folder / "report.md").write_text(html.escape(text, quote=False))
         if done:
             _save_figure(folder / "overview.png", lambda axes: _compare(axes, done))
         (folder / "report.html").write_text(page(folder, runs, tables, open_runs))
@@ -207,9 +209,10 @@ def settings_table(runs: list[RunFiles]) -> Table:
 
 _FIGURES = ["loss", "acc. %", "report"]
 _LEGEND = """\
-loss: mean training loss of the last epoch (smoothing and mixing included); acc.:
-top-1 on the test images. report: loss and accuracy in the course report, for the
-family, optimizer and schedule of the row, with NFNet-F0 and ViT-B/8 on CIFAR-100.
+loss: mean training loss of the last epoch (smoothing and mixing included);
+acc.: top-1 on the test images. report: loss and accuracy in the course report,
+for the family, optimizer and schedule of the row, with NFNet-F0 and ViT-B/8 on
+CIFAR-100.
 """
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cifar_accel.config import VOLATILE, TrainingArguments, flag
+from cifar_accel.config import VOLATILE, TrainingArguments, flag, home
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cifar_accel")
 
@@ -77,10 +77,17 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
     path, explicit = opened.path, args.resume not in ("auto", "never")
     source = path
     if explicit:
-        opened.resume_from = source = _find_resume(Path(args.resume).expanduser())
+        opened.resume_from = source = _find_resume(home(args.resume))
         source = source.parent.parent if is_checkpoint(source) else source
         if source.resolve() != path.resolve() and (path / "config.json").exists():
-            raise ValueError(f"--resume {args.resume}: {path} holds another run already; give a --run-name of its own")
+            own = read_config(path)
+            if own is None or own["options"].get("resume") != args.resume:
+                raise ValueError(
+                    f"--resume {args.resume}: {path} holds another run already; give a --run-name of its own"
+                )
+            explicit, source = False, path  # this very command began it: it goes on where it stands
+            if any((path / "checkpoints").glob("step-*")):
+                opened.resume_from = None
     config = read_config(source)
     if config is None:
         if _has_work(path) and not explicit:
@@ -90,7 +97,7 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
             )
         return
     changed = changed_options(config, args, precision)
-    if changed and not explicit and not _has_work(path):
+    if changed and args.resume in ("auto", "never") and not _has_work(path):
         opened.stale = True  # it ended before its first log line: there is nothing to go on with or to lose
         return
     if changed:
@@ -123,7 +130,7 @@ def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:
 def folder_of(args: TrainingArguments) -> Path:
     """SAVE_DIR/RUN_NAME; with --resume never, RUN_NAME-2, -3, ... if something is there."""
     assert args.run_name is not None
-    path = Path(args.save_dir).expanduser() / args.run_name
+    path = home(args.save_dir) / args.run_name
     n, fresh = 1, path
     while args.resume == "never" and fresh.exists() and any(fresh.iterdir()):
         n += 1

@@ -42,17 +42,21 @@ def keep_epoch(run: Run, epoch: int) -> None:
 
 
 def keep_weights(run: Run, name: str) -> None:
-    """Write the weights as a timm model folder of the run folder, whole or not at all; the main process alone does."""
+    """Write the weights as a timm model folder of the run folder; the main process alone does.
+
+    Each file appears whole or not at all, and what else lies in the folder stays.
+    """
     if not run.is_main:
         return
     final, scratch = run.path / name, run.path / f"{name}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         save_model(run.result, scratch, run.args, run.train.split.classes)
-        for file in scratch.iterdir():
+        final.mkdir(exist_ok=True)
+        for file in sorted(scratch.iterdir()):  # config.json, then model.safetensors
             sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(scratch, final)
+            os.replace(file, final / file.name)
+        scratch.rmdir()
     except BaseException as e:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(e, SafetensorError):

@@ -13,17 +13,17 @@ from typing import Any
 import yaml
 
 from cifar_accel import launch
-from cifar_accel.config import StudyArguments, TrainingArguments, did_you_mean
+from cifar_accel.config import StudyArguments, TrainingArguments, did_you_mean, home
 from cifar_accel.run_folder import read_config, read_summary
 
 
 def read_study(path: str) -> tuple[str, list[dict[str, Any]]]:
     """The name of the study in `path` and the options of each of its runs. Raises ValueError naming what is wrong."""
     try:
-        study = yaml.safe_load(Path(path).expanduser().read_text())
+        study = yaml.safe_load(home(path).read_text())
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: is not YAML ({' '.join(str(e).split())})") from e
     if not isinstance(study, dict) or not (study.get("parameters") or study.get("runs")):
         raise ValueError(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
@@ -80,11 +80,13 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
     name, runs = read_study(args.file)
     words = [[*as_flags(run | ({"save_dir": args.save_dir} if args.save_dir else {})), *extra] for run in runs]
     resolved = [parse_training(w)[0] for w in words]
+    if any(r.dry_run for r in resolved):
+        raise ValueError("--dry-run looks at one run, not at a study: give it to python -m cifar_accel")
     commands = []
     names = name_runs(runs, [str(r.run_name) for r in resolved])
     for w, r, run_name in zip(words, resolved, names, strict=True):
         given = [] if run_name == r.run_name else [f"--run-name={run_name}"]
-        commands.append((Path(r.save_dir).expanduser() / run_name, [*w, *given]))
+        commands.append((home(r.save_dir) / run_name, [*w, *given]))
     paths = [path for path, _ in commands]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:

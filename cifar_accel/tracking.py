@@ -7,10 +7,16 @@ import errno
 import json
 import os
 import secrets
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+
+import psutil
 
 
 class Metrics:
@@ -28,7 +34,7 @@ class Metrics:
         if self.enabled and self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            if text != self.path.read_text():
+            if text != self.path.read_text(errors="replace"):
                 scratch = self.path.with_name(self.path.name + ".tmp")
                 scratch.write_text(text)
                 os.replace(scratch, self.path)
@@ -70,53 +76,67 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line without its end is left out."""
+    """The rows of a metrics.jsonl; a last line without its end, and what no training writes there, is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+        if numbers and isinstance(row.get("step"), int) and "epoch" in row:
             rows.append(row)
     return rows
 
 
 @dataclass
 class Tracker:
-    """An open tracker: its run id, a function that logs one row, and one that closes it and says where it is."""
+    """An open tracker: its run id, a function that logs one row, one that closes it and says where it is, and one that
+    ends whatever processes it has, when it did not close in time."""
 
     id: str | None
     log: Callable[[dict[str, Any]], None]
     finish: Callable[[dict[str, Any], int], None]
+    abandon: Callable[[], None] = lambda: None
 
 
 SILENT = Tracker(None, lambda row: None, lambda summary, code: None)
+CLOSING_S = 30  # that a tracker may take for what is still to be written
 
 
 def start_tracker(kind: str, say: Callable[[str], None], **about: Any) -> Tracker:
-    """Open tracker `kind`; any failure of it, now or later, is said once and never ends the run."""
+    """Open tracker `kind`; any failure of it, now or later, is said once and never ends the run.
+
+    Nor does it hold the run up: a thread of its own makes the calls, in order, and the last has `CLOSING_S` seconds.
+    """
     try:
         opened = TRACKERS[kind](say, **about)
     except Exception as e:
         say(f"warning: no {kind} tracking ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
         return SILENT
-    failed = False
+    if opened is SILENT:
+        return SILENT
+    calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
-    def guard(call: Callable[..., None]) -> Callable[..., None]:
-        def guarded(*args: Any) -> None:
-            nonlocal failed
-            if failed:
-                return
-            try:
-                call(*args)
-            except Exception as e:
-                failed = True
-                say(f"warning: {kind} tracking stopped ({type(e).__name__}: {e}); metrics.jsonl goes on")
+    def work() -> None:
+        try:
+            while call := calls.get():
+                call()
+        except Exception as e:
+            say(f"warning: {kind} tracking stopped ({type(e).__name__}: {e}); metrics.jsonl goes on")
 
-        return guarded
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
 
-    return Tracker(opened.id, guard(opened.log), guard(opened.finish))
+    def finish(summary: dict[str, Any], code: int) -> None:
+        calls.put(partial(opened.finish, summary, code))
+        calls.put(None)
+        thread.join(CLOSING_S)
+        if thread.is_alive():
+            say(f"warning: {kind} does not answer and is given up; metrics.jsonl is complete")
+            opened.abandon()
+
+    return Tracker(opened.id, lambda row: calls.put(partial(opened.log, row)), finish)
 
 
 def start_wandb(
@@ -175,7 +195,13 @@ def start_wandb(
         if run.settings.mode == "offline" or not run.url:
             say(f"wandb: to see it online: wandb sync {folder / 'wandb'}/offline-run-*-{run.id}")
 
-    return Tracker(run.id, log, finish)
+    def abandon() -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "wandb" in process.name():
+                    process.kill()
+
+    return Tracker(run.id, log, finish, abandon)
 
 
 def wandb_mode() -> str:

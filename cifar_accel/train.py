@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-from cifar_accel import memory, tracking
+from cifar_accel import checkpoint, memory, tracking
 from cifar_accel.config import TrainingArguments, parse_interval
 from cifar_accel.data.order import random_bits
 from cifar_accel.data.pipelines import Batch, Pipeline
@@ -32,7 +32,11 @@ from cifar_accel.stopping import Diverged, OutOfMemory, PeerLost, Stopped, StopR
 
 
 def train(
-    args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None], opened: Opened | None
+    args: TrainingArguments,
+    origin: dict[str, str],
+    say: Callable[[str], None],
+    opened: Opened | None,
+    stop: StopRequest,
 ) -> dict[str, Any]:
     """Run the training that `args` describe, from wherever its run folder stands. All ranks enter.
 
@@ -41,6 +45,7 @@ def train(
         origin: where each came from.
         say: prints a line on the main process.
         opened: what is to be done with the run folder, on the main process; None on the others.
+        stop: what may ask for an end before the last step.
 
     Returns:
         What summary.json holds; its `status` is finished or preempted.
@@ -49,7 +54,6 @@ def train(
         ValueError: bad input, found before the first step.
         TrainingError: the loss is not finite, the device is out of memory, or another process is gone.
     """
-    stop = StopRequest(args.max_time)
     opened, accelerator = start_processes(args, opened, say)
     if opened.finished:
         return opened.finished
@@ -60,6 +64,11 @@ def train(
         if run.is_main:
             tracker = begin(run, state)
         summary = finish(run, state, fit(run, state, tracker))
+    except KeyboardInterrupt:  # a signal before the first step, or a second Ctrl-C
+        mark_preempted(run, state)
+        write_summary(run, state, "preempted")
+        tracker.finish({"status": "preempted"}, 143)
+        raise
     except BaseException as e:
         e = explained(e, run)
         write_summary(run, state, "failed", error=f"{type(e).__name__}: {e}")
@@ -73,6 +82,8 @@ def begin(run: Run, state: State) -> tracking.Tracker:
     """Write config.json, take away what speaks of an earlier start, and open the tracker; the main process alone."""
     for name in ("summary.json", "PREEMPTED", "diverged.json"):
         (run.path / name).unlink(missing_ok=True)
+    for path in checkpoint.set_later_aside(run.path, state.step):
+        run.say(f"resume: a checkpoint after step {state.step:,} is kept as {path}")
     config_file = run.path / "config.json"
     old = read_config(run.path) or run.config
     state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
@@ -370,9 +381,17 @@ def finish(run: Run, state: State, status: str) -> dict[str, Any]:
         run.say(f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}")
     any_rank(run, False)  # all have come so far
     if run.is_main and status == "preempted":
-        with suppress(OSError):  # a full disk
-            (run.path / "PREEMPTED").write_text(
-                f"{run.stop.reason} after step {state.step}; the same command goes on from there\n"
-            )
-        run.say(f"stopped by {run.stop.reason} after step {state.step:,}; the same command goes on from there")
+        run.say(f"stopped by {mark_preempted(run, state)}")
     return write_summary(run, state, status, test=test)
+
+
+def mark_preempted(run: Run, state: State) -> str:
+    """Write PREEMPTED on the main process, and return what it says: why and when, and where the next start begins."""
+    kept = checkpoint.list_checkpoints(run.path)  # the last save may have found no room
+    at = checkpoint.step_of(kept[0]) if kept else 0
+    begins = "goes on from there" if at == state.step else f"goes on from step {at:,}" if at else "begins anew"
+    text = f"{run.stop.reason} after step {state.step:,}; the same command {begins}"
+    if run.is_main:
+        with suppress(OSError):  # a full disk
+            (run.path / "PREEMPTED").write_text(text + "\n")
+    return text

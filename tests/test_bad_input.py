@@ -62,7 +62,22 @@ FLAGS = [
     (["--aa", "augmix-m5", "--pipeline", "device"], "needs --pipeline timm"),
     (["--alternating-flip", "--hflip", "0"], "has no effect without --hflip 0.5"),
     (["--validation-fraction", "1"], "--validation-fraction 1"),
-    (["--resume", "nowhere"], "--resume nowhere: no such folder"),
+    (["--resume", "nowhere"], "/nowhere: no such folder"),
+    (["--lr", "0.1"], "here --lr is --learning-rate"),
+    (["--mixed-precision", "bf16"], "precision is the launcher's"),
+    (["--epochs", "1" + "0" * 400], "--epochs 1000"),
+    (["--batch-size", "1" + "0" * 12], "--batch-size 1000"),
+    (["--learning-rate", "inf"], "--learning-rate inf"),
+    (["--max-time", "9" * 400 + "h"], "--max-time 9"),
+    (["--mean", "nan", "0", "0"], "--mean"),
+    (["--std", "nan", "1", "1"], "--std"),
+    (["--run-name", ""], "must be a relative path"),
+    (["--run-name", "./."], "must be a relative path"),
+    (["--run-name", "x" * 300], "File name too long"),
+    (["--resume", "x" * 5000], "File name too long"),
+    (["--save-dir", "~nobody-of-that-name/x"], "home directory"),
+    (["--data-dir", "~nobody-of-that-name/x"], "home directory"),
+    (["--model-kwargs", "x=" + "-" * 100_000 + "1"], "x"),
     (["--save-dir", "/dev/null"], "--save-dir /dev/null"),
     (["--save-dir", "/proc/x"], "--save-dir /proc/x"),
 ]
@@ -87,6 +102,28 @@ LOADED = [
     (["--device", "cuda"], "--device cuda"),
     (["--validation-fraction", "0.001"], "leaves"),
 ]
+
+
+# What a launcher or a shell may have left in the environment.
+ENVIRONMENT = [
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed precision fp8: unknown here"),
+    ({"ACCELERATE_MIXED_PRECISION": "fp16", "CUDA_VISIBLE_DEVICES": ""}, "needs a GPU"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "0"}, "gradient_accumulation_steps 0"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "-2"}, "gradient_accumulation_steps -2"),
+]
+
+
+@pytest.mark.parametrize("about, message", ENVIRONMENT)
+def test_a_bad_environment_is_one_line(trainer, about, message):
+    refused = trainer("--tracker", "none", env=about, check=2)
+    assert message in refused.stderr and refused.stderr.count("\n") == 1 and refused.run is None
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_without_stdout_or_stderr_it_trains(trainer, tmp_path, closed):
+    command = trainer.command("--max-steps", "2", "--tracker", "none", "--run-name", "a")
+    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", *command], capture_output=True, text=True)
+    assert done.returncode == 0 and summary(tmp_path / "ck" / "a")["status"] == "finished"
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,24 @@ def test_wandb_killed_in_mid_run(trainer, tmp_path):
     assert len({r["step"] for r in rows(run)}) == len(rows(run)) == 80 + 20  # of 3 steps, and ends of epochs
 
 
+@pytest.mark.faults
+def test_wandb_that_no_longer_answers(trainer, tmp_path):
+    """Its service is stopped, not killed: it takes no row and no goodbye."""
+    run = tmp_path / "ck" / "a"
+    with open(tmp_path / "log", "w") as log:
+        command = trainer.command("--epochs", "6", "--run-name", "a")
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+        wait_for((run / "metrics.jsonl").exists)
+        service = [p for p in psutil.Process(process.pid).children(recursive=True) if "wandb" in p.name()]
+        assert service, "wandb has a process of its own"
+        for p in service:
+            p.suspend()
+        assert process.wait(120) == 0
+    assert summary(run)["status"] == "finished" and [r["step"] for r in rows(run)][-1] == 48
+    assert "wandb does not answer and is given up" in (tmp_path / "log").read_text()
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in service)
+
+
 # ---- memory
 
 

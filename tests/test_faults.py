@@ -345,8 +345,16 @@ WAYS = [
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
     if number != signal.SIGKILL or (target == "launcher" and launcher not in ("python", "launch.sh"))
 ]
-WAYS.append(pytest.param("python", "worker", signal.SIGHUP, marks=LONG))
+for launcher, target in (("python", "worker"), ("accelerate", "launcher"), ("torchrun 2", "launcher")):
+    WAYS.append(pytest.param(launcher, target, signal.SIGHUP, marks=LONG))
+WAYS.append(pytest.param("torchrun 2", "group", signal.SIGHUP, marks=LONG))
 WAYS.append(pytest.param("launch.sh 2", "launcher", signal.SIGKILL, marks=LONG))
+
+
+def _heed_signals() -> None:
+    """A shell that runs the tests in the background has SIGINT ignored, nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("launcher, target, number", WAYS)
@@ -358,8 +366,8 @@ def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, l
         monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "two.yaml"))
     run = tmp_path / "ck" / "a"
     options = words("--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none")
-    about = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    with open(tmp_path / "log", "w") as log:  # a shell that runs the tests in the background has SIGINT ignored
+    about = dict(start_new_session=True, preexec_fn=_heed_signals)
+    with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*LAUNCHERS[launcher], *options], stdout=log, stderr=log, **about)
         wait_for((run / "metrics.jsonl").exists)
         worker = int((run / ".owner").read_text().split()[1])

@@ -64,7 +64,7 @@ def test_several_processes_go_through_a_launcher(own_config):
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]"])
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "num_processes: two", "num_processes: [1]", "num_processes: -1"])
 def test_a_broken_config_is_one_line(own_config, tmp_path, text):
     own_config()
     (tmp_path / "hf" / "accelerate" / "default_config.yaml").write_text(text)
@@ -99,8 +99,23 @@ def test_signals_and_exit_codes_come_through_two_processes(trainer, tmp_path, ow
     wait_for(lambda: (tmp_path / "ck" / "a" / "metrics.jsonl").exists())
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 143 and summary(tmp_path / "ck" / "a")["status"] == "preempted"
+    marker = tmp_path / "ck" / "a" / "PREEMPTED"
+    for other in (["--learning-rate", "1"], ["--dry-run"]):
+        done = subprocess.run([*launcher, *words, *other], capture_output=True, timeout=60)
+        assert done.returncode in (0, 1, 2) and marker.exists(), "what trains nothing takes nothing away"
     refused = subprocess.run([*launcher, "--epochs", "0"], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+def test_stopped_while_two_processes_start(trainer, tmp_path, own_config):
+    own_config(distributed_type="MULTI_CPU", num_processes=2)
+    words = [*trainer.command("--tracker", "none")[3:]]
+    command = [sys.executable, "-m", "cifar_accel.launch", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not process.stdout.readline().startswith("loading torch"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
 
 
 def test_launch_sh_without_a_python(tmp_path):

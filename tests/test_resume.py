@@ -125,6 +125,62 @@ def test_resume_never_and_resume_path(trainer):
     assert without_clock(rows(done.run)) == without_clock(rows(first))
 
 
+def test_a_run_begun_at_anothers_checkpoint_goes_on_by_the_same_command(trainer):
+    words = ("--tracker", "none", "--epochs", "3")
+    first = trainer(*words, "--run-name", "a").run
+    again = (*words, "--run-name", "b", "--resume", str(first / "checkpoints" / "step-00000016"))
+    trainer(*again, "--max-steps", "20")
+    done = trainer(*again)
+    assert "after step 20" in done.stdout and without_clock(rows(done.run))[-1] == without_clock(rows(first))[-1]
+    assert "is finished" in trainer(*again).stdout
+    other = (*words, "--run-name", "b", "--resume", str(first))
+    assert "holds another run already" in trainer(*other, check=2).stderr
+
+
+def test_a_run_that_goes_back_keeps_its_later_checkpoints_aside(trainer):
+    """Killed before it has saved again, it goes on from where it went back to, and every step has its line."""
+    words = ("--tracker", "none", "--run-name", "a")
+    run = trainer(*words).run
+    whole, later = without_clock(rows(run)), run / "checkpoints" / "step-00000032"
+    trainer(*words, "--resume", str(run / "checkpoints" / "step-00000024"), "--max-steps", "25", "--save-every", "none")
+    assert not later.exists() and later.with_name(later.name + ".aside-1").is_dir()
+    done = trainer(*words)
+    assert "after step 24" in done.stdout and without_clock(rows(run)) == [r for r in whole if r["step"] != 25]
+
+
+def test_what_is_not_the_trainers_stays(trainer):
+    """Folders of somebody else's in the run folder, whatever their names."""
+    words = ("--tracker", "none", "--run-name", "a")
+    run = trainer(*words, "--max-steps", "8").run
+    own = [run / "checkpoints" / name for name in ("step-my-notes.tmp", "step-00000001", "notes")]
+    own += [run / "model" / "mine", run / "mine"]
+    for folder in own:
+        folder.mkdir()
+        (folder / "text").write_text("mine")
+    trainer(*words)
+    assert all((folder / "text").read_text() == "mine" for folder in own)
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*[0-9]"))][1:] == ["step-00000024", "step-00000032"]
+
+
+def test_metrics_with_rubbish_go_on(trainer):
+    words = ("--tracker", "none", "--run-name", "a")
+    run = trainer(*words, "--max-steps", "8").run
+    good = rows(run)
+    with open(run / "metrics.jsonl", "ab") as f:
+        f.write(b'\xff\xfe\n{"step": "5"}\n{"step": null}\n[1]\n{"step": 1, "epoch": "x"}\nnothing\n')
+    trainer(*words)
+    assert rows(run)[: len(good)] == good and [r["step"] for r in rows(run)][-1] == 32
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_stopped_while_the_libraries_are_loaded(trainer, tmp_path, number):
+    process = subprocess.Popen(trainer.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().startswith("loading torch")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "Traceback" not in err and not (tmp_path / "ck").exists()
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(trainer):
     words = ("--tracker", "none", "--epochs", "3", "--run-name", "a")
     whole = trainer(*words).run
@@ -132,6 +188,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(trainer):
     (whole / "summary.json").unlink()
     weights = whole / "checkpoints" / "step-00000024" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
+    looked = trainer(*words, "--dry-run")
+    assert "step-00000016" in looked.stdout and "step-00000024 is passed over" in looked.stdout
     done = trainer(*words)
     assert "step-00000024 is passed over" in done.stdout and "after step 16" in done.stdout
     assert sha256(whole) == digest
@@ -144,6 +202,9 @@ def test_two_runs_cannot_write_one_folder(trainer, tmp_path):
         wait_for(lambda: (run / "metrics.jsonl").exists())
         refused = trainer("--epochs", "400", "--run-name", "a", check=2)
         assert f"in use by process {process.pid}" in refused.stderr
+        looked = trainer("--epochs", "400", "--run-name", "a", "--dry-run", check=2)
+        assert "is in use by another process" in looked.stdout
     finally:
         process.kill()
         process.wait()
+    assert trainer("--epochs", "400", "--run-name", "a", "--max-steps", "1").run == run, "nobody holds it now"

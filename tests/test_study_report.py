@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -80,7 +81,7 @@ def finished(tmp_path_factory, cache):
 
 def test_the_tables(finished, in_process):
     code, out, _ = in_process(main, "report", finished)
-    assert code == 0 and (finished / "report.md").read_text() in out
+    assert code == 0 and html.unescape((finished / "report.md").read_text()) in out
     tables = [
         [re.split(r"\s*\|\s*", line.strip("| ")) for line in t.strip().splitlines() if line.startswith("| ")]
         for t in re.split(r"## .*\n", out)[1:3]

@@ -15,6 +15,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from cifar_accel.config import home
 from cifar_accel.data.sources import Dataset, Raw, Source, Split, find_source
 from cifar_accel.run_folder import sync
 
@@ -35,7 +36,7 @@ def load_dataset(name: str, data_dir: str, image_size: int, say: Callable[[str],
     Raises:
         ValueError: unknown name, missing or malformed data, no network, or a data_dir that cannot be written.
     """
-    root = Path(data_dir).expanduser()
+    root = home(data_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
         source = find_source(name, root, say)
@@ -62,7 +63,7 @@ def _open_cache(folder: Path, name: str, key: str, say: Callable[[str], None]) -
     try:
         meta = json.loads((folder / "meta.json").read_text())
         return Dataset(name, _map_split(folder, "train", meta), _map_split(folder, "test", meta), key)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
         say(f"data: {folder} is damaged ({e}) and is made anew")
         shutil.rmtree(folder)
         return None
@@ -73,7 +74,10 @@ def _map_split(folder: Path, split: str, meta: dict[str, Any]) -> Split:
         return np.load(folder / f"{split}_{kind}.npy", mmap_mode="c")
 
     coarse = np.array(array("coarse")) if meta["coarse_classes"] else None
-    return Split(array("images"), np.array(array("labels")), meta["classes"], coarse, meta["coarse_classes"])
+    images, labels = array("images"), np.array(array("labels"))
+    if images.dtype != np.uint8 or labels.dtype != np.int64 or len(images) != len(labels):
+        raise ValueError(f"the {split} images and labels do not belong together")
+    return Split(images, labels, meta["classes"], coarse, meta["coarse_classes"])
 
 
 class _UnequalSizes(Exception):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_accel.config import did_you_mean
+from cifar_accel.config import did_you_mean, home
 from cifar_accel.data.order import stratified_subset
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -99,7 +99,7 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
     builtin = {"cifar100": _cifar, "cifar10": _cifar, "digits": _digits}
     if name in builtin:
         return builtin[name](name, root, say)
-    path = Path(name).expanduser()
+    path = home(name)
     if path.is_dir():
         if any(path.rglob("*.parquet")):
             return _parquet(path)
