@@ -26,7 +26,7 @@ from cifar_accel.config import (
     recipe_defaults,
     resolve,
 )
-from cifar_accel.run_folder import open_run
+from cifar_accel.run_folder import Opened, open_run
 from cifar_accel.stopping import StopRequest, TrainingError
 
 
@@ -176,18 +176,8 @@ def train_command(argv: Sequence[str]) -> int:
         return fail(str(e))
 
     def work() -> dict[str, Any]:
-        stop = StopRequest(args.max_time)  # from here on a signal ends it in order, with 143
-        say("loading torch, timm and accelerate")
-        # What a Mac's GPU lacks is computed on its processor; torch says so once for each operation.
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-        # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes a small model
-        # 20 times slower (benchmarks/RESULTS.md); this is long enough for an idle one.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        from cifar_accel.train import train
-
         try:
-            summary = train(args, origin, say, opened, stop)
+            summary = load_and_train(args, origin, opened)
         finally:
             if opened:
                 opened.discard()
@@ -198,6 +188,21 @@ def train_command(argv: Sequence[str]) -> int:
         return summary
 
     return guarded(work)
+
+
+def load_and_train(args: TrainingArguments, origin: dict[str, str], opened: Opened | None) -> dict[str, Any]:
+    """Set what the libraries read while they are loaded, load them, and train; returns what summary.json holds."""
+    stop = StopRequest(args.max_time)  # from here on a signal ends it in order, with 143
+    say("loading torch, timm and accelerate")
+    # What a Mac's GPU lacks is computed on its processor; torch says so once for each operation.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes a small model
+    # several times slower (benchmarks/LOG.md); on an idle one this is as good.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from cifar_accel.train import train
+
+    return train(args, origin, say, opened, stop)
 
 
 def dry_run_command(args: TrainingArguments, origin: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import difflib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -365,7 +366,8 @@ def check_ranges(args: TrainingArguments) -> None:
     )
     for name in [*positive.split(), *not_negative.split()]:
         value = getattr(args, name)
-        if value is not None and not value <= (2**63 if name == "seed" else 1e9):
+        largest = 2**63 if name == "seed" else 10**9 if isinstance(value, int) else sys.float_info.max
+        if value is not None and not value <= largest:
             raise ValueError(f"{flag(name)} {str(value)[:20]}: is no number that this can mean")
     for name in positive.split():
         value = getattr(args, name)
@@ -398,6 +400,8 @@ def check_ranges(args: TrainingArguments) -> None:
     parse_duration(args.max_time or "1s")
     parse_keywords(args.model_kwargs)
     run = args.run_name
+    if run is not None and max(map(len, os.fsencode(run).split(b"/"))) > 250:
+        raise ValueError(f"--run-name {run[:40]}...: File name too long")
     if run is not None and (os.path.isabs(run) or ".." in run.split("/") or os.path.normpath(run) == "."):
         raise ValueError(f"--run-name {run}: must be a relative path without '..' (it lies below --save-dir)")
 

@@ -39,13 +39,15 @@ class Opened:
 
     def discard(self) -> None:
         """Leave no trace of a run that was refused before it began."""
-        if self.lock is not None and not (self.path / "config.json").exists():
+        if (self.path / "config.json").exists():
+            return
+        if self.lock is not None:
             for name in (".owner", ".lock"):  # before the release: a lock that another process waits for must stay
                 (self.path / name).unlink(missing_ok=True)
             self.lock.release()
-            for folder in self.created:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+        for folder in self.created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]) -> Opened:
