@@ -116,7 +116,7 @@ def look_ahead(run: Run) -> None:
         return
     if device.type == "cpu":
         need = estimate(args, run.module, 0, run.accelerator.autocast)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", order.world))
+        local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", order.world)))
         room = int(available(device) / (local * SCRATCH))
         text = shortage(args, order, need, room)
         if text and run.is_main:

@@ -81,7 +81,7 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
     if explicit:
         opened.resume_from = source = _find_resume(home(args.resume))
         source = source.parent.parent if is_checkpoint(source) else source
-        if source.resolve() != path.resolve() and (path / "config.json").exists():
+        if source.resolve() != path.resolve() and ((path / "config.json").exists() or _has_work(path)):
             own = read_config(path)
             if own is None or own["options"].get("resume") != args.resume:
                 raise ValueError(

@@ -522,6 +522,21 @@ def test_a_run_that_has_lost_its_config_is_not_trained_over(trained, in_process)
         assert contents(run) == before, how
 
 
+def test_a_damaged_model_is_one_line(trained, in_process):
+    from cifar_accel.cli import main
+
+    _, run = trained
+    whole = {name: (run / "model" / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    for name, content in (("model.safetensors", whole["model.safetensors"][:-1000]), ("config.json", b"{}")):
+        (run / "model" / name).write_bytes(content)
+        code, _, err = in_process(main, "evaluate", run)
+        assert code == 2 and "cannot be read as a model" in err and err.count("\n") == 1
+        (run / "model" / name).write_bytes(whole[name])
+    code, _, err = in_process(main, "evaluate", run, "--batch-size", "-1")
+    assert code == 2 and "--batch-size -1" in err
+    assert in_process(main, "evaluate", run)[0] == 0
+
+
 def test_a_spoilt_summary_does_no_harm(trained, in_process):
     from cifar_accel.cli import main, train_command
 

@@ -13,6 +13,7 @@ from cifar_accel.config import TrainingArguments, recipe_defaults
 from cifar_accel.model import (
     ALIASES,
     build_model,
+    check_model,
     classifier_parameters,
     forward_flops,
     load_weights,
@@ -112,6 +113,41 @@ def test_hostile_and_broken_files_are_refused_unread(tmp_path, monkeypatch, cont
     with pytest.raises(ValueError, match="cannot be read safely"):
         read_weights(str(path))
     assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": ["test_nfnet"]},
+        {"num_classes": "7"},
+        {"pretrained_cfg": None},
+        {"model_args": [1]},
+        {"pretrained_cfg": {"mean": None}},
+        {"pretrained_cfg": {"std": "abc"}},
+    ],
+)
+def test_a_local_model_in_another_form_is_refused(tmp_path, changes):
+    about = {"architecture": "test_nfnet", "num_classes": 7, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    check_model(replace(PLAIN, model=f"local-dir:{tmp_path}", pretrained=False), quiet)
+    (tmp_path / "config.json").write_text(json.dumps(about | changes))
+    with pytest.raises(ValueError, match="in timm's form"):
+        check_model(replace(PLAIN, model=f"local-dir:{tmp_path}", pretrained=False), quiet)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {1: torch.zeros(2)},
+        {"w": torch.zeros(2).to_sparse()},
+        {"w": torch.zeros(2, dtype=torch.complex64)},
+        {"w": torch.zeros(2, device="meta")},
+    ],
+)
+def test_tables_of_other_tensors_are_no_weights(tmp_path, table):
+    torch.save(table, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="no table of dense real tensors"):
+        read_weights(str(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize("name", ["test_nfnet", "test_vit", "test_efficientnet"])

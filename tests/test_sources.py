@@ -124,13 +124,23 @@ def test_validation_files_are_not_training_files(tmp_path):
     assert (len(data.train), len(data.test)) == (8, 8)
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path):
-    folder, said = parquet_folder(tmp_path / "data"), []
-    load_dataset(str(folder), str(tmp_path / "cache"), 32)
-    (labels,) = tmp_path.glob("cache/decoded-*/train_labels.npy")
-    labels.write_bytes(labels.read_bytes()[:90])
-    assert len(load_dataset(str(folder), str(tmp_path / "cache"), 32, said.append).train) == 12
-    assert "is damaged" in said[0]
+DAMAGE = {
+    "labels cut short": ("train_labels.npy", lambda f: f.write_bytes(f.read_bytes()[:90])),
+    "no labels": ("train_labels.npy", lambda f: f.write_bytes(b"")),
+    "other labels": ("train_labels.npy", lambda f: np.save(f, np.zeros(3, np.int64))),
+    "labels of another kind": ("train_labels.npy", lambda f: np.save(f, np.zeros(12))),
+    "a list": ("meta.json", lambda f: f.write_text("[1]")),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_cache_is_made_anew(tmp_path, how):
+    folder, said, (name, damage) = parquet_folder(tmp_path / "data"), [], DAMAGE[how]
+    first = load_dataset(str(folder), str(tmp_path / "cache"), 32)
+    damage(next(tmp_path.glob(f"cache/decoded-*/{name}")))
+    again = load_dataset(str(folder), str(tmp_path / "cache"), 32, said.append)
+    assert "is damaged" in said[0] and len(again.train) == 12
+    assert np.array_equal(again.train.labels, first.train.labels)
 
 
 def test_sixteen_bit_and_rotated_images(tmp_path):

@@ -12,7 +12,7 @@ from conftest import TINY, forked, summary
 from PIL import Image
 
 from cifar_accel.cli import main
-from cifar_accel.report import PLOTS, smooth
+from cifar_accel.report import PLOTS, _save_figure, smooth
 from cifar_accel.study import as_flags, name_runs, read_study
 
 STUDIES = Path(__file__).parent.parent / "studies"
@@ -105,6 +105,11 @@ def test_the_plots_are_pictures_that_can_be_read(finished):
         image = Image.open(finished / "a" / name)
         assert image.width > 800 and image.height > 500
         assert len(image.convert("RGB").getcolors(100_000)) > 20
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    _save_figure(tmp_path / "a.png", lambda axes: axes.plot([0, 1], [0, 1], label=r"$\frac$"))
+    assert Image.open(tmp_path / "a.png").width > 800
 
 
 def test_the_page_in_a_browser(finished, in_process, tmp_path):
