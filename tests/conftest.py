@@ -108,6 +108,12 @@ def in_process(capfd, monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
+def heed_signals() -> None:
+    """For a child: a shell that runs the tests in the background has SIGINT ignored, nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -19,7 +19,7 @@ import faults
 import psutil
 import pytest
 import torch
-from conftest import BIN, TINY, TWO, rows, sha256, summary, wait_for, wandb_runs, without_clock
+from conftest import BIN, TINY, TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, without_clock
 
 from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
@@ -352,12 +352,6 @@ WAYS.append(pytest.param("torchrun 2", "group", signal.SIGHUP, marks=LONG))
 WAYS.append(pytest.param("launch.sh 2", "launcher", signal.SIGKILL, marks=LONG))
 
 
-def _heed_signals() -> None:
-    """A shell that runs the tests in the background has SIGINT ignored, nohup SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("launcher, target, number", WAYS)
 def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, launcher, target, number, monkeypatch):
     """Also when the launcher is killed and leaves its workers behind: they see it and stop in order."""
@@ -367,7 +361,7 @@ def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, l
         monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "two.yaml"))
     run = tmp_path / "ck" / "a"
     options = words("--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none")
-    about = dict(start_new_session=True, preexec_fn=_heed_signals)
+    about = dict(start_new_session=True, preexec_fn=heed_signals)
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*LAUNCHERS[launcher], *options], stdout=log, stderr=log, **about)
         wait_for((run / "metrics.jsonl").exists)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import TWO, rows, sha256, summary, wait_for, wandb_runs, wandb_summary, without_clock
+from conftest import TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, wandb_summary, without_clock
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,8 @@ def test_metrics_with_rubbish_go_on(trainer):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_stopped_while_the_libraries_are_loaded(trainer, tmp_path, number):
-    process = subprocess.Popen(trainer.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(trainer.command(), preexec_fn=heed_signals, **pipes)
     assert process.stdout is not None and process.stdout.readline().startswith("loading torch")
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
