@@ -109,6 +109,16 @@ def test_a_full_disk_leaves_the_old_json_and_no_part_of_the_new(small_disk):
     assert json.loads(file.read_text()) == {"step": 1} and [f.name for f in file.parent.iterdir()] == [file.name]
 
 
+def test_a_disk_that_may_only_be_read(small_disk, words, in_process):
+    from cifar_accel.cli import train_command
+
+    disk = small_disk(64)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for option in ("--save-dir", "--data-dir"):
+        code, _, err = in_process(train_command, *words("--tracker", "none", option, disk / "x"))
+        assert code == 2 and "Read-only file system" in err and err.count("\n") == 1
+
+
 # ---- trackers
 
 
