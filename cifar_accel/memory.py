@@ -184,7 +184,8 @@ def fits(run: Run, images: int) -> bool:
             held += [torch.empty_like(p) for p in weights for _ in range(moments)]
         size = run.args.image_size
         x = torch.zeros(images, 3, size, size, device=device).contiguous(memory_format=run.memory_format)
-        with _buffers_kept(run.module):
+        # Once oneDNN has had no memory for one of its primitives, it makes none any more in this process.
+        with _buffers_kept(run.module), torch.backends.mkldnn.flags(enabled=device.type != "cpu"):
             with run.accelerator.autocast():
                 logits = run.module(x)
             loss = F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.int64, device=device))
