@@ -74,8 +74,6 @@ def save_checkpoint(
             if fault(final) is None and sha256(final / "model.safetensors") == files["model.safetensors"]["sha256"]:
                 shutil.rmtree(scratch)
                 return final
-            if not is_ours(final):
-                raise OSError(f"{final} is in the way: it is no checkpoint of this trainer")
             _remove(final)
         os.rename(scratch, final)
         sync(parent)
@@ -92,7 +90,12 @@ def save_checkpoint(
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint away, its name first: what has a checkpoint's name is whole, also after a kill."""
+    """Take a checkpoint away, its name first: what has a checkpoint's name is whole, also after a kill.
+
+    Raises OSError for a folder that is none of this trainer's.
+    """
+    if not is_ours(path):
+        raise OSError(f"{path} is in the way: it is no checkpoint of this trainer")
     aside = path.with_name(path.name + ".old.tmp")
     os.rename(path, aside)
     shutil.rmtree(aside, ignore_errors=True)

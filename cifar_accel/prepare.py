@@ -131,9 +131,7 @@ def set_up(
     stop: StopRequest,
 ) -> tuple[Run, State]:
     """Load the data, make the model and the optimizer, and resume. All ranks enter. Raises ValueError for bad input."""
-    check_names(args)
-    if not is_hub_id(args.dataset):  # a slip in its name should not wait for the weights' download
-        find_source(args.dataset, home(args.data_dir), say)
+    check_choices(args, say)
     start_from = choose_checkpoint(opened, accelerator, say)
     # What a checkpoint holds need not be had a second time.
     start = replace(args, pretrained=False, checkpoint=None) if start_from else args
@@ -154,9 +152,7 @@ def set_up(
     model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
     state = State(data=data.fingerprint)
     if start_from:
-        state = restore(start_from, opened, accelerator, module, optimizer, ema, data.fingerprint)
-        if state.step > total_steps:
-            raise ValueError(f"--resume {start_from}: stands at step {state.step:,} of {total_steps:,}")
+        state = restore(start_from, opened, accelerator, module, optimizer, ema, data.fingerprint, total_steps)
         say(f"resume: from {start_from}, after step {state.step:,}")
     mean, std = input_statistics(args, module)
     train, test = (Pipeline(args, split, accelerator.device, mean, std) for split in (data.train, data.test))
@@ -186,6 +182,13 @@ def set_up(
     run.config = describe(run, origin, data.fingerprint)
     announce(run, origin)
     return run, state
+
+
+def check_choices(args: TrainingArguments, say: Callable[[str], None]) -> None:
+    """Raise ValueError for an optimizer, schedule or data set that does not exist, before anything is downloaded."""
+    check_names(args)
+    if not is_hub_id(args.dataset):
+        find_source(args.dataset, home(args.data_dir), say)
 
 
 def make_model(
@@ -324,10 +327,11 @@ def restore(
     optimizer: Any,
     ema: ModelEmaV3 | None,
     fingerprint: str,
+    total_steps: int,
 ) -> State:
     """Load checkpoint folder `path` and return the state it holds. All ranks enter.
 
-    Raises ValueError when it was written on other images, by another model, or not by this trainer.
+    Raises ValueError when it was written on other images, by another model or a longer run, or not by this trainer.
     """
     try:
         state = State(**checkpoint.read_state(path))
@@ -337,6 +341,8 @@ def restore(
         sound = False
     if not sound:
         raise ValueError(f"--resume {path}: its state.json is none that this trainer writes; {checkpoint.REMEDY}")
+    if state.step > total_steps:
+        raise ValueError(f"--resume {path}: stands at step {state.step:,} of {total_steps:,}")
     if state.data != fingerprint:
         raise ValueError(f"--resume {path}: was trained on other images than --dataset now holds")
     checkpoint.load_checkpoint(path, module, optimizer.optimizer, ema.module if ema else None)

@@ -195,13 +195,15 @@ def start_wandb(
         if run.settings.mode == "offline" or not run.url:
             say(f"wandb: to see it online: wandb sync {folder / 'wandb'}/offline-run-*-{run.id}")
 
-    def abandon() -> None:
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                if "wandb" in process.name():
-                    process.kill()
+    return Tracker(run.id, log, finish, kill_wandb_service)
 
-    return Tracker(run.id, log, finish, abandon)
+
+def kill_wandb_service() -> None:
+    """Kill wandb's own process, which would else be waited for when this one ends."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "wandb" in process.name():
+                process.kill()
 
 
 def wandb_mode() -> str:

@@ -54,6 +54,12 @@ def weights() -> Path:
 
 
 @pytest.fixture
+def words(tmp_path, cache):
+    """Options of a tiny training in this test's folder."""
+    return lambda *more: [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), *more]
+
+
+@pytest.fixture
 def trainer(tmp_path, cache):
     """Train as a user does; gives the finished process, with the run folder as `.run`.
 

@@ -19,7 +19,7 @@ import faults
 import psutil
 import pytest
 import torch
-from conftest import BIN, TINY, TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, without_clock
+from conftest import BIN, TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, without_clock
 
 from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
@@ -27,12 +27,6 @@ from cifar_accel.run_folder import read_json
 
 LONG = pytest.mark.faults
 EVERYTHING = "--mixup 0.5 --model-ema --model-ema-decay 0.9 --save-every 2steps --epochs 6 --tracker none".split()
-
-
-@pytest.fixture
-def words(tmp_path, cache):
-    """Options of a tiny training in this test's folder."""
-    return lambda *more: [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), *more]
 
 
 def same_run(run: Path, whole: Path) -> None:
