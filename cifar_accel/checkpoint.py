@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cifar_accel.run_folder import sync, write_json
+from cifar_accel.run_folder import is_checkpoint, sync, write_json
 
 FORMAT = 2  # 1: before a stop inside an evaluation; every format ever released is loaded by a test
 NAME = re.compile(r"step-\d{8}")
@@ -161,6 +161,21 @@ def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def choose(sources: Iterable[Path | None], say: Callable[[str], None]) -> Path | None:
+    """The first of `sources` (run or checkpoint folders) that has a whole checkpoint gives it.
+
+    Raises ValueError for a checkpoint folder that is not whole.
+    """
+    for source in filter(None, sources):
+        if is_checkpoint(source):
+            if problem := fault(source):
+                raise ValueError(f"--resume {source}: {problem}")
+            return source
+        if found := newest_valid(source, say):
+            return found
+    return None
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The loop's state in checkpoint folder `path`."""
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
@@ -178,6 +193,10 @@ def load_checkpoint(
     for name in ("model.safetensors", "optimizer.pt", *(["ema.safetensors"] if ema is not None else [])):
         try:
             found[name] = _read(path / name)
+        except OSError as e:
+            raise ValueError(f"--resume {path}: {name}: {e.strerror or e}") from e
+        except MemoryError:
+            raise
         except Exception as e:  # whatever bytes that a stranger put there make of the libraries
             raise ValueError(f"--resume {path}: {name} cannot be read ({type(e).__name__}); {REMEDY}") from e
     try:

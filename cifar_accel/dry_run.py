@@ -28,7 +28,7 @@ from cifar_accel.memory import sized
 from cifar_accel.model import build_model, check_model
 from cifar_accel.optim import build_optimizer, check_names, learning_rate
 from cifar_accel.prepare import cut_batch, cut_splits, name_of, warmup_steps
-from cifar_accel.run_folder import Opened, folder_of, is_checkpoint, look_inside
+from cifar_accel.run_folder import Opened, folder_of, look_inside
 from cifar_accel.tracking import wandb_mode
 
 # What torchvision's two sets hold, whether they are on this machine or not: training images, test images, classes.
@@ -246,12 +246,7 @@ def check_folder(plan: Plan) -> str:
             FileLock(opened.path / ".lock").acquire(timeout=0).lock.release()
         except Timeout:
             raise ValueError(f"{opened.path} is in use by another process; wait, or give another --run-name") from None
-    found: Path | None = source
-    if is_checkpoint(source):
-        if problem := checkpoint.fault(source):
-            raise ValueError(f"--resume {source}: {problem}")
-    else:
-        found = checkpoint.newest_valid(source, said.append)
+    found = checkpoint.choose([source, opened.fallback], said.append)
     passed = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
     return f"{opened.path} goes on from {found.name if found else 'its beginning: it has no checkpoint'}{passed}"
 

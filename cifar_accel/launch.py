@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cifar_accel.config import home
+from cifar_accel.run_folder import read_summary
 
 # What one process needs from an accelerate config file: its key -> the variable that is read.
 VARIABLES = {
@@ -132,7 +133,7 @@ def run(command: list[str], environment: dict[str, str], run_folder: Path) -> in
     The child has a session of its own, so that a Ctrl-C of the terminal reaches it once, through us.
     """
     marker, forwarded = run_folder / "PREEMPTED", False
-    before = _changed_at(marker)
+    before, summary_before = _changed_at(marker), _changed_at(run_folder / "summary.json")
     process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
     direct = command[1:3] == ["-m", "cifar_accel"]
 
@@ -151,7 +152,9 @@ def run(command: list[str], environment: dict[str, str], run_folder: Path) -> in
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if code and (forwarded or _changed_at(marker) not in (before, None)):
+    failed = read_summary(run_folder).get("status") == "failed"
+    failed &= _changed_at(run_folder / "summary.json") != summary_before
+    if code and not failed and (forwarded or _changed_at(marker) not in (before, None)):
         return 143
     return code if code >= 0 else 128 - code
 

@@ -115,7 +115,14 @@ def look_ahead(run: Run) -> None:
     if run.compiled:  # another path through memory, and a trial would compile for its own shapes
         return
     if device.type == "cpu":
-        need = estimate(args, run.module, 0, run.accelerator.autocast)
+        if order.micro_batch_size < 4:  # the estimate itself takes as much as a step with four
+            return
+        try:
+            need = estimate(args, run.module, 0, run.accelerator.autocast)
+        except (RuntimeError, MemoryError) as e:
+            if is_out_of_memory(e):  # so will the step be, and say what to do
+                return
+            raise
         local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", order.world)))
         room = int(available(device) / (local * SCRATCH))
         text = shortage(args, order, need, room)
@@ -136,7 +143,9 @@ def is_out_of_memory(e: BaseException) -> bool:
     """Whether `e` says that a device, or the host, has no memory left."""
     if isinstance(e, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(e, RuntimeError) and any(text in str(e) for text in FAILURES)
+    # oneDNN finds no "primitive descriptor" where the type or shape is not supported.
+    said = str(e).replace("could not create a primitive descriptor", "")
+    return isinstance(e, RuntimeError) and any(text in said for text in FAILURES)
 
 
 def advice(run: Run) -> str:

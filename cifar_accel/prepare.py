@@ -4,7 +4,6 @@ Read it from `set_up` downwards.
 """
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from cifar_accel.model import (
     use_channels_last,
 )
 from cifar_accel.optim import FiniteGuard, build_optimizer, check_names
-from cifar_accel.run_folder import Opened, alike, describe_config, is_checkpoint
+from cifar_accel.run_folder import Opened, alike, describe_config
 from cifar_accel.stopping import StopRequest
 
 
@@ -81,6 +80,7 @@ class Run:
     total_steps: int
     stop_step: int
     stop: StopRequest
+    began_in: Path | None  # the run folder of the checkpoint from which this start goes on
     memory_format: torch.memory_format
     flops: int  # of one image's forward and backward pass, taken as three times the forward pass
     peak_flops: float | None  # of this device at this precision, in FLOP/s, where it is known
@@ -145,8 +145,7 @@ def set_up(
     compiled = args.compile and compile_model(module, args.compile_mode, accelerator.device, say)
     if compiled and ema:
         compile_model(ema.module, args.compile_mode, accelerator.device, say)
-    # What DDP need not do: look for unused parameters anew in every step, and send buffers that training never reads
-    # (batch-norm statistics; evaluation takes the main process's).
+    # DDP need not look for unused parameters in every step, nor send buffers: evaluation takes the main process's.
     accelerator.ddp_handler.static_graph = order.accumulation == 1
     accelerator.ddp_handler.broadcast_buffers = False
     model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
@@ -173,6 +172,7 @@ def set_up(
         total_steps=total_steps,
         stop_step=stop_step,
         stop=stop,
+        began_in=start_from and start_from.parent.parent,
         memory_format=memory_format,
         flops=3 * flops,
         peak_flops=peak_flops(accelerator.device, accelerator.mixed_precision),
@@ -188,7 +188,10 @@ def check_choices(args: TrainingArguments, say: Callable[[str], None]) -> None:
     """Raise ValueError for an optimizer, schedule or data set that does not exist, before anything is downloaded."""
     check_names(args)
     if not is_hub_id(args.dataset):
-        find_source(args.dataset, home(args.data_dir), say)
+        try:
+            find_source(args.dataset, home(args.data_dir), say)
+        except OSError as e:
+            raise ValueError(f"--dataset {args.dataset[:200]}: {e.strerror or e}") from e
 
 
 def make_model(
@@ -306,15 +309,7 @@ def warmup_steps(args: TrainingArguments, order: Order) -> int:
 
 def choose_checkpoint(opened: Opened, accelerator: Accelerator, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, or None. All ranks enter; rank 0 chooses. Raises ValueError for a damaged one."""
-    source, chosen = opened.resume_from, None
-    if source is not None and accelerator.is_main_process:
-        if is_checkpoint(source):
-            problem = checkpoint.fault(source)
-            if problem:
-                raise ValueError(f"--resume {source}: {problem}")
-            chosen = source
-        else:
-            chosen = checkpoint.newest_valid(source, say)
+    chosen = checkpoint.choose([opened.resume_from, opened.fallback], say) if accelerator.is_main_process else None
     name = broadcast_object_list([chosen and str(chosen)])[0]
     return Path(name) if name else None
 
@@ -348,11 +343,8 @@ def restore(
     checkpoint.load_checkpoint(path, module, optimizer.optimizer, ema.module if ema else None)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
-    source_run = path.parent.parent
-    if source_run.resolve() != opened.path.resolve():  # a new run that begins where another stood
+    if path.parent.parent.resolve() != opened.path.resolve():  # a new run that begins where another stood
         state.tracker_id = None
-        if accelerator.is_main_process and (source_run / "metrics.jsonl").exists():
-            shutil.copy(source_run / "metrics.jsonl", opened.path)
     return state
 
 

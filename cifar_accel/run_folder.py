@@ -25,13 +25,15 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cif
 class Opened:
     """What to do with the run folder `path`.
 
-    `resume_from` is a run or checkpoint folder to go on from, or None; `finished` holds the summary of a run that has
-    nothing left to do; `stale` says that it holds another run, which did nothing yet; `lock` is held as long as this
-    object lives; `created` are the folders made for it.
+    `resume_from` is a run or checkpoint folder to go on from, or None, and `fallback` another for where it holds no
+    whole checkpoint; `finished` holds the summary of a run that has nothing left to do; `stale` says that it holds
+    another run, which did nothing yet; `lock` is held as long as this object lives; `created` are the folders made for
+    it.
     """
 
     path: Path
     resume_from: Path | None = None
+    fallback: Path | None = None
     finished: dict[str, Any] | None = None
     stale: bool = False
     lock: FileLock | None = None
@@ -88,8 +90,7 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
                     f"--resume {args.resume}: {path} holds another run already; give a --run-name of its own"
                 )
             explicit, source = False, path  # this very command began it: it goes on where it stands
-            if any((path / "checkpoints").glob("step-*")):
-                opened.resume_from = None
+            opened.resume_from, opened.fallback = path, opened.resume_from
     config = read_config(source)
     if config is None:
         if _has_work(path) and not explicit:
@@ -250,7 +251,10 @@ def read_config(run: Path) -> dict[str, Any] | None:
     kinds, options = {**asdict(TrainingArguments()), **always}, config["options"]
     sound = options.keys() >= always.keys()  # an earlier version had fewer options
     sound &= all(alike(options[name], kind) for name, kind in kinds.items() if name in options)
-    return config if sound and all(alike(config.get(name, []), []) for name in ("command", "resumed")) else None
+    lists = {"command": str, "resumed": dict}
+    sound &= all(alike(config.get(name, []), []) for name in lists)
+    sound = sound and all(isinstance(item, kind) for name, kind in lists.items() for item in config.get(name, []))
+    return config if sound else None
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -6,10 +6,12 @@ where the host waits for the device. Everything else runs ahead of the device.
 
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,8 @@ def begin(run: Run, state: State) -> tracking.Tracker:
     again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
     config = old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config
     write_json(config_file, config | {"tracker_id": state.tracker_id})
+    if run.began_in and run.began_in.resolve() != run.path.resolve() and (run.began_in / "metrics.jsonl").exists():
+        shutil.copy(run.began_in / "metrics.jsonl", run.path)
     tracker = tracking.start_tracker(
         run.args.tracker,
         run.say,
@@ -390,6 +394,11 @@ def mark_preempted(run: Run, state: State) -> str:
     kept = checkpoint.list_checkpoints(run.path)  # the last save may have found no room
     at = checkpoint.step_of(kept[0]) if kept else 0
     begins = "goes on from there" if at == state.step else f"goes on from step {at:,}" if at else "begins anew"
+    if run.args.resume not in ("auto", "never"):
+        if run.path.resolve() in Path(run.args.resume).resolve().parents:
+            begins = f"goes back to {run.args.resume}, and one without --resume goes on from step {at:,}"
+        elif not kept:
+            begins = f"goes on from {run.args.resume}"
     text = f"{run.stop.reason} after step {state.step:,}; the same command {begins}"
     if run.is_main:
         with suppress(OSError):  # a full disk

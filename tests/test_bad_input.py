@@ -89,6 +89,7 @@ LOADED = [
     (["--model-kwargs", "colour=red"], "colour"),
     (["--dataset", "cifar1000"], "did you mean cifar100"),
     (["--dataset", "nowhere/at/all"], "no such folder"),
+    (["--dataset", "x" * 300], "File name too long"),
     (["--optimizer", "sgmd"], "did you mean sgdm"),
     (["--scheduler", "cosin"], "did you mean cosine"),
     (["--batch-size", "300"], "larger than the training set"),

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -102,7 +103,7 @@ def test_signals_and_exit_codes_come_through_two_processes(trainer, tmp_path, ow
     marker = tmp_path / "ck" / "a" / "PREEMPTED"
     for other in (["--learning-rate", "1"], ["--dry-run"]):
         done = subprocess.run([*launcher, *words, *other], capture_output=True, timeout=60)
-        assert done.returncode in (0, 1, 2) and marker.exists(), "what trains nothing takes nothing away"
+        assert done.returncode != 143 and marker.exists(), "what trains nothing takes nothing away"
     refused = subprocess.run([*launcher, "--epochs", "0"], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
@@ -112,10 +113,36 @@ def test_stopped_while_two_processes_start(trainer, tmp_path, own_config):
     words = [*trainer.command("--tracker", "none")[3:]]
     command = [sys.executable, "-m", "cifar_accel.launch", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not process.stdout.readline().startswith("loading torch"):
-        pass
+    while not (line := process.stdout.readline()).startswith("loading torch"):
+        assert line, "it ended by itself"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(60) == 143 and not (tmp_path / "ck").exists()
+
+
+@pytest.mark.parametrize("status, code", [("failed", 1), ("preempted", 143)])
+def test_a_failure_after_a_signal_is_still_a_failure(tmp_path, status, code):
+    """A child that takes the signal and ends with 1, having written how it ended."""
+    about = {"status": status, "steps": 3, "total_steps": 8, "train_loss": None}
+    (tmp_path / "child.py").write_text(f"""
+import pathlib, signal, sys, time
+here = pathlib.Path({str(tmp_path)!r})
+def stop(number, frame):
+    (here / "summary.json").write_text({json.dumps(about)!r})
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+(here / "ready").touch()
+time.sleep(60)
+""")
+    (tmp_path / "starter.py").write_text(f"""
+import pathlib, sys
+from cifar_accel.launch import run
+here = pathlib.Path({str(tmp_path)!r})
+sys.exit(run([sys.executable, str(here / "child.py")], {{}}, here))
+""")
+    process = subprocess.Popen([sys.executable, tmp_path / "starter.py"])
+    wait_for((tmp_path / "ready").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == code
 
 
 def test_launch_sh_without_a_python(tmp_path):

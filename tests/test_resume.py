@@ -133,6 +133,13 @@ def test_a_run_begun_at_anothers_checkpoint_goes_on_by_the_same_command(trainer)
     done = trainer(*again)
     assert "after step 20" in done.stdout and without_clock(rows(done.run))[-1] == without_clock(rows(first))[-1]
     assert "is finished" in trainer(*again).stdout
+    kept = sorted((done.run / "checkpoints").iterdir())
+    for path in kept[:-1]:
+        shutil.rmtree(path)
+    kept[-1].rename(kept[-1].with_name("step-00000018.tmp"))  # as a kill in the first save leaves it
+    (done.run / "summary.json").unlink()
+    done = trainer(*again)
+    assert "after step 16" in done.stdout and sha256(done.run) == sha256(first)
     other = (*words, "--run-name", "b", "--resume", str(first))
     assert "holds another run already" in trainer(*other, check=2).stderr
 

@@ -82,6 +82,7 @@ SPOILT = {
     "options that are a list": lambda text: json.dumps(json.loads(text) | {"options": []}),
     "no provenance": lambda text: json.dumps(json.loads(text) | {"provenance": None}),
     "a command that is a number": lambda text: json.dumps(json.loads(text) | {"command": 1}),
+    "a command of numbers": lambda text: json.dumps(json.loads(text) | {"command": [1, 2]}),
     "starts that are a number": lambda text: json.dumps(json.loads(text) | {"resumed": 1}),
     "a model that is a number": _options(model=1),
     "a mean of two channels": _options(input_mean=[0, 0]),
