@@ -366,7 +366,7 @@ def check_ranges(args: TrainingArguments) -> None:
     )
     for name in [*positive.split(), *not_negative.split()]:
         value = getattr(args, name)
-        largest = 2**63 if name == "seed" else 10**9 if isinstance(value, int) else sys.float_info.max
+        largest = 2**63 - 1 if name == "seed" else 10**9 if isinstance(value, int) else sys.float_info.max
         if value is not None and not value <= largest:
             raise ValueError(f"{flag(name)} {str(value)[:20]}: is no number that this can mean")
     for name in positive.split():
@@ -380,12 +380,10 @@ def check_ranges(args: TrainingArguments) -> None:
     for name in ["hflip", "vflip", "reprob", "mixup_prob", "smoothing", "model_ema_decay", "crop_pct"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{flag(name)} {getattr(args, name):g}: must lie between 0 and 1")
-    if args.seed >= 2**63:
-        raise ValueError(f"--seed {args.seed}: must be below 2**63")
     if not 0 <= args.validation_fraction < 1:
         raise ValueError(f"--validation-fraction {args.validation_fraction:g}: must be at least 0 and below 1")
-    if args.smoothing == 1 or args.learning_rate == float("inf"):
-        raise ValueError("--smoothing must be below 1 and --learning-rate finite")
+    if args.smoothing == 1:
+        raise ValueError("--smoothing 1: must be below 1")
     if args.save_epochs == 0 or args.save_epochs < -1:
         raise ValueError(f"--save-epochs {args.save_epochs}: must be -1 (the last epoch only) or greater than 0")
     for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, float("inf"))):

@@ -153,12 +153,8 @@ def _read_local_config(name: str, folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     kinds = {"architecture": "", "num_classes": 0, "pretrained_cfg": {}}
     sound = alike(config, {}) and all(alike(config.get(key), kind) for key, kind in kinds.items())
-    if sound and alike(config.get("model_args", {}), {}):
-        channels = [config["pretrained_cfg"].get(key, [0.5] * 3) for key in ("mean", "std")]
-        sound = all(alike(value, [0.5] * 3) for value in channels)
-    else:
-        sound = False
-    if not sound:
+    sound = sound and alike(config.get("model_args") or {}, {})
+    if not sound or not all(alike(config["pretrained_cfg"].get(key, [0.5] * 3), [0.5] * 3) for key in ("mean", "std")):
         raise ValueError(
             f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg in timm's form"
         )
