@@ -20,9 +20,10 @@ from timm.loss import SoftTargetCrossEntropy
 
 from benchmarks.measure import images, our_run, serve
 from cifar_accel import train
-from cifar_accel.config import IMAGENET_MEAN, IMAGENET_STD, recipe_defaults
-from cifar_accel.data.sources import Dataset, limit
-from cifar_accel.instruments import peak_memory_mib
+from cifar_accel.data.datasets import Dataset, limit
+from cifar_accel.machine.speed import peak_memory_mib
+from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD
+from cifar_accel.options.recipes import recipe_defaults
 
 BATCH, NAMES = 256, {"nfnet": "dm_nfnet_f0", "vit": "vit_base_patch8_224"}
 

@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.measure import images, our_run, parser
-from cifar_accel import checkpoint, train
-from cifar_accel.config import recipe_defaults
-from cifar_accel.data.sources import Dataset
+from cifar_accel import train
+from cifar_accel.data.datasets import Dataset
+from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.records import checkpoint
 
 
 def measure(name: str, data: Dataset, device: str, rounds: int) -> None:

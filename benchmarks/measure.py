@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cifar_accel import prepare
-from cifar_accel.config import TrainingArguments, recipe_defaults
-from cifar_accel.data.cache import load_dataset
-from cifar_accel.data.sources import Dataset, Split
-from cifar_accel.run_folder import Opened, describe_config
-from cifar_accel.stopping import StopRequest
+from cifar_accel import run as run_module
+from cifar_accel.data.datasets import Dataset, Split
+from cifar_accel.data.decode import load_dataset
+from cifar_accel.machine import processes
+from cifar_accel.machine.signals import StopRequest
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.records.folder import Opened
+from cifar_accel.records.summary import describe_config
 
 
 @dataclass
@@ -110,12 +113,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def our_run(args: TrainingArguments, data: Dataset) -> tuple[prepare.Run, prepare.State]:
+def our_run(args: TrainingArguments, data: Dataset) -> tuple[run_module.Run, run_module.State]:
     """What the trainer sets up for `args`, over images that are there already."""
-    prepare.load_splits = lambda args, say: (data, data.test)
+    run_module.load_splits = lambda args, say: (data, data.test)
     stop = StopRequest()
-    opened, accelerator = prepare.start_processes(args, Opened(path=Path("unused")), lambda line: None)
-    return prepare.set_up(args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop)
+    opened, accelerator = processes.start_processes(args, Opened(path=Path("unused")), lambda line: None)
+    return run_module.set_up(args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop)
 
 
 def show(rows: list[Row], out: str | None, title: str) -> None:

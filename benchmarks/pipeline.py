@@ -17,10 +17,11 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks.measure import Row, goal, images, in_turns, parser, ratios, show
-from cifar_accel.config import IMAGENET_MEAN, IMAGENET_STD, recipe_defaults
+from cifar_accel.data.batches import Pipeline
+from cifar_accel.data.datasets import Split
 from cifar_accel.data.order import Order
-from cifar_accel.data.pipelines import Pipeline
-from cifar_accel.data.sources import Split
+from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD
+from cifar_accel.options.recipes import recipe_defaults
 
 BATCH, WORKERS = 256, (0, 2, 4)
 GOALS = {("report", "cpu"): (3, 5), ("plain", "cpu"): (8, 15)}

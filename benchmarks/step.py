@@ -15,16 +15,17 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 
 from benchmarks.measure import Contender, Row, goal, images, in_turns, our_run, parser, ratios, serve, show
-from cifar_accel import prepare, train
-from cifar_accel.config import recipe_defaults
-from cifar_accel.data.sources import Dataset
-from cifar_accel.instruments import keep_freed_memory, peak_memory_mib
-from cifar_accel.model import shorten_convolutions
+from cifar_accel import run as run_module
+from cifar_accel import train
+from cifar_accel.data.datasets import Dataset
+from cifar_accel.machine.speed import keep_freed_memory, peak_memory_mib
+from cifar_accel.models.surgery import shorten_convolutions
+from cifar_accel.options.recipes import recipe_defaults
 
 MODEL, STEPS = "test_vit", 40
 
 
-def our_loop(data: Dataset, device: str) -> tuple[prepare.Run, Callable[[], float]]:
+def our_loop(data: Dataset, device: str) -> tuple[run_module.Run, Callable[[], float]]:
     """Seconds of `STEPS` steps of this project's loop on a tiny model, counting, seeding and asking included."""
     args = replace(recipe_defaults("plain"), model=MODEL, pretrained=False, device=device, warmup_epochs=0.0)
     run, state = our_run(args, data)
@@ -44,7 +45,7 @@ def our_loop(data: Dataset, device: str) -> tuple[prepare.Run, Callable[[], floa
     return run, measure
 
 
-def bare_loop(run: prepare.Run) -> Callable[[], float]:
+def bare_loop(run: run_module.Run) -> Callable[[], float]:
     """The same step by hand: the same batches, model and optimizer, nothing counted."""
     device = run.accelerator.device
     model = timm.create_model(MODEL, num_classes=len(run.train.split.classes), img_size=32)

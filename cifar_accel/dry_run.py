@@ -1,6 +1,6 @@
 """`--dry-run`: what would be trained, where every value comes from, and what this machine lacks for it. Starts nothing.
 
-Each check is a function of the plan that returns a line, raises Note for what deserves a look, or ValueError for what
+Each check is a function of the plan that returns a line, raises Note for what deserves a look, or BadInput for what
 would refuse or spoil the run; both say what to do. A new check is one such function and its name in CHECKS.
 """
 
@@ -17,19 +17,24 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from cifar_accel import checkpoint, launch, memory
-from cifar_accel.config import TrainingArguments, flag, home
-from cifar_accel.data.cache import image_shape
+from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, is_hub_id
+from cifar_accel.data.decode import image_shape
 from cifar_accel.data.order import Order
-from cifar_accel.data.sources import Dataset, Split, find_source, hub_marker, is_hub_id
-from cifar_accel.evaluate import check_launch
-from cifar_accel.hub import require_network
-from cifar_accel.memory import sized
-from cifar_accel.model import build_model, check_model
-from cifar_accel.optim import build_optimizer, check_names, learning_rate
-from cifar_accel.prepare import cut_batch, cut_splits, name_of, warmup_steps
-from cifar_accel.run_folder import Opened, folder_of, look_inside
-from cifar_accel.tracking import wandb_mode
+from cifar_accel.errors import BadInput
+from cifar_accel.files import home
+from cifar_accel.launch import command
+from cifar_accel.machine import memory
+from cifar_accel.machine.memory import sized
+from cifar_accel.machine.processes import check_launch
+from cifar_accel.models.create import build_model, check_model, name_of
+from cifar_accel.network import require_network
+from cifar_accel.optim.optimizers import build_optimizer, check_names
+from cifar_accel.optim.schedules import learning_rate
+from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.records import checkpoint
+from cifar_accel.records.folder import Opened, folder_of, look_inside
+from cifar_accel.records.trackers import wandb_mode
+from cifar_accel.run import cut_batch, cut_splits, warmup_steps
 
 # What torchvision's two sets hold, whether they are on this machine or not: training images, test images, classes.
 NOMINAL, HOST = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}, "www.cs.toronto.edu"
@@ -74,7 +79,7 @@ def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str]
             mark, text = "ok", check(plan)
         except Note as e:
             mark, text = "note", str(e)
-        except (ValueError, OSError, RuntimeError) as e:  # torch, of a device that is not there
+        except (BadInput, OSError, RuntimeError) as e:  # torch, of a device that is not there
             mark, text, bad = "BAD", " ".join(str(e).split()), bad + 1
         say(f"  {mark:<5} {name:<10} {text}")
     say(
@@ -109,8 +114,8 @@ def check_precision(plan: Plan) -> str:
 
 def check_launcher(plan: Plan) -> str:
     """How many processes the user's accelerate config starts."""
-    file, why = launch.config_file()
-    config = launch.read_config(file) if file else {}
+    file, why = command.config_file()
+    config = command.read_launcher_config(file) if file else {}
     kind, n = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
     if kind == "MULTI_CPU":
         raise Note(
@@ -122,8 +127,8 @@ def check_launcher(plan: Plan) -> str:
 
 def check_port(plan: Plan) -> str:
     """Several processes of `accelerate launch` find each other through a port that is free."""
-    file, _ = launch.config_file()
-    config = launch.read_config(file) if file else {}
+    file, _ = command.config_file()
+    config = command.read_launcher_config(file) if file else {}
     if plan.processes == 1 or "RANK" in os.environ or config.get("distributed_type") == "MULTI_CPU":
         return "not needed, or taken by the launcher"
     port = int(os.environ.get("MASTER_PORT") or config.get("main_process_port") or 29500)
@@ -132,7 +137,7 @@ def check_port(plan: Plan) -> str:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("", port))
         except (OSError, OverflowError) as e:
-            raise ValueError(f"{port}: {e}; set MASTER_PORT, or main_process_port in the config") from e
+            raise BadInput(f"{port}: {e}; set MASTER_PORT, or main_process_port in the config") from e
     return f"{port} is free"
 
 
@@ -140,7 +145,7 @@ def check_data(plan: Plan) -> str:
     """The images are here, or can be had, and can be cut as the options say."""
     args, root, note = plan.args, home(plan.args.data_dir), ""
     if not os.access(existing(root), os.W_OK):
-        raise ValueError(f"--data-dir {args.data_dir}: {existing(root)} cannot be written")
+        raise BadInput(f"--data-dir {args.data_dir}: {existing(root)} cannot be written")
     name = args.dataset
     if name in NOMINAL:
         train, test, classes = NOMINAL[name]
@@ -151,7 +156,7 @@ def check_data(plan: Plan) -> str:
                 socket.create_connection((HOST, 443), timeout=5).close()
             except OSError as e:
                 remedy = "pass --dataset FOLDER in hub parquet layout"
-                raise ValueError(f"{name} is not in {root}, and {HOST} cannot be reached ({e}); {remedy}") from e
+                raise BadInput(f"{name} is not in {root}, and {HOST} cannot be reached ({e}); {remedy}") from e
     elif is_hub_id(name) and not Path(name).is_dir() and not hub_marker(root, name).exists():
         require_network(f"--dataset {name}", "pass a local folder in the same layout")
         raise Note(f"{name}: to download from the hub; how many images it holds is not known before")
@@ -224,7 +229,7 @@ def check_memory(plan: Plan) -> str:
     text += "; the libraries take nearly 1 GiB more" if device.type == "cpu" else ""
     remedy = memory.shortage(args, order, need, int(free / (sharing * memory.SCRATCH)))
     if remedy:
-        raise ValueError(f"{text}. {remedy}")
+        raise BadInput(f"{text}. {remedy}")
     return text
 
 
@@ -233,7 +238,7 @@ def check_folder(plan: Plan) -> str:
     opened = Opened(folder_of(plan.args))
     there = existing(opened.path)
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{there} cannot be written; give another --save-dir")
+        raise BadInput(f"{there} cannot be written; give another --save-dir")
     said: list[str] = []
     look_inside(opened, plan.args, plan.precision, said.append)
     if opened.finished:
@@ -245,7 +250,7 @@ def check_folder(plan: Plan) -> str:
         try:
             FileLock(opened.path / ".lock").acquire(timeout=0).lock.release()
         except Timeout:
-            raise ValueError(f"{opened.path} is in use by another process; wait, or give another --run-name") from None
+            raise BadInput(f"{opened.path} is in use by another process; wait, or give another --run-name") from None
     found = checkpoint.choose([source, opened.fallback], said.append)
     passed = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
     return f"{opened.path} goes on from {found.name if found else 'its beginning: it has no checkpoint'}{passed}"
@@ -261,7 +266,7 @@ def check_disk(plan: Plan) -> str:
     text = f"{sized(need)} for {args.keep_checkpoints} checkpoints of {sized(one)} and one being written; "
     text += f"{sized(free)} free"
     if need > free:
-        raise ValueError(f"{text}; make room in {args.save_dir}, or give another --save-dir")
+        raise BadInput(f"{text}; make room in {args.save_dir}, or give another --save-dir")
     return text
 
 

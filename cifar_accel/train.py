@@ -19,18 +19,27 @@ import torch
 from numpy.typing import NDArray
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-from cifar_accel import checkpoint, memory, tracking
-from cifar_accel.config import TrainingArguments, parse_interval
+from cifar_accel.data.batches import Batch, Pipeline
 from cifar_accel.data.order import random_bits
-from cifar_accel.data.pipelines import Batch, Pipeline
+from cifar_accel.errors import Diverged, OutOfMemory, PeerLost, Stopped, TrainingError
 from cifar_accel.evaluate import evaluate
-from cifar_accel.instruments import Clock, Profiler, Sums, compiled_graphs, peak_memory_mib
-from cifar_accel.optim import clip_gradients, gradient_norm, learning_rate
-from cifar_accel.prepare import Run, State, evaluation_batch_size, set_up, start_processes, warmup_steps
-from cifar_accel.progress import Progress
-from cifar_accel.run_folder import Opened, read_config, write_json
-from cifar_accel.saving import keep_epoch, keep_weights, save, write_summary
-from cifar_accel.stopping import Diverged, OutOfMemory, PeerLost, Stopped, StopRequest, TrainingError
+from cifar_accel.files import write_json
+from cifar_accel.machine import memory
+from cifar_accel.machine.processes import start_processes
+from cifar_accel.machine.signals import StopRequest
+from cifar_accel.machine.speed import Profiler, compiled_graphs, peak_memory_mib
+from cifar_accel.optim.gradients import clip_gradients, gradient_norm
+from cifar_accel.optim.schedules import learning_rate
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.values import parse_interval
+from cifar_accel.outputs import keep_epoch, keep_weights, save, write_summary
+from cifar_accel.records import checkpoint, trackers
+from cifar_accel.records.folder import Opened
+from cifar_accel.records.meters import Clock, Sums
+from cifar_accel.records.metrics import Metrics
+from cifar_accel.records.progress import Progress
+from cifar_accel.records.summary import read_config
+from cifar_accel.run import Run, State, evaluation_batch_size, set_up, warmup_steps
 
 
 def train(
@@ -53,7 +62,7 @@ def train(
         What summary.json holds; its `status` is finished or preempted.
 
     Raises:
-        ValueError: bad input, found before the first step.
+        BadInput: bad input, found before the first step.
         TrainingError: the loss is not finite, the device is out of memory, or another process is gone.
     """
     opened, accelerator = start_processes(args, opened, say)
@@ -61,7 +70,7 @@ def train(
         return opened.finished
     run, state = set_up(args, origin, say, opened, accelerator, stop)
     memory.look_ahead(run)
-    tracker = tracking.SILENT
+    tracker = trackers.SILENT
     try:
         if run.is_main:
             tracker = begin(run, state)
@@ -80,7 +89,7 @@ def train(
     return summary
 
 
-def begin(run: Run, state: State) -> tracking.Tracker:
+def begin(run: Run, state: State) -> trackers.Tracker:
     """Write config.json, take away what speaks of an earlier start, and open the tracker; the main process alone."""
     for name in ("summary.json", "PREEMPTED", "diverged.json"):
         (run.path / name).unlink(missing_ok=True)
@@ -94,7 +103,7 @@ def begin(run: Run, state: State) -> tracking.Tracker:
     write_json(config_file, config | {"tracker_id": state.tracker_id})
     if run.began_in and run.began_in.resolve() != run.path.resolve() and (run.began_in / "metrics.jsonl").exists():
         shutil.copy(run.began_in / "metrics.jsonl", run.path)
-    tracker = tracking.start_tracker(
+    tracker = trackers.start_tracker(
         run.args.tracker,
         run.say,
         project=run.args.project,
@@ -127,17 +136,15 @@ def explained(e: BaseException, run: Run) -> BaseException:
         return PeerLost(f"another process of this run is gone ({text[:120]}); the same command goes on")
     if isinstance(e, OSError):
         return TrainingError(f"{e}; the same command goes on from the last checkpoint")
-    if isinstance(e, ValueError):  # no longer the user's: the input was checked before the first step
-        return RuntimeError(str(e))
     return e
 
 
-def fit(run: Run, state: State, tracker: tracking.Tracker) -> str:
+def fit(run: Run, state: State, tracker: trackers.Tracker) -> str:
     """The loop, from state.step to run.stop_step; returns "finished" or "preempted". All ranks enter."""
     args, steps_per_epoch = run.args, run.order.steps_per_epoch
     batches = run.train.training_batches(run.order, state.step, run.stop_step)
     sums, clock = Sums(run.accelerator), Clock(state)
-    metrics = tracking.Metrics(run.path / "metrics.jsonl", run.say, enabled=run.is_main)
+    metrics = Metrics(run.path / "metrics.jsonl", run.say, enabled=run.is_main)
     metrics.truncate(state.step - state.due)
     progress = Progress(run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main)
     profiler = Profiler(run.path / "profile", args.profile, run.say) if args.profile and run.is_main else None

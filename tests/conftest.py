@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import faults
+import forked_runs
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality needs one thread count, and tests share few cores
@@ -92,7 +92,7 @@ def forked(
     """What `python -m cifar_accel WORDS` in `folder` gives, from a fork of a process that has imported it."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        training = faults.finish(words, out, seconds=timeout, environment=env, err=err, cwd=folder)
+        training = forked_runs.finish(words, out, seconds=timeout, environment=env, err=err, cwd=folder)
         return subprocess.CompletedProcess(words, training.codes[0], out.read_text(), err.read_text())
 
 

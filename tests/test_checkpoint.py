@@ -5,7 +5,8 @@ import signal
 import pytest
 import torch
 
-from cifar_accel import checkpoint
+from cifar_accel.errors import BadInput
+from cifar_accel.records import checkpoint
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_leftovers_of_a_kill_do_not_count(saved):
 
 def test_a_checkpoint_of_another_model_is_refused(saved):
     path, other = saved(1), torch.nn.Linear(4, 2)
-    with pytest.raises(ValueError, match="another model or optimizer"):
+    with pytest.raises(BadInput, match="another model or optimizer"):
         checkpoint.load_checkpoint(path, other, torch.optim.AdamW(other.parameters()), None)
 
 

@@ -4,8 +4,10 @@ from dataclasses import fields
 
 import pytest
 
-from cifar_accel.cli import parse_training
-from cifar_accel.config import RECIPES, TrainingArguments, parse_interval, parse_keywords
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.parsing import parse_training
+from cifar_accel.options.recipes import RECIPES
+from cifar_accel.options.values import parse_interval, parse_keywords
 
 REPORT = dict(
     seed=3407,
@@ -43,7 +45,7 @@ def test_every_option_is_documented():
 
 def test_parsing_imports_nothing_heavy():
     code = (
-        "import sys; from cifar_accel.cli import parse_training; parse_training(['--epochs', '3']);"
+        "import sys; from cifar_accel.options.parsing import parse_training; parse_training(['--epochs', '3']);"
         "print([m for m in ('torch', 'timm', 'numpy', 'accelerate', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -3,13 +3,13 @@
 import time
 from functools import partial
 
-import faults
+import forked_runs
 import pytest
 import torch
 from conftest import TINY, rows, summary
 from test_failures import _spoil
 
-from cifar_accel import checkpoint
+from cifar_accel.records import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -25,8 +25,8 @@ def words(tmp_path, cache):
 def test_one_run_on_any_number_of_processes(words, tmp_path, world, accumulation):
     options = ("--mixup", "0.5", "--log-every", "1", "--epochs", "7", "--learning-rate", "1e-3")
     micro = ("--micro-batch-size", str(32 // world // accumulation))
-    faults.finish(words(*options, "--run-name", "one"), tmp_path / "a")
-    faults.finish(words(*options, *micro, "--run-name", "b"), tmp_path / "b", world)
+    forked_runs.finish(words(*options, "--run-name", "one"), tmp_path / "a")
+    forked_runs.finish(words(*options, *micro, "--run-name", "b"), tmp_path / "b", world)
     for a, b in zip(rows(tmp_path / "ck" / "one"), rows(tmp_path / "ck" / "b"), strict=True):
         assert a["train/lr"] == b["train/lr"] and a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
     assert summary(tmp_path / "ck" / "b")["evaluated_images"] == 100
@@ -36,14 +36,14 @@ def test_one_run_on_any_number_of_processes(words, tmp_path, world, accumulation
 def test_killed_and_resumed(words, tmp_path, precision):
     environment = {"ACCELERATE_MIXED_PRECISION": precision}
     options, run = words("--epochs", "30", "--save-every", "2steps", "--run-name", "a"), tmp_path / "ck" / "a"
-    done = faults.finish_with_kills(options, tmp_path / "log", run, 4, 3, (1, 2), environment=environment)
-    assert done >= 2 and faults.resumes(tmp_path / "log") >= 2 and summary(run)["status"] == "finished"
+    done = forked_runs.finish_with_kills(options, tmp_path / "log", run, 4, 3, (1, 2), environment=environment)
+    assert done >= 2 and forked_runs.resumes(tmp_path / "log") >= 2 and summary(run)["status"] == "finished"
     lines = rows(run)
     assert len({line["step"] for line in lines}) == len(lines) == 80 + 20
 
 
 def test_a_signal_stops_both_ranks(words, tmp_path):
-    training = faults.Training(words("--epochs", "4000", "--run-name", "a"), tmp_path / "log", 2)
+    training = forked_runs.Training(words("--epochs", "4000", "--run-name", "a"), tmp_path / "log", 2)
     while not (tmp_path / "ck" / "a" / "metrics.jsonl").exists():
         time.sleep(0.05)
     training.ranks[1].terminate()
@@ -52,7 +52,7 @@ def test_a_signal_stops_both_ranks(words, tmp_path):
 
 
 def test_a_step_that_is_not_finite(words, tmp_path):
-    failed = faults.finish(
+    failed = forked_runs.finish(
         words("--run-name", "a", "--log-every", "50"), tmp_path / "log", 2, hook=partial(_spoil, 13, "1")
     )
     assert failed.codes == [1, 1] and "step 13 is not finite" in (tmp_path / "log").read_text()
@@ -60,12 +60,12 @@ def test_a_step_that_is_not_finite(words, tmp_path):
 
 def test_too_large_a_batch_is_refused_before_the_first_step(words, tmp_path):
     more = ["--model", "vit_base_patch8_224", "--image-size", "224", "--batch-size", "1024", "--limit-train", "1024"]
-    refused = faults.finish(words(*more, "--run-name", "a"), tmp_path / "log", seconds=300)
+    refused = forked_runs.finish(words(*more, "--run-name", "a"), tmp_path / "log", seconds=300)
     said = (tmp_path / "log").read_text()
     assert refused.codes == [2] and "Give --micro-batch-size" in said and not (tmp_path / "ck").exists()
 
 
 def test_compiled_with_cuda_graphs(words, tmp_path):
     options = words("--compile", "--compile-mode", "reduce-overhead", "--model", "test_vit", "--run-name", "a")
-    faults.finish(options, tmp_path / "log", seconds=300)
+    forked_runs.finish(options, tmp_path / "log", seconds=300)
     assert rows(tmp_path / "ck" / "a")[-1]["train/compiled_graphs"] == 2

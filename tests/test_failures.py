@@ -12,19 +12,19 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import faults
+import forked_runs
 import psutil
 import pytest
 import torch
 from conftest import TWO, rows, sha256, summary, wait_for, without_clock
 from safetensors.torch import load_file
 
-from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
-from cifar_accel.memory import is_out_of_memory
-from cifar_accel.optim import FiniteGuard
-from cifar_accel.run_folder import read_json, write_json
-from cifar_accel.tracking import Metrics
+from cifar_accel.files import read_json, write_json
+from cifar_accel.machine.memory import is_out_of_memory
+from cifar_accel.optim.gradients import FiniteGuard
+from cifar_accel.records import checkpoint
+from cifar_accel.records.metrics import Metrics
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_disk_that_takes_one_checkpoint_only(small_disk, words, tmp_path):
     """The second does not fit beside the first: a warning each time, the first stays, and the run ends as it should."""
     disk = small_disk(4_000)  # a checkpoint of test_nfnet takes 2.3 MB
     options = words("--save-dir", str(disk), "--run-name", "a", "--tracker", "none")
-    faults.finish(options, tmp_path / "log")
+    forked_runs.finish(options, tmp_path / "log")
     said = (tmp_path / "log").read_text()
     assert "warning: no checkpoint at step 16" in said and "Traceback" not in said
     kept = checkpoint.newest_valid(disk / "a", print)
@@ -66,7 +66,7 @@ def test_no_room_for_the_weights_at_the_end(small_disk, words, tmp_path):
     disk = small_disk(9_000)
     options = words("--save-dir", str(disk), "--run-name", "a", "--tracker", "none")
     filler = tmp_path / "disk" / "filler"
-    training = faults.Training(options, tmp_path / "log")
+    training = forked_runs.Training(options, tmp_path / "log")
     wait_for(lambda: (disk / "a" / "checkpoints" / "step-00000008").exists())
     with pytest.raises(OSError):
         filler.write_bytes(b"x" * 9_000 * 1024)
@@ -74,7 +74,7 @@ def test_no_room_for_the_weights_at_the_end(small_disk, words, tmp_path):
     said = (tmp_path / "log").read_text()
     assert "the same command tries again" in said and "Traceback" not in said
     filler.unlink()
-    faults.finish(options, tmp_path / "log")
+    forked_runs.finish(options, tmp_path / "log")
     assert summary(disk / "a")["status"] == "finished" and len(rows(disk / "a")) == 13
 
 
@@ -209,7 +209,7 @@ def test_out_of_memory_names_what_fits(words, tmp_path):
     size, codes = 128, [1]
     while codes == [1]:
         log = tmp_path / f"log-{size}"
-        codes = faults.finish(
+        codes = forked_runs.finish(
             words(*more, "--micro-batch-size", str(size)), log, hook=partial(_little_memory, 560)
         ).codes
         if codes == [1]:
@@ -228,7 +228,7 @@ def test_a_host_is_warned_before_it_runs_out_of_memory(words, tmp_path):
     if psutil.virtual_memory().total > 300 * 2**30:
         pytest.skip("this machine has what the case lacks")
     more = ["--image-size", "1024", "--batch-size", "1024", "--limit-train", "1024", "--run-name", "a"]
-    training = faults.Training(words(*more, "--tracker", "none"), tmp_path / "log")
+    training = forked_runs.Training(words(*more, "--tracker", "none"), tmp_path / "log")
     log = tmp_path / "log"
     wait_for(lambda: training.wait(0.01) or (log.exists() and "warning: a step needs" in log.read_text()))
     training.kill()
@@ -245,7 +245,8 @@ def test_what_is_not_supported_is_not_a_lack_of_memory():
 
 def _try_memory() -> None:
     """Do before the first step what a GPU's start does."""
-    from cifar_accel import memory, train
+    from cifar_accel import train
+    from cifar_accel.machine import memory
 
     real = train.set_up
 
@@ -261,7 +262,7 @@ def test_the_trial_for_memory_changes_nothing(words, tmp_path):
     """Not the weights, not batch norm's statistics, not the ranks' synchrony; on two ranks with DDP's static graph."""
     options = ("--model", "test_efficientnet", "--tracker", "none", "--epochs", "2")
     for name, hook in (("a", None), ("b", _try_memory)):
-        faults.finish(words(*options, "--run-name", name), tmp_path / name, 2, hook=hook)
+        forked_runs.finish(words(*options, "--run-name", name), tmp_path / name, 2, hook=hook)
     assert sha256(tmp_path / "ck" / "a") == sha256(tmp_path / "ck" / "b")
     assert without_clock(rows(tmp_path / "ck" / "a")) == without_clock(rows(tmp_path / "ck" / "b"))
 
@@ -271,7 +272,9 @@ def test_the_trial_for_memory_changes_nothing(words, tmp_path):
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_when_one_rank_dies_the_other_ends(words, tmp_path, dies):
-    training = faults.Training(words("--epochs", "400", "--run-name", "a", "--tracker", "none"), tmp_path / "log", 2)
+    training = forked_runs.Training(
+        words("--epochs", "400", "--run-name", "a", "--tracker", "none"), tmp_path / "log", 2
+    )
     wait_for((tmp_path / "ck" / "a" / "metrics.jsonl").exists)
     began = time.monotonic()
     training.ranks[dies].kill()
@@ -298,7 +301,7 @@ def test_when_one_rank_dies_under_torchrun(trainer, tmp_path):
 
 def _spoil(step: int, rank: str) -> None:
     """Put one NaN into the images of one step on one rank."""
-    from cifar_accel.data.pipelines import Pipeline
+    from cifar_accel.data.batches import Pipeline
 
     real = Pipeline.training_batches
 
@@ -315,7 +318,7 @@ def _spoil(step: int, rank: str) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
     options = words("--run-name", "a", "--tracker", "none", "--log-every", "50", "--optimizer", optimizer)
-    failed = faults.finish(options, tmp_path / "log", world, hook=partial(_spoil, 13, str(world - 1)))
+    failed = forked_runs.finish(options, tmp_path / "log", world, hook=partial(_spoil, 13, str(world - 1)))
     said, run = (tmp_path / "log").read_text(), tmp_path / "ck" / "a"
     assert failed.codes == [1] * world and "Traceback" not in said
     samples = Order(3407, 256, 32).samples_of(13)
@@ -324,7 +327,7 @@ def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
     assert read_json(run / "diverged.json")["samples"] == samples.tolist()
     assert summary(run)["status"] == "failed" and "step 13" in summary(run)["error"]
     assert checkpoint.newest_valid(run, print).name == "step-00000008", "the last good checkpoint is untouched"
-    faults.finish(options, tmp_path / "log", world)  # the fault was not in the images themselves
+    forked_runs.finish(options, tmp_path / "log", world)  # the fault was not in the images themselves
     assert summary(run)["status"] == "finished" and not (run / "diverged.json").exists()
 
 
@@ -346,8 +349,8 @@ def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(words, tm
     """Two more steps are made before the next row is due and the host looks."""
     options = words("--tracker", "none", "--log-every", "16")
     hook = partial(_keep_what_failed, tmp_path / "failed.pt")
-    assert faults.finish([*options, "--run-name", "a"], tmp_path / "a", hook=hook).codes == [1]
-    faults.finish([*options, "--run-name", "b", "--max-steps", "13"], tmp_path / "b")
+    assert forked_runs.finish([*options, "--run-name", "a"], tmp_path / "a", hook=hook).codes == [1]
+    forked_runs.finish([*options, "--run-name", "b", "--max-steps", "13"], tmp_path / "b")
     good = load_file(tmp_path / "ck" / "b" / "model" / "model.safetensors")
     failed = torch.load(tmp_path / "failed.pt")
     assert failed.keys() == good.keys() and all(torch.equal(failed[name], good[name]) for name in good)
@@ -369,7 +372,7 @@ def _infinite_loss() -> None:
 
 def test_a_loss_that_is_not_finite_on_one_rank(words, tmp_path):
     options = words("--run-name", "a", "--tracker", "none", "--log-every", "50")
-    failed = faults.finish(options, tmp_path / "log", 2, hook=_infinite_loss)
+    failed = forked_runs.finish(options, tmp_path / "log", 2, hook=_infinite_loss)
     said = (tmp_path / "log").read_text()
     assert failed.codes == [1, 1] and said.count("step 13 is not finite: loss inf") == 2, said
     assert read_json(tmp_path / "ck" / "a" / "diverged.json")["step"] == 13

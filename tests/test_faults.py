@@ -15,15 +15,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import faults
+import forked_runs
 import psutil
 import pytest
 import torch
 from conftest import BIN, TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, without_clock
 
-from cifar_accel import checkpoint
 from cifar_accel.data.order import Order
-from cifar_accel.run_folder import read_json
+from cifar_accel.files import read_json
+from cifar_accel.records import checkpoint
 
 LONG = pytest.mark.faults
 EVERYTHING = "--mixup 0.5 --model-ema --model-ema-decay 0.9 --save-every 2steps --epochs 6 --tracker none".split()
@@ -55,12 +55,14 @@ def same_run(run: Path, whole: Path) -> None:
 def test_killed_at_random_moments_is_never_killed(words, tmp_path, kills, worlds, bf16):
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
     own, done, resumed, whole = ("--micro-batch-size", "8"), 0, 0, tmp_path / "ck" / "whole"
-    faults.finish(words(*EVERYTHING, *own, "--run-name", "whole"), tmp_path / "a", worlds[0], environment=environment)
+    forked_runs.finish(
+        words(*EVERYTHING, *own, "--run-name", "whole"), tmp_path / "a", worlds[0], environment=environment
+    )
     while done < kills:  # a run may be over before it was killed so often: then another one
         run = tmp_path / "ck" / f"after-{done}"
         log, options = tmp_path / run.name, words(*EVERYTHING, *own, "--run-name", run.name)
-        done += faults.finish_with_kills(options, log, run, kills - done, done, worlds, environment=environment)
-        resumed += faults.resumes(log)
+        done += forked_runs.finish_with_kills(options, log, run, kills - done, done, worlds, environment=environment)
+        resumed += forked_runs.resumes(log)
         same_run(run, whole)
     assert resumed >= kills / 2, "the kills left nothing to go on from"
 
@@ -68,11 +70,11 @@ def test_killed_at_random_moments_is_never_killed(words, tmp_path, kills, worlds
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=LONG)])
 def test_killed_and_continued_on_other_numbers_of_processes(words, tmp_path, kills):
     more = (*EVERYTHING, "--epochs", str(6 + 2 * kills))
-    faults.finish(words(*more, "--run-name", "whole"), tmp_path / "a")
+    forked_runs.finish(words(*more, "--run-name", "whole"), tmp_path / "a")
     options, log = words(*more, "--run-name", "b"), tmp_path / "b"
-    done = faults.finish_with_kills(options, log, tmp_path / "ck" / "b", kills, 5, (1, 2, 4))
+    done = forked_runs.finish_with_kills(options, log, tmp_path / "ck" / "b", kills, 5, (1, 2, 4))
     assert done == kills, "the run was over before it could be killed"
-    assert faults.resumes(log) >= kills / 2, "the kills left nothing to go on from"
+    assert forked_runs.resumes(log) >= kills / 2, "the kills left nothing to go on from"
     killed, whole = (rows(tmp_path / "ck" / name) for name in ("b", "whole"))
     assert [r["step"] for r in killed] == [r["step"] for r in whole]
     for a, b in zip(killed, whole, strict=True):
@@ -89,9 +91,9 @@ def _praise_the_evaluation() -> None:
 
 def test_the_best_accuracy_and_the_clocks_go_on(words, tmp_path):
     options, log, run = ("--tracker", "none", "--run-name", "a"), tmp_path / "log", tmp_path / "ck" / "a"
-    faults.finish(words(*options, "--max-steps", "24"), log, hook=_praise_the_evaluation)
+    forked_runs.finish(words(*options, "--max-steps", "24"), log, hook=_praise_the_evaluation)
     first = summary(run)
-    faults.finish(words(*options), log)
+    forked_runs.finish(words(*options), log)
     last = summary(run)
     assert last["accuracy"] <= 1 and first["best_accuracy"] == last["best_accuracy"] == 2
     assert last["time_s"] > first["time_s"] and last["wall_s"] > first["wall_s"]
@@ -99,7 +101,7 @@ def test_the_best_accuracy_and_the_clocks_go_on(words, tmp_path):
 
 def _die_after_row(step: int) -> None:
     """End this process once the row of `step` is written."""
-    from cifar_accel.tracking import Metrics
+    from cifar_accel.records.metrics import Metrics
 
     real = Metrics.write
 
@@ -113,10 +115,10 @@ def _die_after_row(step: int) -> None:
 
 def test_killed_before_its_first_checkpoint_it_is_still_one_wandb_run(words, tmp_path):
     options, about = words("--run-name", "a"), {"WANDB_MODE": "offline"}
-    killed = faults.finish(options, tmp_path / "log", environment=about, hook=partial(_die_after_row, 3))
+    killed = forked_runs.finish(options, tmp_path / "log", environment=about, hook=partial(_die_after_row, 3))
     run = tmp_path / "ck" / "a"
     assert killed.codes == [-signal.SIGKILL] and not checkpoint.list_checkpoints(run)
-    faults.finish(options, tmp_path / "log", environment=about)
+    forked_runs.finish(options, tmp_path / "log", environment=about)
     first, second = wandb_runs(run)
     assert first.name == second.name == f"run-{read_json(run / 'config.json')['tracker_id']}.wandb"
 
@@ -142,7 +144,7 @@ def test_a_kill_in_a_save_never_mixes_steps_and_never_loses_one(tmp_path, kills)
     rng, log, in_a_save = random.Random(1), tmp_path / "safe", 0
     for _ in range(kills):
         before = log.read_text() if log.exists() else ""
-        process = faults.SERVER.Process(target=_save_for_ever, args=(str(tmp_path), str(log)))
+        process = forked_runs.SERVER.Process(target=_save_for_ever, args=(str(tmp_path), str(log)))
         process.start()
         wait_for(lambda before=before: log.exists() and log.read_text() != before)
         time.sleep(rng.uniform(0, 0.05))
@@ -190,7 +192,7 @@ def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipe
         for accumulation in (1, 2, 4):
             name = f"w{world}a{accumulation}"
             micro = ["--micro-batch-size", str(32 // world // accumulation)]
-            faults.finish(words(*more, *micro, "--run-name", name), tmp_path / name, world)
+            forked_runs.finish(words(*more, *micro, "--run-name", name), tmp_path / name, world)
             lines = rows(tmp_path / "ck" / name)
             expected = expected or lines
             assert len(lines) == 56 and [r["train/lr"] for r in lines] == [r["train/lr"] for r in expected]
@@ -226,18 +228,18 @@ def _signal_in_evaluation(number: int, evaluation: int) -> None:
 def test_stopped_inside_an_evaluation(words, tmp_path, world, evaluation):
     """The signal reaches one rank between two batches; the checkpoint comes at once, and the resume evaluates anew."""
     options = ("--tracker", "none", "--micro-batch-size", "8", "--log-every", "5", "--model-ema")
-    faults.finish(words(*options, "--run-name", "whole"), tmp_path / "a", world)
+    forked_runs.finish(words(*options, "--run-name", "whole"), tmp_path / "a", world)
     hook = partial(_signal_in_evaluation, signal.SIGTERM, evaluation)
-    stopped = faults.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
+    stopped = forked_runs.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
     run = tmp_path / "ck" / "b"
     assert set(stopped.codes) == {143} and (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
     assert rows(run)[-1]["step"] < 8 * evaluation, "an evaluation that was not finished is not logged"
     assert checkpoint.newest_valid(run, print).name == f"step-{8 * evaluation:08d}"
     if evaluation == 2:  # killed after the row, before a checkpoint that knows of it: it is not logged twice
         hook = partial(_die_after_row, 16)
-        killed = faults.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
+        killed = forked_runs.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
         assert killed.codes[0] == -signal.SIGKILL and rows(run)[-1]["step"] == 16
-    faults.finish(words(*options, "--run-name", "b"), tmp_path / "b", world)
+    forked_runs.finish(words(*options, "--run-name", "b"), tmp_path / "b", world)
     assert not (run / "PREEMPTED").exists()
     same_run(run, tmp_path / "ck" / "whole")
 
@@ -246,8 +248,8 @@ def test_stopped_inside_the_evaluation_of_a_cut_run_that_is_then_allowed_further
     options = ("--tracker", "none", "--micro-batch-size", "8", "--log-every", "50")
     for name in ("whole", "b"):
         hook = partial(_signal_in_evaluation, signal.SIGTERM, 2) if name == "b" else None
-        faults.finish(words(*options, "--max-steps", "11", "--run-name", name), tmp_path / "log", hook=hook)
-        faults.finish(words(*options, "--run-name", name), tmp_path / "log")
+        forked_runs.finish(words(*options, "--max-steps", "11", "--run-name", name), tmp_path / "log", hook=hook)
+        forked_runs.finish(words(*options, "--run-name", name), tmp_path / "log")
     assert [row["step"] for row in rows(tmp_path / "ck" / "b")] == [8, 11, 16, 24, 32]
     same_run(tmp_path / "ck" / "b", tmp_path / "ck" / "whole")
 
@@ -255,7 +257,7 @@ def test_stopped_inside_the_evaluation_of_a_cut_run_that_is_then_allowed_further
 def test_max_time_stops_in_order(words, tmp_path):
     options = words("--epochs", "400", "--max-time", "3s", "--run-name", "a", "--tracker", "none")
     began = time.monotonic()
-    stopped = faults.finish(options, tmp_path / "log")
+    stopped = forked_runs.finish(options, tmp_path / "log")
     assert stopped.codes == [143] and time.monotonic() - began < 15
     assert "--max-time 3s after step" in (tmp_path / "ck" / "a" / "PREEMPTED").read_text()
     assert checkpoint.newest_valid(tmp_path / "ck" / "a", print) is not None
@@ -265,7 +267,7 @@ def test_a_short_max_time_still_goes_on_from_start_to_start(words, tmp_path):
     """Shorter than a start takes: each start makes a step, and the evaluation that is due, before it stops."""
     options = words("--epochs", "1", "--limit-train", "64", "--max-time", "1s", "--run-name", "a", "--tracker", "none")
     slow = partial(time.sleep, 1.1)  # a fork has nothing to load
-    codes = [faults.finish(options, tmp_path / "log", hook=slow).codes[0] for _ in range(2)]
+    codes = [forked_runs.finish(options, tmp_path / "log", hook=slow).codes[0] for _ in range(2)]
     assert codes == [143, 0] and [row["step"] for row in rows(tmp_path / "ck" / "a")] == [2]
 
 
@@ -277,10 +279,10 @@ def _signal_in_the_test_set() -> None:
 def test_stopped_while_the_test_set_is_read(words, tmp_path):
     options = words("--epochs", "1", "--validation-fraction", "0.25", "--save-every", "none", "--run-name", "a")
     options += ["--tracker", "none", "--micro-batch-size", "8"]
-    stopped = faults.finish(options, tmp_path / "log", hook=_signal_in_the_test_set)
+    stopped = forked_runs.finish(options, tmp_path / "log", hook=_signal_in_the_test_set)
     run = tmp_path / "ck" / "a"
     assert stopped.codes == [143] and checkpoint.newest_valid(run, print).name == "step-00000006"
-    faults.finish(options, tmp_path / "log")
+    forked_runs.finish(options, tmp_path / "log")
     assert summary(run)["status"] == "finished" and summary(run)["evaluated_images"] == 100
     assert len(rows(run)) == 2
 
@@ -288,11 +290,11 @@ def test_stopped_while_the_test_set_is_read(words, tmp_path):
 def test_max_steps_where_a_run_was_stopped(words, tmp_path):
     """Its weights are evaluated, though no evaluation was due at that step."""
     options = ("--tracker", "none", "--save-every", "3steps", "--log-every", "3")
-    faults.finish(words(*options, "--run-name", "a"), tmp_path / "log")
+    forked_runs.finish(words(*options, "--run-name", "a"), tmp_path / "log")
     at = tmp_path / "ck" / "a" / "checkpoints" / "step-00000030"
     more = ("--resume", str(at), "--run-name", "b", "--max-steps", "30")
-    faults.finish(words(*options, *more), tmp_path / "log")
-    faults.finish(words(*options, "--run-name", "c", "--max-steps", "30"), tmp_path / "log")
+    forked_runs.finish(words(*options, *more), tmp_path / "log")
+    forked_runs.finish(words(*options, "--run-name", "c", "--max-steps", "30"), tmp_path / "log")
     for key in ("accuracy", "test_loss", "steps"):
         assert summary(tmp_path / "ck" / "b")[key] == summary(tmp_path / "ck" / "c")[key]
 
@@ -312,7 +314,7 @@ def test_ctrl_c_that_ends_the_reader_of_the_output_too(words, tmp_path):
 def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
     """In the middle of a step of some seconds: the first waits for its end, the second does not."""
     slow = ("--image-size", "192", "--batch-size", "256", "--run-name", "a", "--tracker", "none")
-    training, log = faults.Training(words(*slow), tmp_path / "log"), tmp_path / "log"
+    training, log = forked_runs.Training(words(*slow), tmp_path / "log"), tmp_path / "log"
     wait_for(lambda: "parameters" in (log.read_text() if log.exists() else ""))
     time.sleep(1)
     os.kill(training.ranks[0].pid, signal.SIGINT)
@@ -398,7 +400,7 @@ def test_every_released_format_goes_on(tmp_path, cache, folder):
     shutil.copytree(folder, run)
     assert checkpoint.newest_valid(run, print).name == "step-00000008"
     old = rows(run)
-    faults.finish([*FORMAT, "--data-dir", cache, "--save-dir", str(tmp_path / "ck")], tmp_path / "log")
+    forked_runs.finish([*FORMAT, "--data-dir", cache, "--save-dir", str(tmp_path / "ck")], tmp_path / "log")
     assert "after step 8" in (tmp_path / "log").read_text()
     assert summary(run)["status"] == "finished" and rows(run)[: len(old)] == old and rows(run)[-1]["step"] == 16
 

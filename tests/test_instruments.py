@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from conftest import FRESH, rows, summary
 
-from cifar_accel.instruments import peak_flops, peak_memory_mib
+from cifar_accel.machine.speed import peak_flops, peak_memory_mib
 
 
 def test_peak_memory_is_the_processs_own():
@@ -16,7 +16,7 @@ def test_peak_memory_is_the_processs_own():
     ours = peak_memory_mib(torch.device("cpu"))
     code = """
 import numpy as np, torch
-from cifar_accel.instruments import peak_memory_mib
+from cifar_accel.machine.speed import peak_memory_mib
 print(peak_memory_mib(torch.device("cpu")))
 more = np.ones(2**27, np.uint8)
 print(peak_memory_mib(torch.device("cpu")))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import summary, wait_for
 
-from cifar_accel.launch import command_for
+from cifar_accel.launch.command import command_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,9 +135,9 @@ time.sleep(60)
 """)
     (tmp_path / "starter.py").write_text(f"""
 import pathlib, sys
-from cifar_accel.launch import run
+from cifar_accel.launch.child import run_child
 here = pathlib.Path({str(tmp_path)!r})
-sys.exit(run([sys.executable, str(here / "child.py")], {{}}, here))
+sys.exit(run_child([sys.executable, str(here / "child.py")], {{}}, here))
 """)
     process = subprocess.Popen([sys.executable, tmp_path / "starter.py"])
     wait_for((tmp_path / "ready").exists)

@@ -9,19 +9,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cifar_accel.config import TrainingArguments, recipe_defaults
-from cifar_accel.model import (
-    ALIASES,
-    build_model,
-    check_model,
-    classifier_parameters,
-    forward_flops,
-    load_weights,
-    read_weights,
-    save_model,
-    shorten_convolutions,
-    use_channels_last,
-)
+from cifar_accel.errors import BadInput
+from cifar_accel.models.create import ALIASES, build_model, check_model, forward_flops, use_channels_last
+from cifar_accel.models.surgery import shorten_convolutions
+from cifar_accel.models.weights import classifier_parameters, load_weights, read_weights, save_model
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.recipes import recipe_defaults
 
 PLAIN = replace(recipe_defaults("digits"), model="test_nfnet", pretrained=False)
 
@@ -88,12 +81,12 @@ def test_another_number_of_classes_keeps_a_new_classifier(tmp_path):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     save_file(build_model(replace(PLAIN, model="test_vit"), 10, quiet).state_dict(), tmp_path / "vit.safetensors")
-    with pytest.raises(ValueError, match="does not fit --model: .* are not in it, first"):
+    with pytest.raises(BadInput, match="does not fit --model: .* are not in it, first"):
         build_model(replace(PLAIN, checkpoint=str(tmp_path / "vit.safetensors")), 10, quiet)
     state = build_model(PLAIN, 10, quiet).state_dict()
     state["stem.conv1.weight"] = torch.zeros(3, 3)
     save_file(state, tmp_path / "bent.safetensors")
-    with pytest.raises(ValueError, match="stem.conv1.weight has shape 3x3"):
+    with pytest.raises(BadInput, match="stem.conv1.weight has shape 3x3"):
         build_model(replace(PLAIN, checkpoint=str(tmp_path / "bent.safetensors")), 10, quiet)
 
 
@@ -110,7 +103,7 @@ def test_hostile_and_broken_files_are_refused_unread(tmp_path, monkeypatch, cont
         torch.save({"weight": Hostile()}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read safely"):
+    with pytest.raises(BadInput, match="cannot be read safely"):
         read_weights(str(path))
     assert not (tmp_path / "hostile-was-here").exists()
 
@@ -131,7 +124,7 @@ def test_a_local_model_in_another_form_is_refused(tmp_path, changes):
     (tmp_path / "config.json").write_text(json.dumps(about))
     check_model(replace(PLAIN, model=f"local-dir:{tmp_path}", pretrained=False), quiet)
     (tmp_path / "config.json").write_text(json.dumps(about | changes))
-    with pytest.raises(ValueError, match="in timm's form"):
+    with pytest.raises(BadInput, match="in timm's form"):
         check_model(replace(PLAIN, model=f"local-dir:{tmp_path}", pretrained=False), quiet)
 
 
@@ -146,7 +139,7 @@ def test_a_local_model_in_another_form_is_refused(tmp_path, changes):
 )
 def test_tables_of_other_tensors_are_no_weights(tmp_path, table):
     torch.save(table, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no table of dense real tensors"):
+    with pytest.raises(BadInput, match="no table of dense real tensors"):
         read_weights(str(tmp_path / "w.pth"))
 
 

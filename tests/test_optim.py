@@ -4,17 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_accel.config import recipe_defaults
-from cifar_accel.model import build_model, classifier_parameters
-from cifar_accel.optim import (
-    OPTIMIZERS,
-    SCHEDULES,
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    learning_rate,
-    parameter_groups,
-)
+from cifar_accel.models.create import build_model
+from cifar_accel.models.weights import classifier_parameters
+from cifar_accel.optim.gradients import clip_gradients, gradient_norm
+from cifar_accel.optim.optimizers import OPTIMIZERS, build_optimizer, parameter_groups
+from cifar_accel.optim.schedules import SCHEDULES, learning_rate
+from cifar_accel.options.recipes import recipe_defaults
 
 REPORT = replace(recipe_defaults("report"), warmup_epochs=5.0)
 MODEL = replace(recipe_defaults("digits"), model="test_nfnet", pretrained=False)
@@ -112,7 +107,7 @@ def test_adaptive_clipping_spares_the_classifier_and_norm_clipping_does_not():
 def test_adaptive_clipping_equals_timms():
     from timm.utils.agc import adaptive_clip_grad
 
-    from cifar_accel.optim import clip_adaptively
+    from cifar_accel.optim.gradients import clip_adaptively
 
     torch.manual_seed(0)
     shapes = [(8, 4, 3, 3), (16, 5), (7,), (6, 1, 1, 1), (), (3, 0)]

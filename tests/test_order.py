@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from cifar_accel.data.order import Order, permutation, random_bits, stratified_subset, uniform
-from cifar_accel.data.pipelines import plan
+from cifar_accel.data.order import Order, permutation, plan, random_bits, stratified_subset, uniform
 
 
 def test_the_order_never_changes_between_versions():

@@ -11,10 +11,11 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms import functional
 
-from cifar_accel.config import recipe_defaults
-from cifar_accel.data import augment, operations, policy, programs
-from cifar_accel.data.cache import load_dataset
-from cifar_accel.data.pipelines import _posterize
+from cifar_accel.data import augment, draws, pixels
+from cifar_accel.data.decode import load_dataset
+from cifar_accel.data.timm_loader import _posterize
+from cifar_accel.options import policy
+from cifar_accel.options.recipes import recipe_defaults
 
 FILL = (124, 116, 104)
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -65,13 +66,13 @@ def by_timm(images, name, magnitude, sign, increasing, interpolation, monkeypatc
 
 def by_us(images, name, magnitude, sign, increasing, interpolation):
     n = len(images)
-    values = programs.argument(name, np.full(n, magnitude / 10), np.full(n, sign), increasing)
+    values = draws.argument(name, np.full(n, magnitude / 10), np.full(n, sign), increasing)
     arguments = np.zeros((n, 1, 6))
     arguments[:, 0, 0] = values
-    if name in operations.MOVES:
-        arguments[:, 0] = programs.affine(name, values, (32, 32))
-    program = programs.Program(np.full((n, 1), policy.NAMES.index(name)), arguments)
-    return operations.run(batch(images).float(), program, FILL, interpolation).numpy()
+    if name in pixels.MOVES:
+        arguments[:, 0] = draws.affine(name, values, (32, 32))
+    program = draws.Program(np.full((n, 1), policy.NAMES.index(name)), arguments)
+    return pixels.run_program(batch(images).float(), program, FILL, interpolation).numpy()
 
 
 @pytest.mark.parametrize("increasing", [False, True])
@@ -79,7 +80,7 @@ def by_us(images, name, magnitude, sign, increasing, interpolation):
 @pytest.mark.parametrize("name", policy.NAMES)
 def test_operation_equals_pillow(images, name, magnitude, increasing, monkeypatch):
     for sign in (1.0, -1.0):
-        for interpolation in RESAMPLING if name in operations.MOVES else ("bilinear",):
+        for interpolation in RESAMPLING if name in pixels.MOVES else ("bilinear",):
             theirs = by_timm(images, name, magnitude, sign, increasing, interpolation, monkeypatch)
             assert np.array_equal(by_us(images, name, magnitude, sign, increasing, interpolation), theirs)
 
@@ -119,7 +120,7 @@ def test_resized_crop_and_flips_equal_pillow(images, interpolation, size):
 def test_shrinking_is_antialiased_as_pillows(images, interpolation):
     """Exact where Pillow goes across first, as it always did until it chose by the image's shape."""
     for size in (24, 17, 8):
-        out = operations.resize(batch(images), (size, size), interpolation).numpy()
+        out = pixels.resize(batch(images), (size, size), interpolation).numpy()
         theirs = transformed(images, lambda im, s=size: im.resize((s, s), RESAMPLING[interpolation]))
         assert np.array_equal(out, theirs)
 
@@ -148,8 +149,8 @@ def by_pillow(image: np.ndarray, codes, rows) -> np.ndarray:
     """One image through the layers that were drawn for it, rounded after each, as timm applies them."""
     pil = Image.fromarray(image)
     for code, row in zip(codes, rows, strict=True):
-        name = policy.NAMES[code] if code != programs.NOTHING else None
-        if name in operations.MOVES:
+        name = policy.NAMES[code] if code != draws.NOTHING else None
+        if name in pixels.MOVES:
             pil = pil.transform(pil.size, Image.Transform.AFFINE, tuple(row), RESAMPLING["bilinear"], fillcolor=FILL)
         elif name:
             value = row[0] if name in ("color", "contrast", "brightness", "sharpness") else int(row[0])
@@ -162,13 +163,13 @@ def by_pillow(image: np.ndarray, codes, rows) -> np.ndarray:
 def test_whole_policy_equals_pillow_and_the_batch_changes_nothing(images, text):
     n = 300
     many = np.concatenate([images] * 6)[:n]
-    drawn = programs.draw_policy(policy.parse(text), 1, np.zeros(n, np.int64), np.arange(n), (32, 32))
-    out = operations.run(batch(many).float(), drawn, FILL, "bilinear").numpy()
+    drawn = draws.draw_policy(policy.read_policy(text), 1, np.zeros(n, np.int64), np.arange(n), (32, 32))
+    out = pixels.run_program(batch(many).float(), drawn, FILL, "bilinear").numpy()
     for i in range(n):
         assert np.array_equal(out[i], by_pillow(many[i], drawn.operations[i], drawn.arguments[i]))
     for part in (slice(0, 1), slice(7, 30)):
-        some = programs.Program(drawn.operations[part], drawn.arguments[part])
-        assert np.array_equal(operations.run(batch(many[part]).float(), some, FILL, "bilinear").numpy(), out[part])
+        some = draws.Program(drawn.operations[part], drawn.arguments[part])
+        assert np.array_equal(pixels.run_program(batch(many[part]).float(), some, FILL, "bilinear").numpy(), out[part])
 
 
 # ---- the draws
@@ -206,7 +207,7 @@ def recorded(text: str, times: int, monkeypatch) -> list[list[tuple[str, float |
 
 def drawn(text: str, times: int) -> list[list[tuple[str, float | None]]]:
     """The same, of ours; arguments read back from the matrices."""
-    program = programs.draw_policy(policy.parse(text), 5, np.zeros(times, np.int64), np.arange(times), (1, 1))
+    program = draws.draw_policy(policy.read_policy(text), 5, np.zeros(times, np.int64), np.arange(times), (1, 1))
 
     def read(code, arguments):
         name = policy.NAMES[code]
@@ -218,7 +219,7 @@ def drawn(text: str, times: int) -> list[list[tuple[str, float | None]]]:
         return TIMM_NAMES[name], arguments[place]
 
     return [
-        [read(code, a) for code, a in zip(codes, rows, strict=True) if code != programs.NOTHING]
+        [read(code, a) for code, a in zip(codes, rows, strict=True) if code != draws.NOTHING]
         for codes, rows in zip(program.operations, program.arguments, strict=True)
     ]
 
@@ -254,7 +255,7 @@ def test_draws_are_distributed_as_timms(text, monkeypatch):
 
 @pytest.mark.parametrize("text", [*POLICIES, "rand", "rand-m3", "rand-inc0", "rand-p1-n1", "rand-mmax5-mstd0.25"])
 def test_policies_are_read_as_timm_reads_them(text):
-    ours = policy.parse(text)
+    ours = policy.read_policy(text)
     theirs = auto_augment.rand_augment_transform(text, {"img_mean": FILL})
     operation = theirs.ops[0]
     assert (ours.magnitude, ours.layers, ours.prob) == (operation.magnitude, theirs.num_layers, operation.prob)
@@ -263,7 +264,7 @@ def test_policies_are_read_as_timm_reads_them(text):
     if ours.choice:
         weight = dict(zip([o.name.removesuffix("Increasing") for o in theirs.ops], theirs.choice_weights, strict=True))
         expected = [weight[TIMM_NAMES[n]] for n in policy.NAMES]
-        assert np.allclose(programs.WEIGHTS / programs.WEIGHTS.sum(), expected)
+        assert np.allclose(draws.WEIGHTS / draws.WEIGHTS.sum(), expected)
 
 
 def test_mixing_boxes_are_timms(monkeypatch):

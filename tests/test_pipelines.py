@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_accel.config import recipe_defaults
 from cifar_accel.data import augment
-from cifar_accel.data.cache import load_dataset
+from cifar_accel.data.batches import Pipeline, smooth_one_hot
+from cifar_accel.data.datasets import Split
+from cifar_accel.data.decode import load_dataset
 from cifar_accel.data.order import Order
-from cifar_accel.data.pipelines import Pipeline, smooth_one_hot
-from cifar_accel.data.sources import Split
+from cifar_accel.options.recipes import recipe_defaults
 
 CPU, MEAN, STD = torch.device("cpu"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

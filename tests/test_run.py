@@ -13,8 +13,8 @@ from conftest import BIN, FRESH, TINY, TWO, rows, summary, wandb_runs, wandb_sum
 from test_sources import image_folder, parquet_folder
 
 from cifar_accel.cli import main, train_command
-from cifar_accel.report import PLOTS
-from cifar_accel.run_folder import read_json
+from cifar_accel.files import read_json
+from cifar_accel.results.charts import PLOTS
 
 
 def wandb_rows(file: Path) -> list[dict]:
@@ -69,8 +69,8 @@ def test_what_a_run_leaves(trainer, in_process, tmp_path):
     code, out, _ = in_process(main, "evaluate", moved)
     assert code == 0 and f"{result['accuracy']:.4%}" in out and "100 test images" in out
     model = timm.create_model(f"local-dir:{moved / 'model'}", pretrained=True).eval()
-    from cifar_accel.data.cache import load_dataset
-    from cifar_accel.data.sources import limit
+    from cifar_accel.data.datasets import limit
+    from cifar_accel.data.decode import load_dataset
 
     test = limit(load_dataset("digits", config["options"]["data_dir"], 32).test, 100, "", 3407)
     x = torch.nn.functional.interpolate(

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_accel.data.cache import load_dataset
-from cifar_accel.data.sources import hold_out, limit
+from cifar_accel.data.datasets import hold_out, limit
+from cifar_accel.data.decode import load_dataset
+from cifar_accel.errors import BadInput
 
 
 def picture(seed: int, size=(32, 32), ending="png") -> bytes:
@@ -232,7 +233,7 @@ def test_limits_and_held_out_images(cache):
     ],
 )
 def test_bad_data_is_named(tmp_path, make, message):
-    with pytest.raises(ValueError, match="--dataset") as caught:
+    with pytest.raises(BadInput, match="--dataset") as caught:
         load_dataset(make(tmp_path), str(tmp_path / "cache"), 32)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not [p for p in tmp_path.glob("cache/*") if p.suffix != ".lock"], "nothing half-written"

@@ -4,19 +4,19 @@ import json
 import os
 from pathlib import Path
 
-import faults
+import forked_runs
 import pytest
 import torch
 from conftest import contents, rows, sha256, summary
 
-from cifar_accel import checkpoint
+from cifar_accel.records import checkpoint
 
 
 @pytest.fixture
 def trained(words, tmp_path):
     """The options of a small run, and its folder."""
     options = words("--run-name", "a", "--tracker", "none", "--max-steps", "8")
-    faults.finish(options, tmp_path / "log")
+    forked_runs.finish(options, tmp_path / "log")
     return options, tmp_path / "ck" / "a"
 
 
@@ -49,7 +49,7 @@ def test_checkpoints_that_name_paths_elsewhere_do_nothing(trained, words, tmp_pa
     (tmp_path / "victim").write_text("mine")
     about["files"]["../../../../victim"] = {"bytes": 4, "sha256": "0"}
     manifest.write_text(json.dumps(about))
-    faults.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "9"), tmp_path / "log")
+    forked_runs.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "9"), tmp_path / "log")
     assert "names a file outside the folder" in (tmp_path / "log").read_text()
     assert (tmp_path / "victim").read_text() == "mine" and len(sha256(run)) == 64
 
@@ -169,10 +169,10 @@ def test_what_a_stranger_put_into_a_checkpoint_is_one_line(trained, words, tmp_p
         (folder / "manifest.json").write_text(json.dumps(about))
         assert checkpoint.fault(folder) is None
         log, before = tmp_path / f"log-{n}", rows(run)
-        refused = faults.finish(words("--run-name", "a", "--tracker", "none"), log)
+        refused = forked_runs.finish(words("--run-name", "a", "--tracker", "none"), log)
         said = log.read_text()
         assert refused.codes == [2] and "Traceback" not in said and said.count("cifar_accel: --resume ") == 1, what
         assert rows(run) == before and not list(Path.cwd().glob("hostile-*")), what
         for file, content in good.items():
             (folder / file).write_bytes(content)
-    assert faults.finish(words("--run-name", "a", "--tracker", "none"), tmp_path / "log").codes == [0]
+    assert forked_runs.finish(words("--run-name", "a", "--tracker", "none"), tmp_path / "log").codes == [0]

@@ -12,8 +12,8 @@ from conftest import TINY, forked, summary
 from PIL import Image
 
 from cifar_accel.cli import main
-from cifar_accel.report import PLOTS, _save_figure, smooth
-from cifar_accel.study import as_flags, name_runs, read_study
+from cifar_accel.launch.study import as_flags, name_runs, read_study
+from cifar_accel.results.charts import PLOTS, _save_figure, smooth
 
 STUDIES = Path(__file__).parent.parent / "studies"
 

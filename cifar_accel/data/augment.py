@@ -2,7 +2,7 @@
 
 The parameters are drawn on the host (numpy, microseconds), so the host knows the size of every sub-batch and never
 waits for the device. An augmentation is one entry in `draw` and one step in `augment`; RandAugment's operations are in
-`programs.py` (which and how strong) and `operations.py` (their pixels).
+`programs.py` (which and how strong) and `pixels.py` (their pixels).
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cifar_accel.config import TrainingArguments
-from cifar_accel.data import operations
-from cifar_accel.data.operations import to_device
+from cifar_accel.data import pixels
+from cifar_accel.data.draws import Floats, Program, draw_jitter, draw_policy
 from cifar_accel.data.order import Mix, uniform
-from cifar_accel.data.policy import parse
-from cifar_accel.data.programs import Floats, Program, draw_jitter, draw_policy
+from cifar_accel.data.pixels import to_device
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.policy import read_policy
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def draw(args: TrainingArguments, epoch: NDArray[np.int64], index: NDArray[np.in
 
     pad, program = args.crop_padding, None
     if args.aa != "none":
-        program = draw_policy(parse(args.aa), seed, epoch, index, (args.image_size, args.image_size))
+        program = draw_policy(read_policy(args.aa), seed, epoch, index, (args.image_size, args.image_size))
     elif args.color_jitter:
         program = draw_jitter(seed, epoch, index, args.color_jitter)
     hflip = one("hflip") < args.hflip if args.hflip else None
@@ -103,13 +103,13 @@ def augment(
     Returns whole numbers in 0..255 [n, 3, size, size]: uint8 if pixels were only moved about, else float32.
     """
     if draws.box is not None:
-        images = operations.resize(images, (size, size), interpolation, draws.box, draws.hflip, draws.vflip)
+        images = pixels.resize(images, (size, size), interpolation, draws.box, draws.hflip, draws.vflip)
     else:
         if draws.shift is not None or draws.hflip is not None or draws.vflip is not None:
             images = _rearrange(images, draws)
         if images.shape[-2:] != (size, size):
-            images = operations.resize(images, (size, size), interpolation)
-    return images if draws.program is None else operations.run(images.float(), draws.program, fill, interpolation)
+            images = pixels.resize(images, (size, size), interpolation)
+    return images if draws.program is None else pixels.run_program(images.float(), draws.program, fill, interpolation)
 
 
 def _rearrange(images: torch.Tensor, draws: Draws) -> torch.Tensor:

@@ -5,7 +5,9 @@ on at any step, and the number of processes changes nothing. The hash is the fin
 Flood, "Fast splittable pseudorandom number generators", 2014), applied once per word.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -124,3 +126,29 @@ class Order:
         lam = np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha)
         y, x = (float(uniform(self.seed, f"mix_{axis}", step)[0]) for axis in "yx")
         return Mix(lam, (y, x) if cut else None)
+
+
+class Rows(NamedTuple):
+    """What a micro-batch is made of."""
+
+    step: int
+    epoch: int
+    samples: NDArray[np.int64]  # [n]: the m of the micro-batch itself, then partners that are not among them
+    partners: NDArray[np.int64]  # [m]: for each of the m, where in `samples` its mixing partner is
+
+
+def plan(order: Order, start: int, stop: int, mixing: bool) -> Iterator[Rows]:
+    """The micro-batches of one process over optimizer steps start..stop-1."""
+    epoch, epoch_order = -1, np.empty(0, np.int64)
+    for step in range(start, stop):
+        if step // order.steps_per_epoch != epoch:
+            epoch = step // order.steps_per_epoch
+            epoch_order = permutation(order.seed, epoch, order.samples)
+        samples = order.global_batch(step, epoch_order)
+        for micro in range(order.accumulation):
+            own = order.positions(micro)
+            partners = order.partners(own)
+            places = np.concatenate([own, np.setdiff1d(partners, own)]) if mixing else own
+            by_place = np.argsort(places)
+            partners = by_place[np.searchsorted(places[by_place], partners)] if mixing else own
+            yield Rows(step, epoch, samples[places], partners)

@@ -1,0 +1,1 @@
+"""The machine: its processes, signals, memory and speed."""

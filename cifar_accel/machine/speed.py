@@ -1,0 +1,111 @@
+"""What is known of the device's speed and memory, and what only changes speed."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense peak of one device in FLOP/s by a part of its name, in bf16 or fp16 with fp32 sums, from the makers' data
+# sheets (without sparsity). A device that is not here gets no MFU.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in FLOP/s at `precision` (bf16 or fp16), or None where it is not known."""
+    if device.type != "cuda" or precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far in MiB: by tensors on a CUDA device, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:  # getrusage would count what the parent process held when it started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    except (OSError, IndexError, ValueError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks of up to 32 MiB, for training on a CPU; does nothing where there is no glibc.
+
+    Every step allocates the same activations again. By default glibc returns large ones to the kernel, which then
+    clears each page anew: a third of a small model's step on a virtual machine (benchmarks/RESULTS.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc takes
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def compile_model(model: torch.nn.Module, mode: str, device: torch.device, say: Callable[[str], None]) -> bool:
+    """Compile `model` in place for static shapes; False, after a warning, where torch.compile's backend is missing."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as e:  # whatever the missing compiler or triton raises
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        say(f"warning: --compile does not work here and is left out ({reason[:150]})")
+        return False
+    if mode == "reduce-overhead" and device.type != "cuda":
+        say(
+            "warning: --compile-mode reduce-overhead makes CUDA graphs, which this device has not; the default is taken"
+        )
+        mode = "default"
+    torch._dynamo.utils.counters.clear()  # the trial is not counted
+    model.compile(mode=mode, dynamic=False)
+    return True
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far: two (training and evaluation) when every batch has one shape."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class Profiler:
+    """A trace of `steps` optimizer steps, after 3 of warm-up, for Perfetto or chrome://tracing; and a table."""
+
+    def __init__(self, folder: Path, steps: int, say: Callable[[str], None]):
+        self.folder, self.say = folder, say
+        self.profile: Any = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=0, warmup=3, active=steps, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self.profile.start()
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        self.profile.step()
+
+    def close(self) -> None:
+        """Write what was traced, when the training ended before all steps were."""
+        self.profile.stop()
+
+    def _write(self, profile: Any) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+            profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
+            cuda = torch.cuda.is_available()
+            table = profile.key_averages().table(f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=40)
+            (self.folder / "operators.txt").write_text(table)
+            self.say(
+                f"profile: {self.folder / 'trace.json.gz'} (open it in ui.perfetto.dev) and operators.txt beside it"
+            )
+        except OSError as e:
+            self.say(f"warning: no profile in {self.folder} ({e.strerror or e}); training goes on")

@@ -1,0 +1,1 @@
+"""Models: made, changed, loaded and saved."""

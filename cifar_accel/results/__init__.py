@@ -1,0 +1,1 @@
+"""Tables, charts and the page, from run folders alone; nothing here loads torch."""
