@@ -28,16 +28,24 @@ def epochs(dataset: str, data_dir: str, device: str, rounds: int) -> list[Row]:
     for model, precision in EPOCHS[device].items():
         sides = {
             "the report's loop": Contender("benchmarks.baseline", "report", model, dataset, *words),
-            "ours": Contender("benchmarks.baseline", "ours", model, dataset, *words, "--precision", precision),
+            "ours": Contender(
+                "benchmarks.baseline", "ours", model, dataset, *words, "--precision", precision
+            ),
         }
-        seen = in_turns({k: lambda side=side: side()["seconds"] for k, side in sides.items()}, rounds)
+        seen = in_turns(
+            {k: lambda side=side: side()["seconds"] for k, side in sides.items()}, rounds
+        )
         for side in sides.values():
             side.close()
         label = f"epoch of {model} on {device}"
         ours = f"ours, {'fp32' if precision == 'no' else precision}"
         rows += [Row(f"{label}: {ours if k == 'ours' else k}", "s", v) for k, v in seen.items()]
         rows.append(
-            goal(f"{label}: the report's over ours", ratios(seen["the report's loop"], seen["ours"]), *GOALS[device])
+            goal(
+                f"{label}: the report's over ours",
+                ratios(seen["the report's loop"], seen["ours"]),
+                *GOALS[device],
+            )
         )
     return rows
 

@@ -28,21 +28,37 @@ from cifar_accel.options.recipes import recipe_defaults
 BATCH, NAMES = 256, {"nfnet": "dm_nfnet_f0", "vit": "vit_base_patch8_224"}
 
 
-def reports_epoch(model_name: str, data: Dataset, device: torch.device, workers: int) -> Callable[[], None]:
+def reports_epoch(
+    model_name: str, data: Dataset, device: torch.device, workers: int
+) -> Callable[[], None]:
     """The report's loop."""
     from benchmarks.pipeline import Pictures
 
-    about = dict(input_size=(3, 32, 32), batch_size=BATCH, num_workers=workers, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    about |= dict(pin_memory=device.type == "cuda", device=device, use_prefetcher=device.type == "cuda")
+    about = dict(
+        input_size=(3, 32, 32),
+        batch_size=BATCH,
+        num_workers=workers,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    about |= dict(
+        pin_memory=device.type == "cuda", device=device, use_prefetcher=device.type == "cuda"
+    )
     about |= dict(persistent_workers=workers > 0)
     training = timm.data.create_loader(
         Pictures(data.train), is_training=True, vflip=0.5, hflip=0.5, color_jitter=0.0, auto_augment="rand-m15-n2",
         interpolation="bilinear", **about,
     )  # fmt: skip
-    testing = timm.data.create_loader(Pictures(data.test), is_training=False, crop_pct=0.875, **about)
-    mixing = timm.data.Mixup(0.8, prob=0.7, label_smoothing=0.1, num_classes=len(data.train.classes))
+    testing = timm.data.create_loader(
+        Pictures(data.test), is_training=False, crop_pct=0.875, **about
+    )
+    mixing = timm.data.Mixup(
+        0.8, prob=0.7, label_smoothing=0.1, num_classes=len(data.train.classes)
+    )
     size = {"img_size": 32} if "vit" in model_name else {}
-    model = timm.create_model(NAMES.get(model_name, model_name), num_classes=len(data.train.classes), **size).to(device)
+    model = timm.create_model(
+        NAMES.get(model_name, model_name), num_classes=len(data.train.classes), **size
+    ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=1e-2, amsgrad=True)
     criterion = SoftTargetCrossEntropy()
 
@@ -64,11 +80,19 @@ def reports_epoch(model_name: str, data: Dataset, device: torch.device, workers:
     return epoch
 
 
-def our_epoch(model_name: str, data: Dataset, device: torch.device, precision: str) -> Callable[[], None]:
+def our_epoch(
+    model_name: str, data: Dataset, device: torch.device, precision: str
+) -> Callable[[], None]:
     """Our loop, by its own parts: optimizer_step and evaluate_split."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
 
-    args = replace(recipe_defaults("report"), model=model_name, pretrained=False, device=device.type, warmup_epochs=5.0)
+    args = replace(
+        recipe_defaults("report"),
+        model=model_name,
+        pretrained=False,
+        device=device.type,
+        warmup_epochs=5.0,
+    )
     run, state = our_run(args, data)
     batches = run.train.training_batches(run.order, 0, run.total_steps)
     clock = train.Clock(state)
@@ -87,7 +111,9 @@ def our_epoch(model_name: str, data: Dataset, device: torch.device, precision: s
 
 def main() -> None:
     """Serve epochs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("side", choices=["report", "ours"])
     parser.add_argument("model")
     parser.add_argument("dataset")
@@ -96,10 +122,14 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default="no", help="of our side; the report's is fp32")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the report's side")
+    parser.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the report's side"
+    )
     given = parser.parse_args()
     data, device = images(given.dataset, given.data_dir), torch.device(given.device)
-    data = replace(data, train=limit(data.train, given.train, "", 0), test=limit(data.test, given.test, "", 0))
+    data = replace(
+        data, train=limit(data.train, given.train, "", 0), test=limit(data.test, given.test, "", 0)
+    )
     if given.side == "report":
         epoch = reports_epoch(given.model, data, device, given.workers)
     else:

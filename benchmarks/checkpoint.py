@@ -20,7 +20,9 @@ from cifar_accel.records import checkpoint
 
 def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
     """Print one line for model `name`."""
-    args = replace(recipe_defaults("plain"), model=name, pretrained=False, device=device, warmup_epochs=0.0)
+    args = replace(
+        recipe_defaults("plain"), model=name, pretrained=False, device=device, warmup_epochs=0.0
+    )
     run, state = our_run(args, data)
     batches = run.train.training_batches(run.order, 0, 10**9)
     sums, clock = train.Sums(run.accelerator), train.Clock(state)
@@ -42,7 +44,9 @@ def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
             state.step += 1
             began = time.perf_counter()
             weights, optimizer = run.module.state_dict(), run.optimizer.optimizer.state_dict()
-            path = checkpoint.save_checkpoint(Path(folder), weights, optimizer, None, asdict(state), 2)
+            path = checkpoint.save_checkpoint(
+                Path(folder), weights, optimizer, None, asdict(state), 2
+            )
             written.append(time.perf_counter() - began)
             began = time.perf_counter()
             assert checkpoint.fault(path) is None

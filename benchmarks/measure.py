@@ -54,11 +54,19 @@ def ratios(over: list[float], under: list[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
-def goal(name: str, values: list[float], least: float, aim: float, unit: str = "x", most: bool = False) -> Row:
+def goal(
+    name: str, values: list[float], least: float, aim: float, unit: str = "x", most: bool = False
+) -> Row:
     """A row that must reach `least` (or, with `most`, stay below it) in the median."""
     median = statistics.median(values)
     sign = "<=" if most else ">="
-    return Row(name, unit, values, f"{sign} {least:g}, aim {aim:g}", median <= least if most else median >= least)
+    return Row(
+        name,
+        unit,
+        values,
+        f"{sign} {least:g}, aim {aim:g}",
+        median <= least if most else median >= least,
+    )
 
 
 class Contender:
@@ -66,7 +74,9 @@ class Contender:
 
     def __init__(self, module: str, *words: str):
         command = [sys.executable, "-m", module, *words]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.name = f"{module} {' '.join(words)}"
 
     def __call__(self) -> dict[str, float]:
@@ -98,14 +108,20 @@ def images(dataset: str, data_dir: str) -> Dataset:
     rng = np.random.default_rng(0)
 
     def split(n: int) -> Split:
-        return Split(rng.integers(0, 256, (n, 3, 32, 32), np.uint8), np.arange(n) % 100, [str(c) for c in range(100)])
+        return Split(
+            rng.integers(0, 256, (n, 3, 32, 32), np.uint8),
+            np.arange(n) % 100,
+            [str(c) for c in range(100)],
+        )
 
     return Dataset("noise", split(50_000), split(10_000), "noise")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks take. The data set is CIFAR-100 from CIFAR_ACCEL_DATA, else noise."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("dataset", nargs="?", default=os.environ.get("CIFAR_ACCEL_DATA") or "noise")
     made.add_argument("--data-dir", default="~/.cache/cifar_accel")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -117,8 +133,12 @@ def our_run(args: TrainingArguments, data: Dataset) -> tuple[run_module.Run, run
     """What the trainer sets up for `args`, over images that are there already."""
     run_module.load_splits = lambda args, say: (data, data.test)
     stop = StopRequest()
-    opened, accelerator = processes.start_processes(args, Opened(path=Path("unused")), lambda line: None)
-    return run_module.set_up(args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop)
+    opened, accelerator = processes.start_processes(
+        args, Opened(path=Path("unused")), lambda line: None
+    )
+    return run_module.set_up(
+        args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop
+    )
 
 
 def show(rows: list[Row], out: str | None, title: str) -> None:
@@ -130,12 +150,18 @@ def show(rows: list[Row], out: str | None, title: str) -> None:
     for r in rows:
         low, high = (number(f(r.values)) for f in (min, max))
         spread, median = f"{low} to {high}", f"{number(r.median)} {r.unit}"
-        lines.append(f"{r.name:<58}{median:>12}  {spread:<22}{len(r.values):>2}  {r.goal} {marks[r.met]}")
-        cells.append(f"| {r.name} | {median} | {spread} | {len(r.values)} | {r.goal} {marks[r.met]} |")
+        lines.append(
+            f"{r.name:<58}{median:>12}  {spread:<22}{len(r.values):>2}  {r.goal} {marks[r.met]}"
+        )
+        cells.append(
+            f"| {r.name} | {median} | {spread} | {len(r.values)} | {r.goal} {marks[r.met]} |"
+        )
     print("\n".join(["", title, *lines]))
     if out:
         record = {"title": title, "rows": [asdict(r) for r in rows]}
-        machine = {k: v for k, v in about["hardware"].items() if k != "host"} | {"processor": processor()}
+        machine = {k: v for k, v in about["hardware"].items() if k != "host"} | {
+            "processor": processor()
+        }
         record |= {"versions": about["versions"], "hardware": machine}
         Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
         versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
@@ -149,7 +175,10 @@ def processor() -> str:
     """The processor's name and whether it computes bf16, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "unknown")
+    name = next(
+        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")),
+        "unknown",
+    )
     return ", ".join([name, *(f for f in ("avx512_bf16", "amx_bf16") if f in text)])
 
 

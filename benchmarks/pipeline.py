@@ -55,7 +55,9 @@ def timm_loader(split: Split, policy: str, workers: int, device: torch.device) -
         tensor = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
         last = [timm.data.transforms.ToNumpy()] if cuda else tensor
         crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
-        loader.dataset.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
+        loader.dataset.transform = transforms.Compose(
+            [crop, transforms.RandomHorizontalFlip(), *last]
+        )
     mixing = timm.data.Mixup(0.8, prob=0.7, label_smoothing=0.1, num_classes=len(split.classes))
     while True:
         for x, y in loader:
@@ -94,8 +96,13 @@ def measure(split: Split, policy: str, device: torch.device, rounds: int) -> lis
     contenders = {name: one(name, stream) for name, stream in streams.items()}
     in_turns(contenders, 1)
     seen = in_turns(contenders, rounds)
-    best = max((f"timm, {w} workers" for w in WORKERS), key=lambda name: statistics.median(seen[name]))
-    rows = [Row(f"{policy} policy on {device.type}: {name}", "img/s", values) for name, values in seen.items()]
+    best = max(
+        (f"timm, {w} workers" for w in WORKERS), key=lambda name: statistics.median(seen[name])
+    )
+    rows = [
+        Row(f"{policy} policy on {device.type}: {name}", "img/s", values)
+        for name, values in seen.items()
+    ]
     if policy == "report" and device.type == "cuda":
         rows[-1] = goal(rows[-1].name, rows[-1].values, 500_000, 2_000_000, "img/s")
     over = ratios(seen["device pipeline"], seen[best])

@@ -32,7 +32,10 @@ def peak_mib(words: list[str]) -> float:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, sys.executable, *words], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, sys.executable, *words],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout) / 1024
 
@@ -54,7 +57,17 @@ def main() -> None:
         steps = itertools.count(1)
 
         def resume() -> float:
-            words = [*train, "--limit-test", "100", "--save-every", "1steps", "--run-name", "again", "--resume", "auto"]
+            words = [
+                *train,
+                "--limit-test",
+                "100",
+                "--save-every",
+                "1steps",
+                "--run-name",
+                "again",
+                "--resume",
+                "auto",
+            ]
             return seconds([*words, "--max-steps", str(next(steps))])
 
         resume()
@@ -66,7 +79,9 @@ def main() -> None:
             "one step, 100 test images, to the exit": lambda: seconds(first_step),
             "a resume, one step, 100 test images, to the exit": resume,
         }
-        measured = {name: [measure() for _ in range(given.rounds)] for name, measure in table.items()}
+        measured = {
+            name: [measure() for _ in range(given.rounds)] for name, measure in table.items()
+        }
         libraries = [peak_mib(["-c", LIBRARIES]) for _ in range(3)]
         whole = [peak_mib([*train, "--max-steps", "40"]) for _ in range(3)]
     for name, values in measured.items():
@@ -75,8 +90,19 @@ def main() -> None:
         )
     extra = statistics.median(whole) - statistics.median(libraries)
     print(f"{'peak memory of importing the libraries':<42}{statistics.median(libraries):6,.0f} MiB")
-    print(f"{'... of 40 steps and 10,000 test images':<42}{statistics.median(whole):6,.0f} MiB ({extra:+,.0f} MiB)")
-    print(json.dumps({"seconds": measured, "libraries_mib": libraries, "run_mib": whole, "cores": os.cpu_count()}))
+    print(
+        f"{'... of 40 steps and 10,000 test images':<42}{statistics.median(whole):6,.0f} MiB ({extra:+,.0f} MiB)"
+    )
+    print(
+        json.dumps(
+            {
+                "seconds": measured,
+                "libraries_mib": libraries,
+                "run_mib": whole,
+                "cores": os.cpu_count(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

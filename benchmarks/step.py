@@ -14,7 +14,18 @@ import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from benchmarks.measure import Contender, Row, goal, images, in_turns, our_run, parser, ratios, serve, show
+from benchmarks.measure import (
+    Contender,
+    Row,
+    goal,
+    images,
+    in_turns,
+    our_run,
+    parser,
+    ratios,
+    serve,
+    show,
+)
 from cifar_accel import run as run_module
 from cifar_accel import train
 from cifar_accel.data.datasets import Dataset
@@ -27,7 +38,9 @@ MODEL, STEPS = "test_vit", 40
 
 def our_loop(data: Dataset, device: str) -> tuple[run_module.Run, Callable[[], float]]:
     """Seconds of `STEPS` steps of this project's loop on a tiny model, counting, seeding and asking included."""
-    args = replace(recipe_defaults("plain"), model=MODEL, pretrained=False, device=device, warmup_epochs=0.0)
+    args = replace(
+        recipe_defaults("plain"), model=MODEL, pretrained=False, device=device, warmup_epochs=0.0
+    )
     run, state = our_run(args, data)
     batches = run.train.training_batches(run.order, 0, 10**9)
     sums, clock = train.Sums(run.accelerator), train.Clock(state)
@@ -77,7 +90,10 @@ def peak_of(side: str, data: Dataset, device: str) -> float:
         return peak_memory_mib(run.accelerator.device)
     if device == "cpu":
         keep_freed_memory()
-    resident, labels = torch.from_numpy(data.train.images).to(device), torch.from_numpy(data.train.labels).to(device)
+    resident, labels = (
+        torch.from_numpy(data.train.images).to(device),
+        torch.from_numpy(data.train.labels).to(device),
+    )
     model = timm.create_model(MODEL, num_classes=len(data.train.classes), img_size=32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, fused=True)
     for _ in range(STEPS):
@@ -117,10 +133,14 @@ def formats(name: str, device: torch.device, rounds: int) -> list[Row]:
         return measure
 
     layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    contenders = {f"{n}, {p}": contender(f, p == "bf16") for n, f in layouts.items() for p in ("fp32", "bf16")}
+    contenders = {
+        f"{n}, {p}": contender(f, p == "bf16") for n, f in layouts.items() for p in ("fp32", "bf16")
+    }
     in_turns(contenders, 1)
     seen = in_turns(contenders, rounds)
-    return [Row(f"{name} on {device.type}: {kind}", "img/s", values) for kind, values in seen.items()]
+    return [
+        Row(f"{name} on {device.type}: {kind}", "img/s", values) for kind, values in seen.items()
+    ]
 
 
 def measure(data: Dataset, dataset: str, data_dir: str, device: str, rounds: int) -> list[Row]:
@@ -129,21 +149,45 @@ def measure(data: Dataset, dataset: str, data_dir: str, device: str, rounds: int
     bare = bare_loop(run)
     in_turns({"ours": ours, "bare": bare}, 1)
     seen = in_turns({"ours": ours, "bare": bare}, 3 * rounds)
-    rows = [Row(f"{MODEL} on {device}: {k} loop", "ms/step", [v / STEPS * 1e3 for v in vs]) for k, vs in seen.items()]
+    rows = [
+        Row(f"{MODEL} on {device}: {k} loop", "ms/step", [v / STEPS * 1e3 for v in vs])
+        for k, vs in seen.items()
+    ]
     rows.append(
         goal(
-            f"{MODEL} on {device}: our loop over the bare one", ratios(seen["ours"], seen["bare"]), 1.03, 1.0, most=True
+            f"{MODEL} on {device}: our loop over the bare one",
+            ratios(seen["ours"], seen["bare"]),
+            1.03,
+            1.0,
+            most=True,
         )
     )
     peaks: dict[str, list[float]] = {"ours": [], "plain": []}
     for _ in range(rounds):  # a process has one peak: each value is of a new one
         for side, values in peaks.items():
-            child = Contender("benchmarks.step", dataset, "--data-dir", data_dir, "--device", device, "--peak", side)
+            child = Contender(
+                "benchmarks.step",
+                dataset,
+                "--data-dir",
+                data_dir,
+                "--device",
+                device,
+                "--peak",
+                side,
+            )
             values.append(child()["peak_mib"])
             child.close()
-    rows += [Row(f"peak memory on {device}: {side}", "MiB", values) for side, values in peaks.items()]
+    rows += [
+        Row(f"peak memory on {device}: {side}", "MiB", values) for side, values in peaks.items()
+    ]
     rows.append(
-        goal(f"peak memory on {device}: ours over plain", ratios(peaks["ours"], peaks["plain"]), 1.3, 1.1, most=True)
+        goal(
+            f"peak memory on {device}: ours over plain",
+            ratios(peaks["ours"], peaks["plain"]),
+            1.3,
+            1.1,
+            most=True,
+        )
     )
     return rows
 
@@ -156,7 +200,11 @@ def main() -> None:
     given = options.parse_args()
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
     if given.formats:
-        rows = [row for name in given.formats for row in formats(name, torch.device(given.device), given.rounds)]
+        rows = [
+            row
+            for name in given.formats
+            for row in formats(name, torch.device(given.device), given.rounds)
+        ]
         return show(rows, None, "layouts and precisions")
     data = images(given.dataset, given.data_dir)
     if given.peak:

@@ -13,7 +13,12 @@ from typing import Any
 from cifar_accel.console import fail, say, speak_somewhere
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.signals import StopRequest
-from cifar_accel.options.options import EvaluateArguments, ReportArguments, StudyArguments, TrainingArguments
+from cifar_accel.options.options import (
+    EvaluateArguments,
+    ReportArguments,
+    StudyArguments,
+    TrainingArguments,
+)
 from cifar_accel.options.parsing import parse, parse_training
 from cifar_accel.records.folder import Opened, open_run
 
@@ -31,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in commands:
         return commands[argv[0]][0](argv[1:])
     if argv and argv[0] not in ("-h", "--help"):
-        return fail(f"unknown command {argv[0]}; there are {', '.join(commands)}{did_you_mean(argv[0], commands)}")
+        return fail(
+            f"unknown command {argv[0]}; there are {', '.join(commands)}{did_you_mean(argv[0], commands)}"
+        )
     print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
     for name, (_, text) in commands.items():
         print(f"  {name:<10}{text}")
@@ -55,7 +62,10 @@ def train_command(argv: Sequence[str]) -> int:
             opened = open_run(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), say)
             if opened.finished and os.environ.get("WORLD_SIZE", "1") == "1":
                 return 0
-    except (BadInput, OSError) as e:  # a name too long for a file, or a folder where a file should be
+    except (
+        BadInput,
+        OSError,
+    ) as e:  # a name too long for a file, or a folder where a file should be
         return fail(str(e))
 
     def work() -> dict[str, Any]:
@@ -73,7 +83,9 @@ def train_command(argv: Sequence[str]) -> int:
     return guarded(work)
 
 
-def load_and_train(args: TrainingArguments, origin: dict[str, str], opened: Opened | None) -> dict[str, Any]:
+def load_and_train(
+    args: TrainingArguments, origin: dict[str, str], opened: Opened | None
+) -> dict[str, Any]:
     """Set what the libraries read while they are loaded, load them, and train; returns what summary.json holds."""
     stop = StopRequest(args.max_time)  # from here on a signal ends it in order, with 143
     say("loading torch, timm and accelerate")

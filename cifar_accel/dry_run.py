@@ -37,7 +37,10 @@ from cifar_accel.records.trackers import wandb_mode
 from cifar_accel.run import cut_batch, cut_splits, warmup_steps
 
 # What torchvision's two sets hold, whether they are on this machine or not: training images, test images, classes.
-NOMINAL, HOST = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}, "www.cs.toronto.edu"
+NOMINAL, HOST = (
+    {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)},
+    "www.cs.toronto.edu",
+)
 
 
 class Note(Exception):
@@ -61,13 +64,21 @@ class Plan:
 
 def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None]) -> int:
     """Print the plan and the checks; 2 when a check says that the run would not work, else 0. Writes nothing."""
-    processes = max(1, int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1"))))
+    processes = max(
+        1, int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    )
     local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     plan = Plan(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), processes, local)
     say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
     for f in fields(args):
         value = getattr(args, f.name)
-        shown = "none" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        shown = (
+            "none"
+            if value is None
+            else " ".join(map(str, value))
+            if isinstance(value, tuple)
+            else str(value)
+        )
         say(f"  {flag(f.name):<22} {shown or '-':<28} {origin[f.name]}")
     from_launcher = "launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
     say(f"  {'mixed precision':<22} {plan.precision:<28} {from_launcher}")
@@ -96,7 +107,9 @@ def check_device(plan: Plan) -> str:
     if device_of(plan).type == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if plan.local > len(names):
-            raise Note(f"{plan.local} processes share {len(names)} GPU: {', '.join(names)}, over gloo: slow, for tests")
+            raise Note(
+                f"{plan.local} processes share {len(names)} GPU: {', '.join(names)}, over gloo: slow, for tests"
+            )
         return ", ".join(names)
     return f"{device_of(plan).type}, {os.cpu_count()} cores"
 
@@ -106,8 +119,14 @@ def check_precision(plan: Plan) -> str:
     if plan.precision == "bf16" and device_of(plan).type == "cpu":
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         if "avx512_bf16" not in flags and "amx_bf16" not in flags:
-            raise Note("bf16 is slower than fp32 on this processor (neither avx512_bf16 nor amx_bf16): take no")
-    if plan.precision == "bf16" and device_of(plan).type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise Note(
+                "bf16 is slower than fp32 on this processor (neither avx512_bf16 nor amx_bf16): take no"
+            )
+    if (
+        plan.precision == "bf16"
+        and device_of(plan).type == "cuda"
+        and not torch.cuda.is_bf16_supported(False)
+    ):
         raise Note("bf16 is emulated on this GPU: launch with --mixed_precision fp16 or no")
     return {"no": "fp32"}.get(plan.precision, plan.precision)
 
@@ -137,7 +156,9 @@ def check_port(plan: Plan) -> str:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("", port))
         except (OSError, OverflowError) as e:
-            raise BadInput(f"{port}: {e}; set MASTER_PORT, or main_process_port in the config") from e
+            raise BadInput(
+                f"{port}: {e}; set MASTER_PORT, or main_process_port in the config"
+            ) from e
     return f"{port} is free"
 
 
@@ -156,10 +177,14 @@ def check_data(plan: Plan) -> str:
                 socket.create_connection((HOST, 443), timeout=5).close()
             except OSError as e:
                 remedy = "pass --dataset FOLDER in hub parquet layout"
-                raise BadInput(f"{name} is not in {root}, and {HOST} cannot be reached ({e}); {remedy}") from e
+                raise BadInput(
+                    f"{name} is not in {root}, and {HOST} cannot be reached ({e}); {remedy}"
+                ) from e
     elif is_hub_id(name) and not Path(name).is_dir() and not hub_marker(root, name).exists():
         require_network(f"--dataset {name}", "pass a local folder in the same layout")
-        raise Note(f"{name}: to download from the hub; how many images it holds is not known before")
+        raise Note(
+            f"{name}: to download from the hub; how many images it holds is not known before"
+        )
     else:
         raws = dict(find_source(name, root, lambda line: None).read())
         labels = (np.asarray(raws["train"].labels), np.asarray(raws["test"].labels))
@@ -250,7 +275,9 @@ def check_folder(plan: Plan) -> str:
         try:
             FileLock(opened.path / ".lock").acquire(timeout=0).lock.release()
         except Timeout:
-            raise BadInput(f"{opened.path} is in use by another process; wait, or give another --run-name") from None
+            raise BadInput(
+                f"{opened.path} is in use by another process; wait, or give another --run-name"
+            ) from None
     found = checkpoint.choose([source, opened.fallback], said.append)
     passed = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
     return f"{opened.path} goes on from {found.name if found else 'its beginning: it has no checkpoint'}{passed}"
@@ -279,7 +306,9 @@ def check_tracker(plan: Plan) -> str:
     except ImportError as e:
         raise Note("wandb is not installed: metrics.jsonl alone; pip install wandb") from e
     mode = wandb_mode()
-    return f"wandb {wandb.__version__}, {mode}" + ("; wandb login puts it online" if mode == "offline" else "")
+    return f"wandb {wandb.__version__}, {mode}" + (
+        "; wandb login puts it online" if mode == "offline" else ""
+    )
 
 
 CHECKS: dict[str, Callable[[Plan], str]] = {
@@ -300,9 +329,19 @@ CHECKS: dict[str, Callable[[Plan], str]] = {
 
 def device_of(plan: Plan) -> torch.device:
     """The device that the run would take."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") else plan.args.device
-    return torch.device(wanted if wanted != "auto" else next(kind for kind, there in kinds.items() if there))
+    kinds = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    wanted = (
+        "cpu"
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+        else plan.args.device
+    )
+    return torch.device(
+        wanted if wanted != "auto" else next(kind for kind, there in kinds.items() if there)
+    )
 
 
 def existing(path: Path) -> Path:

@@ -28,21 +28,29 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has no float64
-    sums = torch.zeros(3, dtype=wide, device=accelerator.device)  # loss, correct, correct in the first five
+    wide = (
+        torch.float32 if accelerator.device.type == "mps" else torch.float64
+    )  # mps has no float64
+    sums = torch.zeros(
+        3, dtype=wide, device=accelerator.device
+    )  # loss, correct, correct in the first five
     seen = 0
     with torch.no_grad(), accelerator.autocast():
         for batch in batches:
             x = batch.images.contiguous(memory_format=memory_format)
             if len(x) < fill_to:  # the last batch is short
-                x = torch.cat([x, x[:1].expand(fill_to - len(x), -1, -1, -1)]).contiguous(memory_format=memory_format)
+                x = torch.cat([x, x[:1].expand(fill_to - len(x), -1, -1, -1)]).contiguous(
+                    memory_format=memory_format
+                )
             logits = model(x)[: len(batch.labels)].float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
             loss = F.cross_entropy(logits, batch.labels, reduction="sum")
             sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).to(wide)
             seen += len(batch.labels)
     model.train(was_training)
-    loss_sum, correct, correct5, count = accelerator.reduce(torch.cat([sums, sums.new_tensor([seen])])).tolist()
+    loss_sum, correct, correct5, count = accelerator.reduce(
+        torch.cat([sums, sums.new_tensor([seen])])
+    ).tolist()
     assert count == images, f"evaluated {count:.0f} of {images} images"
     return {
         "loss": loss_sum / count,

@@ -24,7 +24,9 @@ def alike(value: Any, kind: Any) -> bool:
     if isinstance(kind, list | tuple):
         long = not kind or (isinstance(value, list) and len(value) == len(kind))
         return isinstance(value, list) and long and all(map(alike, value, kind))
-    return kind is None or isinstance(value, int | float if isinstance(kind, int | float) else type(kind))
+    return kind is None or isinstance(
+        value, int | float if isinstance(kind, int | float) else type(kind)
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -16,9 +16,13 @@ def require_network(what: str, remedy: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise BadInput(f"{what}: not on this machine, and HF_HUB_OFFLINE forbids to download it; {remedy}")
+        raise BadInput(
+            f"{what}: not on this machine, and HF_HUB_OFFLINE forbids to download it; {remedy}"
+        )
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+        urllib.request.urlopen(
+            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10
+        ).close()
     except urllib.error.HTTPError:
         pass  # an answer, if not a welcome: the download itself will say what is wrong
     except OSError as e:

@@ -17,7 +17,9 @@ from cifar_accel.run import Run, State
 
 def save(run: Run, state: State) -> None:
     """Write a checkpoint. All ranks enter, the main process writes; a failure costs the checkpoint, not the run."""
-    if not torch.isfinite(torch.nn.utils.get_total_norm(list(run.module.parameters()))):  # the host waits
+    if not torch.isfinite(
+        torch.nn.utils.get_total_norm(list(run.module.parameters()))
+    ):  # the host waits
         raise Diverged(f"the weights are not finite after step {state.step:,}")
     if not run.is_main or (run.args.save_every == "none" and not run.stop.asked()):
         return
@@ -27,10 +29,17 @@ def save(run: Run, state: State) -> None:
     optimizer = run.optimizer.optimizer.state_dict()
     try:
         checkpoint.save_checkpoint(
-            run.path, run.module.state_dict(), optimizer, ema, asdict(state), run.args.keep_checkpoints
+            run.path,
+            run.module.state_dict(),
+            optimizer,
+            ema,
+            asdict(state),
+            run.args.keep_checkpoints,
         )
     except OSError as e:
-        run.say(f"warning: no checkpoint at step {state.step:,}: {e.strerror or e}; training goes on")
+        run.say(
+            f"warning: no checkpoint at step {state.step:,}: {e.strerror or e}; training goes on"
+        )
 
 
 def keep_epoch(run: Run, epoch: int) -> None:
@@ -38,7 +47,9 @@ def keep_epoch(run: Run, epoch: int) -> None:
     try:
         keep_weights(run, f"model-epoch-{epoch:04d}")
     except OSError as e:
-        run.say(f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on")
+        run.say(
+            f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on"
+        )
 
 
 def keep_weights(run: Run, name: str) -> None:
@@ -65,10 +76,16 @@ def keep_weights(run: Run, name: str) -> None:
 
 
 def write_summary(
-    run: Run, state: State, status: str, test: dict[str, float] | None = None, error: str | None = None
+    run: Run,
+    state: State,
+    status: str,
+    test: dict[str, float] | None = None,
+    error: str | None = None,
 ) -> dict[str, Any]:
     """Write summary.json on the main process and return its content. `test` holds the figures that count."""
-    test = test or ({} if run.args.validation_fraction else state.evaluation)  # the test set is read at the end
+    test = test or (
+        {} if run.args.validation_fraction else state.evaluation
+    )  # the test set is read at the end
     summary = {
         "status": status,
         "train_loss": state.train_loss,

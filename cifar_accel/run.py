@@ -22,7 +22,13 @@ from cifar_accel.errors import BadInput
 from cifar_accel.files import alike, home
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import compile_model, keep_freed_memory, peak_flops
-from cifar_accel.models.create import build_model, check_model, forward_flops, name_of, use_channels_last
+from cifar_accel.models.create import (
+    build_model,
+    check_model,
+    forward_flops,
+    name_of,
+    use_channels_last,
+)
 from cifar_accel.models.weights import input_statistics
 from cifar_accel.optim.gradients import FiniteGuard
 from cifar_accel.optim.optimizers import build_optimizer, check_names
@@ -115,7 +121,9 @@ def set_up(
     total_steps = args.epochs * order.steps_per_epoch
     stop_step = min(args.max_steps or total_steps, total_steps)
     say(f"model: making {name_of(args)}")
-    module, ema, memory_format, flops = make_model(args, start, len(data.train.classes), accelerator.device, say)
+    module, ema, memory_format, flops = make_model(
+        args, start, len(data.train.classes), accelerator.device, say
+    )
     compiled = args.compile and compile_model(module, args.compile_mode, accelerator.device, say)
     if compiled and ema:
         compile_model(ema.module, args.compile_mode, accelerator.device, say)
@@ -125,10 +133,14 @@ def set_up(
     model, optimizer = accelerator.prepare(module, build_optimizer(module, args))
     state = State(data=data.fingerprint)
     if start_from:
-        state = restore(start_from, opened, accelerator, module, optimizer, ema, data.fingerprint, total_steps)
+        state = restore(
+            start_from, opened, accelerator, module, optimizer, ema, data.fingerprint, total_steps
+        )
         say(f"resume: from {start_from}, after step {state.step:,}")
     mean, std = input_statistics(args, module)
-    train, test = (Pipeline(args, split, accelerator.device, mean, std) for split in (data.train, data.test))
+    train, test = (
+        Pipeline(args, split, accelerator.device, mean, std) for split in (data.train, data.test)
+    )
     run = Run(
         args=args,
         say=say,
@@ -138,10 +150,14 @@ def set_up(
         model=model,
         ema=ema,
         optimizer=optimizer,
-        guard=FiniteGuard(optimizer.optimizer, accelerator.device, accelerator.scaler is not None, state.step),
+        guard=FiniteGuard(
+            optimizer.optimizer, accelerator.device, accelerator.scaler is not None, state.step
+        ),
         order=order,
         train=train,
-        evaluation=test if held_out is data.test else Pipeline(args, held_out, accelerator.device, mean, std),
+        evaluation=test
+        if held_out is data.test
+        else Pipeline(args, held_out, accelerator.device, mean, std),
         test=test,
         total_steps=total_steps,
         stop_step=stop_step,
@@ -151,7 +167,9 @@ def set_up(
         flops=3 * flops,
         peak_flops=peak_flops(accelerator.device, accelerator.mixed_precision),
         compiled=compiled,
-        host_group=torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
+        host_group=torch.distributed.new_group(backend="gloo")
+        if accelerator.num_processes > 1
+        else None,
     )
     run.config = describe(run, origin, data.fingerprint)
     announce(run, origin)
@@ -169,7 +187,11 @@ def check_choices(args: TrainingArguments, say: Callable[[str], None]) -> None:
 
 
 def make_model(
-    args: TrainingArguments, start: TrainingArguments, classes: int, device: torch.device, say: Callable[[str], None]
+    args: TrainingArguments,
+    start: TrainingArguments,
+    classes: int,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> tuple[Any, ModelEmaV3 | None, torch.memory_format, int]:
     """The model on the device with the weights that `start` names, its average, its layout, and its forward FLOPs."""
     if device.type == "cpu":
@@ -199,7 +221,9 @@ def describe(run: Run, origin: dict[str, str], fingerprint: str) -> dict[str, An
             "total_steps": run.total_steps,
             "stop_step": run.stop_step,
             "device_name": str(run.accelerator.device).replace("cpu:0", "cpu"),
-            "memory_format": "channels_last" if run.memory_format is torch.channels_last else "contiguous",
+            "memory_format": "channels_last"
+            if run.memory_format is torch.channels_last
+            else "contiguous",
             "forward_gflops": run.flops / 3e9,
             "train_images": len(train.split),
             "held_out_images": len(run.evaluation.split),
@@ -216,7 +240,9 @@ def describe(run: Run, origin: dict[str, str], fingerprint: str) -> dict[str, An
 def load_splits(args: TrainingArguments, say: Callable[[str], None]) -> tuple[Dataset, Split]:
     """The data set, cut as the options say, and the split that is evaluated while training."""
     local_main = os.environ.get("LOCAL_RANK", "0") == "0"
-    data = load_dataset(args.dataset, args.data_dir, args.image_size, say if local_main else lambda line: None)
+    data = load_dataset(
+        args.dataset, args.data_dir, args.image_size, say if local_main else lambda line: None
+    )
     return cut_splits(args, data, min(data.train.images.shape[2:]))
 
 
@@ -231,7 +257,9 @@ def cut_splits(args: TrainingArguments, data: Dataset, side: int) -> tuple[Datas
     if args.validation_fraction:
         train_split, held_out = hold_out(train_split, args.validation_fraction, args.seed)
     if args.crop_padding >= side:
-        raise BadInput(f"--crop-padding {args.crop_padding}: must be smaller than the images' side of {side} pixels")
+        raise BadInput(
+            f"--crop-padding {args.crop_padding}: must be smaller than the images' side of {side} pixels"
+        )
     return replace(data, train=train_split, test=test), held_out
 
 
@@ -239,26 +267,36 @@ def make_order(args: TrainingArguments, samples: int, accelerator: Accelerator) 
     """The plan of the run for this process. Raises BadInput when the batch cannot be cut equally."""
     accumulation = accelerator.gradient_accumulation_steps  # what `accelerate launch` was told
     accelerator.gradient_accumulation_steps = 1  # the loop divides the loss itself
-    return cut_batch(args, samples, accelerator.num_processes, accelerator.process_index, accumulation)
+    return cut_batch(
+        args, samples, accelerator.num_processes, accelerator.process_index, accumulation
+    )
 
 
-def cut_batch(args: TrainingArguments, samples: int, world: int, rank: int, accumulation: int) -> Order:
+def cut_batch(
+    args: TrainingArguments, samples: int, world: int, rank: int, accumulation: int
+) -> Order:
     """Cut the global batch over `world` processes and the launcher's `accumulation`, or what the options say.
 
     Raises BadInput when it cannot be cut equally.
     """
     if accumulation < 1:
-        raise BadInput(f"the launcher's gradient_accumulation_steps {accumulation}: must be 1 or greater")
+        raise BadInput(
+            f"the launcher's gradient_accumulation_steps {accumulation}: must be 1 or greater"
+        )
     size, rest = divmod(args.batch_size, world)
     if rest or not size:
         near = f"{size * world} or {(size + 1) * world}" if size else str(world)
-        raise BadInput(f"--batch-size {args.batch_size}: cannot be divided by {world} processes; {near} can")
+        raise BadInput(
+            f"--batch-size {args.batch_size}: cannot be divided by {world} processes; {near} can"
+        )
     if accumulation > 1 and args.micro_batch_size:
         raise BadInput(
             f"--micro-batch-size and the launcher's gradient_accumulation_steps {accumulation} are both given"
         )
     if args.micro_batch_size:
-        accumulation = next(a for a in range(1, size + 1) if size % a == 0 and size // a <= args.micro_batch_size)
+        accumulation = next(
+            a for a in range(1, size + 1) if size % a == 0 and size // a <= args.micro_batch_size
+        )
     if size % accumulation:
         raise BadInput(
             f"--batch-size {args.batch_size}: {size} images a process cannot be divided by the launcher's "
@@ -281,9 +319,15 @@ def warmup_steps(args: TrainingArguments, order: Order) -> int:
     return round((args.warmup_epochs or 0) * order.steps_per_epoch)
 
 
-def choose_checkpoint(opened: Opened, accelerator: Accelerator, say: Callable[[str], None]) -> Path | None:
+def choose_checkpoint(
+    opened: Opened, accelerator: Accelerator, say: Callable[[str], None]
+) -> Path | None:
     """The checkpoint to go on from, or None. All ranks enter; rank 0 chooses. Raises BadInput for a damaged one."""
-    chosen = checkpoint.choose([opened.resume_from, opened.fallback], say) if accelerator.is_main_process else None
+    chosen = (
+        checkpoint.choose([opened.resume_from, opened.fallback], say)
+        if accelerator.is_main_process
+        else None
+    )
     name = broadcast_object_list([chosen and str(chosen)])[0]
     return Path(name) if name else None
 
@@ -305,11 +349,15 @@ def restore(
     try:
         state = State(**checkpoint.read_state(path))
         state.window += [0.0] * (5 - len(state.window))  # earlier versions did not time the input
-        sound = state.step >= 0 and all(alike(getattr(state, name), value) for name, value in vars(State()).items())
+        sound = state.step >= 0 and all(
+            alike(getattr(state, name), value) for name, value in vars(State()).items()
+        )
     except (ValueError, TypeError):
         sound = False
     if not sound:
-        raise BadInput(f"--resume {path}: its state.json is none that this trainer writes; {checkpoint.REMEDY}")
+        raise BadInput(
+            f"--resume {path}: its state.json is none that this trainer writes; {checkpoint.REMEDY}"
+        )
     if state.step > total_steps:
         raise BadInput(f"--resume {path}: stands at step {state.step:,} of {total_steps:,}")
     if state.data != fingerprint:
@@ -317,7 +365,9 @@ def restore(
     checkpoint.load_checkpoint(path, module, optimizer.optimizer, ema.module if ema else None)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
-    if path.parent.parent.resolve() != opened.path.resolve():  # a new run that begins where another stood
+    if (
+        path.parent.parent.resolve() != opened.path.resolve()
+    ):  # a new run that begins where another stood
         state.tracker_id = None
     return state
 

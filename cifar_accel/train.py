@@ -97,11 +97,17 @@ def begin(run: Run, state: State) -> trackers.Tracker:
         run.say(f"resume: a checkpoint after step {state.step:,} is kept as {path}")
     config_file = run.path / "config.json"
     old = read_config(run.path) or run.config
-    state.tracker_id = state.tracker_id or old.get("tracker_id")  # killed before its first checkpoint
+    state.tracker_id = state.tracker_id or old.get(
+        "tracker_id"
+    )  # killed before its first checkpoint
     again = {"step": state.step, **{k: run.config[k] for k in ("command", "versions", "hardware")}}
     config = old | {"resumed": [*old.get("resumed", []), again]} if state.step else run.config
     write_json(config_file, config | {"tracker_id": state.tracker_id})
-    if run.began_in and run.began_in.resolve() != run.path.resolve() and (run.began_in / "metrics.jsonl").exists():
+    if (
+        run.began_in
+        and run.began_in.resolve() != run.path.resolve()
+        and (run.began_in / "metrics.jsonl").exists()
+    ):
         shutil.copy(run.began_in / "metrics.jsonl", run.path)
     tracker = trackers.start_tracker(
         run.args.tracker,
@@ -114,13 +120,21 @@ def begin(run: Run, state: State) -> trackers.Tracker:
         folder=run.path,
         run_id=state.tracker_id,
     )
-    state.tracker_id = tracker.id or state.tracker_id  # a start without a tracker does not end its run
+    state.tracker_id = (
+        tracker.id or state.tracker_id
+    )  # a start without a tracker does not end its run
     write_json(config_file, config | {"tracker_id": state.tracker_id})
     return tracker
 
 
 # What torch says when the other end of a connection is gone: gloo, then NCCL.
-PEER_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "remote process exited")
+PEER_LOST = (
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process exited",
+)
 
 
 def explained(e: BaseException, run: Run) -> BaseException:
@@ -132,8 +146,14 @@ def explained(e: BaseException, run: Run) -> BaseException:
         except Exception as again:  # a device that fails at more than its memory
             return OutOfMemory(f"out of memory on {run.accelerator.device}, and then: {again}")
     text = " ".join(str(e).split())
-    if run.order.world > 1 and isinstance(e, RuntimeError) and any(sign in text for sign in PEER_LOST):
-        return PeerLost(f"another process of this run is gone ({text[:120]}); the same command goes on")
+    if (
+        run.order.world > 1
+        and isinstance(e, RuntimeError)
+        and any(sign in text for sign in PEER_LOST)
+    ):
+        return PeerLost(
+            f"another process of this run is gone ({text[:120]}); the same command goes on"
+        )
     if isinstance(e, OSError):
         return TrainingError(f"{e}; the same command goes on from the last checkpoint")
     return e
@@ -146,8 +166,14 @@ def fit(run: Run, state: State, tracker: trackers.Tracker) -> str:
     sums, clock = Sums(run.accelerator), Clock(state)
     metrics = Metrics(run.path / "metrics.jsonl", run.say, enabled=run.is_main)
     metrics.truncate(state.step - state.due)
-    progress = Progress(run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main)
-    profiler = Profiler(run.path / "profile", args.profile, run.say) if args.profile and run.is_main else None
+    progress = Progress(
+        run.total_steps, steps_per_epoch, state.step, run.stop_step, enabled=run.is_main
+    )
+    profiler = (
+        Profiler(run.path / "profile", args.profile, run.say)
+        if args.profile and run.is_main
+        else None
+    )
     run.stop.training = True
     run.model.train()
     stopped = False
@@ -169,7 +195,9 @@ def fit(run: Run, state: State, tracker: trackers.Tracker) -> str:
         evaluates = due or rest == 0 or last
         stopped, minutes_up = agree(run, clock.minutes_up(args.save_every))
         logs = state.due = due or row_due(run, state.step)
-        saves = stopped or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
+        saves = (
+            stopped or last or minutes_up or save_due(args.save_every, state.step, steps_per_epoch)
+        )
         if logs or saves:
             look(run, state, sums)  # the host waits
             clock.stop()
@@ -183,7 +211,12 @@ def fit(run: Run, state: State, tracker: trackers.Tracker) -> str:
                     state.due = False
                     for log in (metrics.write, tracker.log, progress.log):
                         log(row)
-            if rest == 0 and not state.due and args.save_epochs > 0 and epoch % args.save_epochs == 0:
+            if (
+                rest == 0
+                and not state.due
+                and args.save_epochs > 0
+                and epoch % args.save_epochs == 0
+            ):
                 keep_epoch(run, epoch)
             if saves:
                 metrics.flush()
@@ -200,10 +233,14 @@ def fit(run: Run, state: State, tracker: trackers.Tracker) -> str:
     return "finished" if state.step >= run.stop_step and not state.due else "preempted"
 
 
-def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], sums: Sums, clock: Clock) -> None:
+def optimizer_step(
+    run: Run, step: int, rate: float, batches: Iterator[Batch], sums: Sums, clock: Clock
+) -> None:
     """One step of the optimizer over the global batch, cut into micro-batches. All ranks enter; nobody waits."""
     args, accelerator, accumulation = run.args, run.accelerator, run.order.accumulation
-    criterion = BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy()  # targets carry any smoothing
+    criterion = (
+        BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy()
+    )  # targets carry any smoothing
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     losses = []
@@ -216,8 +253,12 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
         with accelerator.no_sync(run.model) if micro < accumulation - 1 else nullcontext():
             logits = run.model(images.contiguous(memory_format=run.memory_format))
             loss = criterion(logits, targets)
-            sums.add(loss, logits, targets.argmax(1) if args.mixup or args.cutmix else labels)  # the larger part's
-            accelerator.backward(loss / accumulation)  # DDP averages over the ranks: the mean of the global batch
+            sums.add(
+                loss, logits, targets.argmax(1) if args.mixup or args.cutmix else labels
+            )  # the larger part's
+            accelerator.backward(
+                loss / accumulation
+            )  # DDP averages over the ranks: the mean of the global batch
         losses.append(loss.detach())
     accelerator.unscale_gradients(run.optimizer)
     norm = None
@@ -225,7 +266,9 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
         norm = gradient_norm(run.guard.parameters)
     if args.clip_grad and norm is not None:
         clip_gradients(run.module, norm, args)
-    optimizer = run.optimizer if accelerator.scaler else run.optimizer.optimizer  # the wrapper looks for packages
+    optimizer = (
+        run.optimizer if accelerator.scaler else run.optimizer.optimizer
+    )  # the wrapper looks for packages
     if run.guard.allows(norm, losses):
         optimizer.step()
     run.optimizer.optimizer.zero_grad(set_to_none=True)
@@ -236,7 +279,9 @@ def optimizer_step(run: Run, step: int, rate: float, batches: Iterator[Batch], s
 
 def seed_dropout(run: Run, step: int, micro: int) -> None:
     """Seed what the model itself draws (dropout, stochastic depth), so that a resume draws the same."""
-    value = int(dropout_seeds(run.args.seed, step // 256, int(run.order.positions(micro)[0]))[step % 256])
+    value = int(
+        dropout_seeds(run.args.seed, step // 256, int(run.order.positions(micro)[0]))[step % 256]
+    )
     torch.default_generator.manual_seed(value)
     if run.accelerator.device.type == "cuda":
         torch.cuda.default_generators[run.accelerator.device.index or 0].manual_seed(value)
@@ -272,13 +317,20 @@ def any_rank(run: Run, *flags: bool) -> list[bool]:
 
 def row_due(run: Run, step: int) -> bool:
     """Whether a row is logged after `step`: every --log-every steps, and where an evaluation is."""
-    return step % run.args.log_every == 0 or step % run.order.steps_per_epoch == 0 or step == run.stop_step
+    return (
+        step % run.args.log_every == 0
+        or step % run.order.steps_per_epoch == 0
+        or step == run.stop_step
+    )
 
 
 def save_due(save_every: str, step: int, steps_per_epoch: int) -> bool:
     """Whether a checkpoint is due after `step` by epochs or steps."""
     count, unit = parse_interval(save_every)
-    return unit in ("epoch", "step") and step % (count * (steps_per_epoch if unit == "epoch" else 1)) == 0
+    return (
+        unit in ("epoch", "step")
+        and step % (count * (steps_per_epoch if unit == "epoch" else 1)) == 0
+    )
 
 
 def look(run: Run, state: State, sums: Sums) -> None:
@@ -296,7 +348,12 @@ def look(run: Run, state: State, sums: Sums) -> None:
     samples = run.order.samples_of(step).tolist()
     if run.is_main:
         with suppress(OSError):
-            about = {"step": step, "learning_rate": rate, "gradient_norm": str(norm), "loss": str(loss)}
+            about = {
+                "step": step,
+                "learning_rate": rate,
+                "gradient_norm": str(norm),
+                "loss": str(loss),
+            }
             write_json(run.path / "diverged.json", {**about, "samples": samples})
     shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
     raise Diverged(
@@ -344,15 +401,21 @@ def evaluation_row(run: Run, state: State) -> dict[str, float]:
 def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
     """Exact figures of the run's weights over one split. All ranks enter. Raises Stopped when they agreed to stop."""
     if run.host_group is not None:
-        for buffer in run.result.buffers():  # each rank has its own batch-norm statistics: the main one's are saved
+        for buffer in (
+            run.result.buffers()
+        ):  # each rank has its own batch-norm statistics: the main one's are saved
             torch.distributed.broadcast(buffer, 0)
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     size = evaluation_batch_size(run.args, run.order)
-    rounds = math.ceil(math.ceil(len(pipeline.split) / world) / size)  # of the rank with the largest share
+    rounds = math.ceil(
+        math.ceil(len(pipeline.split) / world) / size
+    )  # of the rank with the largest share
     batches = unless_stopped(run, pipeline.evaluation_batches(size, world, rank), rounds)
     fill_to = size if run.compiled else 0  # a compiled model sees one shape
     run.evaluating = True  # out of memory here needs another remedy
-    result = evaluate(run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to)
+    result = evaluate(
+        run.accelerator, run.result, batches, len(pipeline.split), run.memory_format, fill_to
+    )
     run.evaluating = False
     return result
 
@@ -385,11 +448,15 @@ def finish(run: Run, state: State, status: str) -> dict[str, Any]:
         try:
             keep_weights(run, "model")
         except OSError as e:
-            raise TrainingError(f"the weights are not written: {e.strerror or e}; the same command tries again") from e
+            raise TrainingError(
+                f"the weights are not written: {e.strerror or e}; the same command tries again"
+            ) from e
         shown = test or state.evaluation
         if run.compiled:
             run.say(f"compiled  {compiled_graphs()} graphs (training and evaluation need one each)")
-        run.say(f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}")
+        run.say(
+            f"result    accuracy {shown['accuracy']:.2%} on {shown['evaluated_images']:,} test images; {run.path}"
+        )
     any_rank(run, False)  # all have come so far
     if run.is_main and status == "preempted":
         run.say(f"stopped by {mark_preempted(run, state)}")
@@ -400,10 +467,18 @@ def mark_preempted(run: Run, state: State) -> str:
     """Write PREEMPTED on the main process, and return what it says: why and when, and where the next start begins."""
     kept = checkpoint.list_checkpoints(run.path)  # the last save may have found no room
     at = checkpoint.step_of(kept[0]) if kept else 0
-    begins = "goes on from there" if at == state.step else f"goes on from step {at:,}" if at else "begins anew"
+    begins = (
+        "goes on from there"
+        if at == state.step
+        else f"goes on from step {at:,}"
+        if at
+        else "begins anew"
+    )
     if run.args.resume not in ("auto", "never"):
         if run.path.resolve() in Path(run.args.resume).resolve().parents:
-            begins = f"goes back to {run.args.resume}, and one without --resume goes on from step {at:,}"
+            begins = (
+                f"goes back to {run.args.resume}, and one without --resume goes on from step {at:,}"
+            )
         elif not kept:
             begins = f"goes on from {run.args.resume}"
     text = f"{run.stop.reason} after step {state.step:,}; the same command {begins}"

@@ -13,7 +13,9 @@ from pathlib import Path
 import forked_runs
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality needs one thread count, and tests share few cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # bit-equality needs one thread count, and tests share few cores
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 
@@ -77,9 +79,13 @@ def trainer(tmp_path, cache):
             done = subprocess.run(words, capture_output=True, text=True, **about)
         else:
             done = forked(command(*words, base=base)[3:], tmp_path, env, timeout)
-        assert check is None or done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert check is None or done.returncode == check, (
+            f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
-        done.run = next((p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None)
+        done.run = next(
+            (p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None
+        )
         return done
 
     run.command = command
@@ -92,8 +98,12 @@ def forked(
     """What `python -m cifar_accel WORDS` in `folder` gives, from a fork of a process that has imported it."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        training = forked_runs.finish(words, out, seconds=timeout, environment=env, err=err, cwd=folder)
-        return subprocess.CompletedProcess(words, training.codes[0], out.read_text(), err.read_text())
+        training = forked_runs.finish(
+            words, out, seconds=timeout, environment=env, err=err, cwd=folder
+        )
+        return subprocess.CompletedProcess(
+            words, training.codes[0], out.read_text(), err.read_text()
+        )
 
 
 @pytest.fixture
@@ -130,7 +140,11 @@ def summary(run: Path) -> dict:
 
 def contents(run: Path) -> dict[Path, bytes]:
     """All files of a run folder but those of its lock."""
-    return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in (".owner", ".lock")}
+    return {
+        p: p.read_bytes()
+        for p in run.rglob("*")
+        if p.is_file() and p.name not in (".owner", ".lock")
+    }
 
 
 def without_clock(lines: list[dict]) -> list[dict]:

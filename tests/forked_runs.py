@@ -16,7 +16,9 @@ from pathlib import Path
 
 PLOTTING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cifar_accel.train", "cifar_accel.dry_run", "cifar_accel.results.charts", *PLOTTING])
+SERVER.set_forkserver_preload(
+    ["cifar_accel.train", "cifar_accel.dry_run", "cifar_accel.results.charts", *PLOTTING]
+)
 
 
 def _rank(
@@ -50,10 +52,17 @@ class Training:
         for rank in range(world):
             about = dict(os.environ) | (environment or {})
             if world > 1:
-                about |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+                about |= dict(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(world),
+                    LOCAL_WORLD_SIZE=str(world),
+                )
                 about |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             files, folder = (self.log.absolute(), Path(err or log).absolute()), Path(cwd).absolute()
-            process = SERVER.Process(target=_rank, args=([str(w) for w in words], about, files, folder, hook))
+            process = SERVER.Process(
+                target=_rank, args=([str(w) for w in words], about, files, folder, hook)
+            )
             process.start()
             self.ranks.append(process)
 
@@ -86,7 +95,9 @@ def finish(words, log, world=1, seconds=120.0, **about) -> Training:
     return training
 
 
-def _killed(training: Training, saved: Callable[[], set[str]], rng: random.Random, early: bool) -> bool:
+def _killed(
+    training: Training, saved: Callable[[], set[str]], rng: random.Random, early: bool
+) -> bool:
     """Kill it in its first second (`early`), or soon after its first checkpoint; False where it ended by itself."""
     before, end = saved(), time.monotonic() + 120
     while not early and not training.wait(0.02) and saved() <= before:
@@ -105,7 +116,9 @@ def finish_with_kills(words, log, run, kills, seed, worlds=(1,), **about) -> int
     rng, done = random.Random(seed), 0
     while done < kills:
         training = Training(words, log, worlds[done % len(worlds)], **about)
-        if not _killed(training, lambda: {p.name for p in run.glob("checkpoints/step-*")}, rng, done % 3 == 0):
+        if not _killed(
+            training, lambda: {p.name for p in run.glob("checkpoints/step-*")}, rng, done % 3 == 0
+        ):
             break
         done += 1
     assert finish(words, log, worlds[-1], **about).codes[0] == 0, Path(log).read_text()

@@ -29,7 +29,10 @@ FLAGS = [
     (["--mixup-prob", "0.5"], "has no effect without --mixup"),
     (["--amsgrad", "--optimizer", "sgdm"], "has no effect without --optimizer adamw"),
     (["--momentum", "0.5"], "has no effect"),
-    (["--color-jitter", "0.4", "--aa", "rand-m9", "--pipeline", "timm"], "has no effect without --aa none"),
+    (
+        ["--color-jitter", "0.4", "--aa", "rand-m9", "--pipeline", "timm"],
+        "has no effect without --aa none",
+    ),
     (["--clip-mode", "agc"], "has no effect without --clip-grad"),
     (["--model-ema-decay", "0.9"], "has no effect without --model-ema"),
     (["--ratio", "0.5", "2"], "has no effect without --scale"),
@@ -85,7 +88,10 @@ LOADED = [
     (["--model", "nfnett"], "did you mean nfnet"),
     (["--model", "test_nfnet.r161_in1k"], "no weights 'r161_in1k'"),
     (["--model", "local-dir:nowhere"], "holds no config.json"),
-    (["--model", "test_vit", "--image-size", "30"], "--image-size 30: --model test_vit cannot take it"),
+    (
+        ["--model", "test_vit", "--image-size", "30"],
+        "--image-size 30: --model test_vit cannot take it",
+    ),
     (["--model-kwargs", "colour=red"], "colour"),
     (["--dataset", "cifar1000"], "did you mean cifar100"),
     (["--dataset", "nowhere/at/all"], "no such folder"),
@@ -123,7 +129,9 @@ def test_a_bad_environment_is_one_line(trainer, about, message):
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_without_stdout_or_stderr_it_trains(trainer, tmp_path, closed):
     command = trainer.command("--max-steps", "2", "--tracker", "none", "--run-name", "a")
-    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", *command], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "bash", *command], capture_output=True, text=True
+    )
     assert done.returncode == 0 and summary(tmp_path / "ck" / "a")["status"] == "finished"
 
 
@@ -141,7 +149,9 @@ def test_one_line_and_exit_2(in_process, tmp_path, cache, words, message):
 
 
 def test_flags_are_checked_in_a_fresh_process():
-    done = subprocess.run([sys.executable, "-m", "cifar_accel", "--modle", "vit"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_accel", "--modle", "vit"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Perhaps you meant: --model" in done.stderr
 
@@ -158,7 +168,15 @@ def test_flags_are_checked_in_a_fresh_process():
     ],
 )
 def test_bad_data(in_process, tmp_path, cache, make, message):
-    base = [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), "--dataset", str(make(tmp_path / "data"))]
+    base = [
+        *TINY,
+        "--data-dir",
+        cache,
+        "--save-dir",
+        str(tmp_path / "ck"),
+        "--dataset",
+        str(make(tmp_path / "data")),
+    ]
     code, _, err = in_process(train_command, *base)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "ck").exists()
@@ -181,14 +199,18 @@ def test_weights_of_another_model(in_process, tmp_path, cache):
 
 def test_a_run_of_another_configuration(trainer):
     trainer("--max-steps", "2", "--tracker", "none", "--run-name", "a")
-    refused = trainer("--max-steps", "2", "--run-name", "a", "--learning-rate", "1e-3", "--mixup", "0.1", check=2)
+    refused = trainer(
+        "--max-steps", "2", "--run-name", "a", "--learning-rate", "1e-3", "--mixup", "0.1", check=2
+    )
     assert "(--mixup 0.0 -> 0.1; --learning-rate 0.003 -> 0.001)" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
 
 def test_a_run_is_never_overwritten_by_the_continuation_of_another(trainer):
     source = trainer("--max-steps", "8", "--tracker", "none", "--run-name", "step-source").run
-    victim = trainer("--max-steps", "9", "--tracker", "none", "--run-name", "victim", "--seed", "7").run
+    victim = trainer(
+        "--max-steps", "9", "--tracker", "none", "--run-name", "victim", "--seed", "7"
+    ).run
     before = contents(victim)
     refused = trainer("--run-name", "victim", "--resume", str(source), "--tracker", "none", check=2)
     assert "holds another run already" in refused.stderr
@@ -199,9 +221,22 @@ def test_a_run_is_never_overwritten_by_the_continuation_of_another(trainer):
 
 
 def test_a_run_that_ended_before_its_first_line_blocks_nothing(trainer, tmp_path):
-    first = trainer("--learning-rate", "1e30", "--warmup-epochs", "0", "--run-name", "a", "--tracker", "none", check=1)
+    first = trainer(
+        "--learning-rate",
+        "1e30",
+        "--warmup-epochs",
+        "0",
+        "--run-name",
+        "a",
+        "--tracker",
+        "none",
+        check=1,
+    )
     assert not (first.run / "metrics.jsonl").exists()
-    assert summary(trainer("--max-steps", "2", "--run-name", "a", "--tracker", "none").run)["status"] == "finished"
+    assert (
+        summary(trainer("--max-steps", "2", "--run-name", "a", "--tracker", "none").run)["status"]
+        == "finished"
+    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, trainer):
@@ -212,7 +247,12 @@ def test_a_folder_that_cannot_be_written(tmp_path, trainer):
 
 
 def test_a_batch_that_two_processes_cannot_share(trainer):
-    two = (str(os.path.dirname(sys.executable)) + "/torchrun", "--standalone", "--nproc_per_node", "2")
+    two = (
+        str(os.path.dirname(sys.executable)) + "/torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )
     refused = trainer("--batch-size", "31", launcher=two, check=1)
     assert "--batch-size 31: cannot be divided by 2 processes; 30 or 32 can" in refused.stderr
 
@@ -226,7 +266,11 @@ def test_half_an_environment_of_a_launcher(trainer):
 @pytest.mark.parametrize("model", ["nfnet", "vit"])
 def test_no_network_for_the_weights(trainer, tmp_path, model):
     """Up to the network and no further: the hub's address is one where nobody listens."""
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    nowhere = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+    }
     base = [w for w in TINY if w not in ("--no-pretrained", "--model", "test_nfnet")]
     refused = trainer("--model", model, base=base, env=nowhere, launcher=FRESH, check=2, timeout=60)
     assert "downloading the weights timm/" in refused.stdout

@@ -39,7 +39,10 @@ def test_weights_optimizer_and_state_come_back_bit_for_bit(saved):
 def test_older_checkpoints_go_once_the_new_one_is_safe(saved):
     for step in range(1, 6):
         saved(step, keep=2)
-    assert [p.name for p in checkpoint.list_checkpoints(saved.run)] == ["step-00000005", "step-00000004"]
+    assert [p.name for p in checkpoint.list_checkpoints(saved.run)] == [
+        "step-00000005",
+        "step-00000004",
+    ]
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(saved):
@@ -66,7 +69,9 @@ DAMAGE = {
     "size": lambda p: (p / "optimizer.pt").write_bytes(b"short"),
     "cannot be read": lambda p: (p / "manifest.json").unlink(),
     "cannot be read ": lambda p: (p / "state.json").unlink(),
-    "outside": lambda p: edit_manifest(p, lambda m: m["files"].update({"../x": m["files"]["state.json"]})),
+    "outside": lambda p: edit_manifest(
+        p, lambda m: m["files"].update({"../x": m["files"]["state.json"]})
+    ),
     "newer version": lambda p: edit_manifest(p, lambda m: m.update(format=99)),
     "names no model": lambda p: edit_manifest(p, lambda m: m["files"].clear()),
     "cannot be read  ": lambda p: (p / "manifest.json").write_text("[]"),
@@ -114,7 +119,10 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
 def test_moments_take_the_layout_of_the_weights(tmp_path):
     """A checkpoint written in one memory format and read in the other: the fused optimizer goes on the same."""
     results = []
-    for written, read in ((torch.contiguous_format,) * 2, (torch.contiguous_format, torch.channels_last)):
+    for written, read in (
+        (torch.contiguous_format,) * 2,
+        (torch.contiguous_format, torch.channels_last),
+    ):
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 4, 3).to(memory_format=written)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -126,7 +134,9 @@ def test_moments_take_the_layout_of_the_weights(tmp_path):
             optimizer.zero_grad()
 
         step(model, optimizer)
-        path = checkpoint.save_checkpoint(tmp_path, model.state_dict(), optimizer.state_dict(), None, {"step": 1}, 1)
+        path = checkpoint.save_checkpoint(
+            tmp_path, model.state_dict(), optimizer.state_dict(), None, {"step": 1}, 1
+        )
         model = torch.nn.Conv2d(3, 4, 3).to(memory_format=read)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         checkpoint.load_checkpoint(path, model, optimizer, None)

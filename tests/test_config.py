@@ -29,15 +29,31 @@ REPORT = dict(
 def test_the_defaults_are_the_reports():
     args, origin = parse_training([])
     assert {name: getattr(args, name) for name in REPORT} == REPORT
-    assert (args.recipe, args.warmup_epochs, args.run_name) == ("report", 5, "nfnet/adamw-cosine-s3407")
-    assert (args.aa, args.scale, args.vflip, args.mixup, args.mixup_prob) == ("rand-m15-n2", (0.08, 1.0), 0.5, 0.8, 0.7)
+    assert (args.recipe, args.warmup_epochs, args.run_name) == (
+        "report",
+        5,
+        "nfnet/adamw-cosine-s3407",
+    )
+    assert (args.aa, args.scale, args.vflip, args.mixup, args.mixup_prob) == (
+        "rand-m15-n2",
+        (0.08, 1.0),
+        0.5,
+        0.8,
+        0.7,
+    )
     assert (args.amsgrad, args.decay_all, args.crop_pct, args.smoothing) == (True, True, 0.875, 0.1)
     assert {origin[n] for n in ("aa", "mixup")} == {"recipe"}
-    assert (origin["epochs"], origin["warmup_epochs"], origin["run_name"]) == ("default", "derived", "derived")
+    assert (origin["epochs"], origin["warmup_epochs"], origin["run_name"]) == (
+        "default",
+        "derived",
+        "derived",
+    )
 
 
 def test_every_option_is_documented():
-    shown = subprocess.run([sys.executable, "-m", "cifar_accel", "--help"], capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "cifar_accel", "--help"], capture_output=True, text=True
+    )
     assert shown.returncode == 0
     for field in fields(TrainingArguments):
         assert "--" + field.name.replace("_", "-") in shown.stdout, field.name
@@ -48,7 +64,10 @@ def test_parsing_imports_nothing_heavy():
         "import sys; from cifar_accel.options.parsing import parse_training; parse_training(['--epochs', '3']);"
         "print([m for m in ('torch', 'timm', 'numpy', 'accelerate', 'wandb', 'matplotlib') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +106,10 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     args, _ = parse_training(["--dataset", "images", "--model", "local-dir:weights"])
-    assert (args.dataset, args.model) == (str(tmp_path / "images"), f"local-dir:{tmp_path / 'weights'}")
+    assert (args.dataset, args.model) == (
+        str(tmp_path / "images"),
+        f"local-dir:{tmp_path / 'weights'}",
+    )
     assert args.run_name.startswith("weights/")
 
 
@@ -103,4 +125,9 @@ def test_intervals_and_keywords():
         (10, "minute"),
         (0, "never"),
     ]
-    assert parse_keywords(["a=4", "b=0.5", "c=gelu", "d=(1, 2)"]) == {"a": 4, "b": 0.5, "c": "gelu", "d": (1, 2)}
+    assert parse_keywords(["a=4", "b=0.5", "c=gelu", "d=(1, 2)"]) == {
+        "a": 4,
+        "b": 0.5,
+        "c": "gelu",
+        "d": (1, 2),
+    }

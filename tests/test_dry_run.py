@@ -18,10 +18,20 @@ def dry(tmp_path, cache, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def run(*words, module="cifar_accel", base=TINY, env=None, launcher=None):
-        options = [*base, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), "--dry-run", *words]
+        options = [
+            *base,
+            "--data-dir",
+            cache,
+            "--save-dir",
+            str(tmp_path / "ck"),
+            "--dry-run",
+            *words,
+        ]
         if launcher or module != "cifar_accel":
             command = [*(launcher or FRESH), "-m", module, *options]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=120)
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=120
+            )
         else:
             done = forked(options, tmp_path, env)
         assert "Traceback" not in done.stderr, done.stderr
@@ -39,7 +49,11 @@ def line(out: str, name: str) -> str:
 REFUSED = [
     (["--limit-train", "99999"], "data", "there are only 1,438 images"),
     (["--validation-fraction", "0.001", "--crop-padding", "9"], "data", "leaves"),
-    (["--crop-padding", "8", "--checkpoint", "/nowhere.pth"], "data", "must be smaller than the images' side of 8"),
+    (
+        ["--crop-padding", "8", "--checkpoint", "/nowhere.pth"],
+        "data",
+        "must be smaller than the images' side of 8",
+    ),
     (["--checkpoint", "/nowhere.pth", "--resume", "/nowhere"], "memory", "no such file"),
     (["--resume", "/nowhere"], "run", "no such folder"),
 ]
@@ -48,18 +62,24 @@ REFUSED = [
 def test_everything_with_its_origin(dry):
     code, out = dry("--micro-batch-size", "10", "--model-ema")
     assert code == 0 and "nothing is in the way" in out
-    options = {text.split()[0]: text.split()[-1] for text in out.splitlines() if text.startswith("  --")}
+    options = {
+        text.split()[0]: text.split()[-1] for text in out.splitlines() if text.startswith("  --")
+    }
     assert options["--learning-rate"] == "flag" and options["--smoothing"] == "recipe"
     assert options["--seed"] == "default" and options["--warmup-epochs"] == "derived"
     assert "256 training, 100 test images, 10 classes" in line(out, "data")
-    assert "32 = 1 process x 8 images x 4 accumulation steps; 8 steps an epoch" in line(out, "batch")
+    assert "32 = 1 process x 8 images x 4 accumulation steps; 8 steps an epoch" in line(
+        out, "batch"
+    )
     assert "cosine, 32 steps, 6 of warm-up: 1e-05 at 0, 0.003 at 6," in line(out, "schedule")
     assert "MiB a process" in line(out, "memory") and "a new run" in line(out, "run")
 
 
 def test_each_remedy(dry, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    code, out = dry("--model", "vit", "--dataset", "some/where", base=TINY[4:], env=nowhere, launcher=FRESH)
+    code, out = dry(
+        "--model", "vit", "--dataset", "some/where", base=TINY[4:], env=nowhere, launcher=FRESH
+    )
     assert code == 2 and "checks failed" in out
     assert "BAD" in line(out, "data") and "cannot be reached" in line(out, "data")
     assert "note" in line(out, "batch")
@@ -73,7 +93,9 @@ def test_each_remedy(dry, tmp_path):
     code, out = dry("--optimizer", "sgmd")
     assert code == 2 and "did you mean sgdm" in line(out, "schedule")
     code, out = dry("--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})
-    assert code == 2 and "sees no such device" in line(out, "device") and "BAD" in line(out, "memory")
+    assert (
+        code == 2 and "sees no such device" in line(out, "device") and "BAD" in line(out, "memory")
+    )
     code, out = dry(env={"ACCELERATE_MIXED_PRECISION": "fp16"})
     assert code == 2 and "needs a GPU" in line(out, "device")
 
@@ -84,7 +106,11 @@ def test_a_port_that_is_taken(dry):
         s.listen()
         port = s.getsockname()[1]
         code, out = dry(env={"CIFAR_ACCEL_PROCESSES": "2", "MASTER_PORT": str(port)})
-        assert code == 2 and "already in use" in line(out, "port") and "set MASTER_PORT" in line(out, "port")
+        assert (
+            code == 2
+            and "already in use" in line(out, "port")
+            and "set MASTER_PORT" in line(out, "port")
+        )
     code, out = dry(env={"CIFAR_ACCEL_PROCESSES": "2", "MASTER_PORT": "99999"})
     assert code == 2 and "set MASTER_PORT" in line(out, "port")
 
@@ -98,7 +124,11 @@ def test_a_config_that_starts_one_process_only(dry, tmp_path):
     assert code == 0 and "accelerate launch starts ONE" in line(out, "launcher")
     assert "32 = 1 process x 32 images" in line(out, "batch")
     code, out = dry(module="cifar_accel.launch")
-    assert code == 0 and "32 = 2 processes x 16 images" in line(out, "batch") and "bf16" in line(out, "precision")
+    assert (
+        code == 0
+        and "32 = 2 processes x 16 images" in line(out, "batch")
+        and "bf16" in line(out, "precision")
+    )
 
 
 def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path):
@@ -109,7 +139,16 @@ def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for n in range(8):
                 Image.new("RGB", (400 + n, 300)).save(tmp_path / "data" / split / name / f"{n}.png")
-    words = ("--dataset", str(tmp_path / "data"), "--limit-train", "0", "--limit-test", "0", "--batch-size", "4")
+    words = (
+        "--dataset",
+        str(tmp_path / "data"),
+        "--limit-train",
+        "0",
+        "--limit-test",
+        "0",
+        "--batch-size",
+        "4",
+    )
     code, out = dry(*words, "--crop-padding", "4")
     assert code == 0 and "16 training, 16 test images, 2 classes" in line(out, "data"), out
     code, out = dry(*words, "--crop-padding", "40")
@@ -125,7 +164,9 @@ def test_a_config_of_another_kind_is_refused(dry, tmp_path):
 
 def test_under_a_launcher_one_process_speaks(dry):
     code, out = dry(launcher=(str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"))
-    assert code == 0 and out.count("plan and health") == 1 and "32 = 2 processes" in line(out, "batch")
+    assert (
+        code == 0 and out.count("plan and health") == 1 and "32 = 2 processes" in line(out, "batch")
+    )
 
 
 def test_a_run_that_is_there(trainer, in_process, cache):
@@ -133,7 +174,16 @@ def test_a_run_that_is_there(trainer, in_process, cache):
 
     done = trainer("--run-name", "a", "--tracker", "none", "--max-steps", "8")
     before = {p: p.read_bytes() for p in done.run.rglob("*") if p.is_file()}
-    where = [*TINY, "--data-dir", cache, "--save-dir", str(done.run.parent), "--run-name", "a", "--dry-run"]
+    where = [
+        *TINY,
+        "--data-dir",
+        cache,
+        "--save-dir",
+        str(done.run.parent),
+        "--run-name",
+        "a",
+        "--dry-run",
+    ]
     code, out, _ = in_process(train_command, *where, "--max-steps", "8")
     assert code == 0 and "is finished" in line(out, "run")
     code, out, _ = in_process(train_command, *where, "--max-steps", "20")

@@ -35,7 +35,9 @@ def small_disk(tmp_path):
     def mount(kib: int) -> Path:
         folder = tmp_path / "disk"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True
+        )
         if done.returncode:
             pytest.skip("this user may not mount a tmpfs")
         mounted.append(folder)
@@ -101,7 +103,9 @@ def test_a_full_disk_leaves_the_old_json_and_no_part_of_the_new(small_disk):
     write_json(file, {"step": 1})
     with pytest.raises(OSError):
         write_json(file, {"step": 2, "text": "x" * 20_000})
-    assert json.loads(file.read_text()) == {"step": 1} and [f.name for f in file.parent.iterdir()] == [file.name]
+    assert json.loads(file.read_text()) == {"step": 1} and [
+        f.name for f in file.parent.iterdir()
+    ] == [file.name]
 
 
 def test_a_disk_that_may_only_be_read(small_disk, words, in_process):
@@ -135,21 +139,35 @@ def test_wandb_with_a_wrong_key(trainer):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     key = "0123456789" * 4
-    about = dict(WANDB_MODE="online", WANDB_API_KEY=key, WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
+    about = dict(
+        WANDB_MODE="online",
+        WANDB_API_KEY=key,
+        WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
+    )
     began = time.monotonic()
     done = trainer(env=about)
     server.shutdown()
-    assert time.monotonic() - began < 90 and len(rows(done.run)) == 13 and summary(done.run)["status"] == "finished"
+    assert (
+        time.monotonic() - began < 90
+        and len(rows(done.run)) == 13
+        and summary(done.run)["status"] == "finished"
+    )
     assert "wandb: offline" in done.stdout and list((done.run / "wandb").glob("offline-run-*"))
     secret = [p for p in done.run.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
     assert not secret and key not in done.stdout + done.stderr
 
 
 def test_wandb_without_a_network(trainer):
-    about = dict(WANDB_MODE="online", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL="http://127.0.0.1:9")
+    about = dict(
+        WANDB_MODE="online", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL="http://127.0.0.1:9"
+    )
     began = time.monotonic()
     done = trainer(env=about)
-    assert time.monotonic() - began < 90 and len(rows(done.run)) == 13 and summary(done.run)["status"] == "finished"
+    assert (
+        time.monotonic() - began < 90
+        and len(rows(done.run)) == 13
+        and summary(done.run)["status"] == "finished"
+    )
     assert "wandb: offline, the server does not answer" in done.stdout
 
 
@@ -160,7 +178,9 @@ def _train_without_its_service(trainer, tmp_path, epochs, do):
         command = trainer.command("--epochs", str(epochs), "--run-name", "a")
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
         wait_for((run / "metrics.jsonl").exists)
-        service = [p for p in psutil.Process(process.pid).children(recursive=True) if "wandb" in p.name()]
+        service = [
+            p for p in psutil.Process(process.pid).children(recursive=True) if "wandb" in p.name()
+        ]
         assert service, "wandb has a process of its own"
         for p in service:
             do(p)
@@ -205,7 +225,18 @@ def _little_memory(mib: int) -> None:
 
 def test_out_of_memory_names_what_fits(words, tmp_path):
     """Followed until it trains: a limit on addresses, unlike one on memory, also counts what is only set aside."""
-    more = ["--image-size", "96", "--batch-size", "128", "--run-name", "a", "--tracker", "none", "--epochs", "1"]
+    more = [
+        "--image-size",
+        "96",
+        "--batch-size",
+        "128",
+        "--run-name",
+        "a",
+        "--tracker",
+        "none",
+        "--epochs",
+        "1",
+    ]
     size, codes = 128, [1]
     while codes == [1]:
         log = tmp_path / f"log-{size}"
@@ -214,33 +245,54 @@ def test_out_of_memory_names_what_fits(words, tmp_path):
         ).codes
         if codes == [1]:
             said = log.read_text()
-            assert f"out of memory on cpu with {size} images at once" in said and "Traceback" not in said
-            found = re.search(r"(\d+) fit. Give --micro-batch-size (\d+): (\d+) accumulation steps", said)
+            assert (
+                f"out of memory on cpu with {size} images at once" in said
+                and "Traceback" not in said
+            )
+            found = re.search(
+                r"(\d+) fit. Give --micro-batch-size (\d+): (\d+) accumulation steps", said
+            )
             assert found and "the global batch stays 128" in said, said
             fit, given, steps = map(int, found.groups())
             assert fit == given < size and given * steps == 128
             size = given
-    assert codes == [0] and 8 <= size <= 64 and summary(tmp_path / "ck" / "a")["status"] == "finished"
+    assert (
+        codes == [0] and 8 <= size <= 64 and summary(tmp_path / "ck" / "a")["status"] == "finished"
+    )
 
 
 def test_a_host_is_warned_before_it_runs_out_of_memory(words, tmp_path):
     """With the sizes of this very machine; stopped before it takes them."""
     if psutil.virtual_memory().total > 300 * 2**30:
         pytest.skip("this machine has what the case lacks")
-    more = ["--image-size", "1024", "--batch-size", "1024", "--limit-train", "1024", "--run-name", "a"]
+    more = [
+        "--image-size",
+        "1024",
+        "--batch-size",
+        "1024",
+        "--limit-train",
+        "1024",
+        "--run-name",
+        "a",
+    ]
     training = forked_runs.Training(words(*more, "--tracker", "none"), tmp_path / "log")
     log = tmp_path / "log"
-    wait_for(lambda: training.wait(0.01) or (log.exists() and "warning: a step needs" in log.read_text()))
+    wait_for(
+        lambda: training.wait(0.01) or (log.exists() and "warning: a step needs" in log.read_text())
+    )
     training.kill()
     said = log.read_text()
-    assert re.search(r"needs about \d+\.\d\d GiB, and \d+\.\d\d GiB are free.* Give --micro-batch-size \d+\n", said), (
-        said
-    )
+    assert re.search(
+        r"needs about \d+\.\d\d GiB, and \d+\.\d\d GiB are free.* Give --micro-batch-size \d+\n",
+        said,
+    ), said
 
 
 def test_what_is_not_supported_is_not_a_lack_of_memory():
     assert is_out_of_memory(RuntimeError("could not create a primitive"))
-    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for a matmul primitive"))
+    assert not is_out_of_memory(
+        RuntimeError("could not create a primitive descriptor for a matmul primitive")
+    )
 
 
 def _try_memory() -> None:
@@ -286,7 +338,10 @@ def test_when_one_rank_dies_the_other_ends(words, tmp_path, dies):
 
 def test_when_one_rank_dies_under_torchrun(trainer, tmp_path):
     run = tmp_path / "ck" / "a"
-    command = [*TWO, *trainer.command("--epochs", "400", "--run-name", "a", "--tracker", "none")[1:]]
+    command = [
+        *TWO,
+        *trainer.command("--epochs", "400", "--run-name", "a", "--tracker", "none")[1:],
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for((run / "metrics.jsonl").exists)
     main = int((run / ".owner").read_text().split()[1])
@@ -317,8 +372,12 @@ def _spoil(step: int, rank: str) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
-    options = words("--run-name", "a", "--tracker", "none", "--log-every", "50", "--optimizer", optimizer)
-    failed = forked_runs.finish(options, tmp_path / "log", world, hook=partial(_spoil, 13, str(world - 1)))
+    options = words(
+        "--run-name", "a", "--tracker", "none", "--log-every", "50", "--optimizer", optimizer
+    )
+    failed = forked_runs.finish(
+        options, tmp_path / "log", world, hook=partial(_spoil, 13, str(world - 1))
+    )
     said, run = (tmp_path / "log").read_text(), tmp_path / "ck" / "a"
     assert failed.codes == [1] * world and "Traceback" not in said
     samples = Order(3407, 256, 32).samples_of(13)
@@ -326,8 +385,12 @@ def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
     assert f"training images {', '.join(map(str, samples[:8]))}, ..." in said
     assert read_json(run / "diverged.json")["samples"] == samples.tolist()
     assert summary(run)["status"] == "failed" and "step 13" in summary(run)["error"]
-    assert checkpoint.newest_valid(run, print).name == "step-00000008", "the last good checkpoint is untouched"
-    forked_runs.finish(options, tmp_path / "log", world)  # the fault was not in the images themselves
+    assert checkpoint.newest_valid(run, print).name == "step-00000008", (
+        "the last good checkpoint is untouched"
+    )
+    forked_runs.finish(
+        options, tmp_path / "log", world
+    )  # the fault was not in the images themselves
     assert summary(run)["status"] == "finished" and not (run / "diverged.json").exists()
 
 
@@ -353,7 +416,9 @@ def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(words, tm
     forked_runs.finish([*options, "--run-name", "b", "--max-steps", "13"], tmp_path / "b")
     good = load_file(tmp_path / "ck" / "b" / "model" / "model.safetensors")
     failed = torch.load(tmp_path / "failed.pt")
-    assert failed.keys() == good.keys() and all(torch.equal(failed[name], good[name]) for name in good)
+    assert failed.keys() == good.keys() and all(
+        torch.equal(failed[name], good[name]) for name in good
+    )
 
 
 def _infinite_loss() -> None:
@@ -385,7 +450,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name, on_host", [*((name, True) for name in OPTIMIZERS), ("adamw", False), ("sgdm", False)])
+@pytest.mark.parametrize(
+    "name, on_host", [*((name, True) for name in OPTIMIZERS), ("adamw", False), ("sgdm", False)]
+)
 def test_no_update_from_the_first_bad_step_on(name, on_host):
     """The host looks, as on a CPU, or the fused optimizer takes the flag, as on a GPU."""
     weight = torch.nn.Parameter(torch.ones(5))
@@ -408,7 +475,9 @@ def test_no_update_from_the_first_bad_step_on(name, on_host):
 def test_gradients_are_looked_through_where_no_norm_is_asked_for(value):
     """In any layout; and where all is well, not one bit of them is changed."""
     weights = [torch.nn.Parameter(torch.ones(3, 2, 3, 3)), torch.nn.Parameter(torch.ones(5))]
-    guard = FiniteGuard(torch.optim.SGD(weights, 0.1, fused=True), torch.device("cpu"), False, step=0)
+    guard = FiniteGuard(
+        torch.optim.SGD(weights, 0.1, fused=True), torch.device("cpu"), False, step=0
+    )
     weights[0].grad = torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last)
     weights[1].grad, kept = torch.randn(5) * 1e-40, weights[0].grad.clone()
     tiny = weights[1].grad.clone()
@@ -424,13 +493,19 @@ def test_gradients_are_looked_through_where_no_norm_is_asked_for(value):
 def test_a_gradient_scaler_may_pass_over_steps(on_host):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(5))], 0.1, fused=True)
     guard = FiniteGuard(optimizer, torch.device("cpu"), True, 0, on_host)
-    assert guard.allows(torch.tensor(float("inf")), [torch.tensor(1.0)]) and guard.report()[0, 0] == 0
-    assert guard.allows(torch.tensor(1.0), [torch.tensor(float("nan"))]) and guard.report()[0, 0] == 1
+    assert (
+        guard.allows(torch.tensor(float("inf")), [torch.tensor(1.0)]) and guard.report()[0, 0] == 0
+    )
+    assert (
+        guard.allows(torch.tensor(1.0), [torch.tensor(float("nan"))]) and guard.report()[0, 0] == 1
+    )
 
 
 def test_what_a_run_prints_of_a_divergence(trainer):
     done = trainer("--learning-rate", "1e30", "--warmup-epochs", "0", check=1)
     assert (
-        done.stderr.count("\n") == 1 and "is not finite" in done.stderr and "its update was not applied" in done.stderr
+        done.stderr.count("\n") == 1
+        and "is not finite" in done.stderr
+        and "its update was not applied" in done.stderr
     )
     assert summary(done.run)["status"] == "failed"

@@ -19,7 +19,17 @@ import forked_runs
 import psutil
 import pytest
 import torch
-from conftest import BIN, TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, without_clock
+from conftest import (
+    BIN,
+    TWO,
+    heed_signals,
+    rows,
+    sha256,
+    summary,
+    wait_for,
+    wandb_runs,
+    without_clock,
+)
 
 from cifar_accel.data.order import Order
 from cifar_accel.files import read_json
@@ -56,12 +66,17 @@ def test_killed_at_random_moments_is_never_killed(words, tmp_path, kills, worlds
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
     own, done, resumed, whole = ("--micro-batch-size", "8"), 0, 0, tmp_path / "ck" / "whole"
     forked_runs.finish(
-        words(*EVERYTHING, *own, "--run-name", "whole"), tmp_path / "a", worlds[0], environment=environment
+        words(*EVERYTHING, *own, "--run-name", "whole"),
+        tmp_path / "a",
+        worlds[0],
+        environment=environment,
     )
     while done < kills:  # a run may be over before it was killed so often: then another one
         run = tmp_path / "ck" / f"after-{done}"
         log, options = tmp_path / run.name, words(*EVERYTHING, *own, "--run-name", run.name)
-        done += forked_runs.finish_with_kills(options, log, run, kills - done, done, worlds, environment=environment)
+        done += forked_runs.finish_with_kills(
+            options, log, run, kills - done, done, worlds, environment=environment
+        )
         resumed += forked_runs.resumes(log)
         same_run(run, whole)
     assert resumed >= kills / 2, "the kills left nothing to go on from"
@@ -78,7 +93,9 @@ def test_killed_and_continued_on_other_numbers_of_processes(words, tmp_path, kil
     killed, whole = (rows(tmp_path / "ck" / name) for name in ("b", "whole"))
     assert [r["step"] for r in killed] == [r["step"] for r in whole]
     for a, b in zip(killed, whole, strict=True):
-        assert a["train/lr"] == b["train/lr"] and a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/lr"] == b["train/lr"] and a["train/loss"] == pytest.approx(
+            b["train/loss"], rel=1e-5
+        )
 
 
 def _praise_the_evaluation() -> None:
@@ -90,7 +107,11 @@ def _praise_the_evaluation() -> None:
 
 
 def test_the_best_accuracy_and_the_clocks_go_on(words, tmp_path):
-    options, log, run = ("--tracker", "none", "--run-name", "a"), tmp_path / "log", tmp_path / "ck" / "a"
+    options, log, run = (
+        ("--tracker", "none", "--run-name", "a"),
+        tmp_path / "log",
+        tmp_path / "ck" / "a",
+    )
     forked_runs.finish(words(*options, "--max-steps", "24"), log, hook=_praise_the_evaluation)
     first = summary(run)
     forked_runs.finish(words(*options), log)
@@ -115,7 +136,9 @@ def _die_after_row(step: int) -> None:
 
 def test_killed_before_its_first_checkpoint_it_is_still_one_wandb_run(words, tmp_path):
     options, about = words("--run-name", "a"), {"WANDB_MODE": "offline"}
-    killed = forked_runs.finish(options, tmp_path / "log", environment=about, hook=partial(_die_after_row, 3))
+    killed = forked_runs.finish(
+        options, tmp_path / "log", environment=about, hook=partial(_die_after_row, 3)
+    )
     run = tmp_path / "ck" / "a"
     assert killed.codes == [-signal.SIGKILL] and not checkpoint.list_checkpoints(run)
     forked_runs.finish(options, tmp_path / "log", environment=about)
@@ -127,14 +150,19 @@ def _save_for_ever(run: str, log: str) -> None:
     """Save checkpoints tagged by their step, and note each step that is safe."""
     parameter = torch.nn.Parameter(torch.zeros(200, 200))
     optimizer = torch.optim.SGD([parameter], 0.1, momentum=0.9)
-    step = max([checkpoint.read_state(p)["step"] for p in checkpoint.list_checkpoints(Path(run))], default=0)
+    step = max(
+        [checkpoint.read_state(p)["step"] for p in checkpoint.list_checkpoints(Path(run))],
+        default=0,
+    )
     with open(log, "a") as f:
         while True:
             step += 1
             parameter.data.fill_(step)
             optimizer.state[parameter]["momentum_buffer"] = torch.full((200, 200), float(step))
             model, ema = {"w": parameter.data}, {"w": parameter.data * 2}
-            checkpoint.save_checkpoint(Path(run), model, optimizer.state_dict(), ema, {"step": step}, 2)
+            checkpoint.save_checkpoint(
+                Path(run), model, optimizer.state_dict(), ema, {"step": step}, 2
+            )
             f.write(f"{step}\n")
             f.flush()
 
@@ -152,7 +180,9 @@ def test_a_kill_in_a_save_never_mixes_steps_and_never_loses_one(tmp_path, kills)
         process.join()
         in_a_save += bool(list((tmp_path / "checkpoints").glob("*.tmp")))
         best = checkpoint.newest_valid(tmp_path, lambda line: None)
-        assert best is not None and checkpoint.list_checkpoints(tmp_path)[0] == best, "what has its name is whole"
+        assert best is not None and checkpoint.list_checkpoints(tmp_path)[0] == best, (
+            "what has its name is whole"
+        )
         step = checkpoint.read_state(best)["step"]
         assert step >= int(log.read_text().splitlines()[-1]), "what was safe is still there"
         model, ema = torch.nn.Module(), torch.nn.Module()
@@ -183,7 +213,18 @@ def test_each_global_batch_is_cut_once_for_1_to_1024_processes(accumulations):
 @pytest.mark.parametrize("model", ["test_nfnet", "test_vit"])
 def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipeline):
     """Fifty steps and more on 1, 2 and 4 processes with 1, 2 and 4 accumulation steps, losses to 1e-5."""
-    more = ["--model", model, "--pipeline", pipeline, "--mixup", "0.5", "--cutmix", "1", "--log-every", "1"]
+    more = [
+        "--model",
+        model,
+        "--pipeline",
+        pipeline,
+        "--mixup",
+        "0.5",
+        "--cutmix",
+        "1",
+        "--log-every",
+        "1",
+    ]
     more += ["--tracker", "none", "--epochs", "7", "--learning-rate", "1e-3", "--hflip", "0.5"]
     more += ["--model-kwargs", "patch_size=8"] if model == "test_vit" else []
     more += ["--workers", "1"] if pipeline == "timm" else []
@@ -195,9 +236,14 @@ def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipe
             forked_runs.finish(words(*more, *micro, "--run-name", name), tmp_path / name, world)
             lines = rows(tmp_path / "ck" / name)
             expected = expected or lines
-            assert len(lines) == 56 and [r["train/lr"] for r in lines] == [r["train/lr"] for r in expected]
+            assert len(lines) == 56 and [r["train/lr"] for r in lines] == [
+                r["train/lr"] for r in expected
+            ]
             for a, b in zip(lines, expected, strict=True):
-                assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5), (name, a["step"])
+                assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5), (
+                    name,
+                    a["step"],
+                )
             assert summary(tmp_path / "ck" / name)["evaluated_images"] == 100
 
 
@@ -230,14 +276,26 @@ def test_stopped_inside_an_evaluation(words, tmp_path, world, evaluation):
     options = ("--tracker", "none", "--micro-batch-size", "8", "--log-every", "5", "--model-ema")
     forked_runs.finish(words(*options, "--run-name", "whole"), tmp_path / "a", world)
     hook = partial(_signal_in_evaluation, signal.SIGTERM, evaluation)
-    stopped = forked_runs.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
+    stopped = forked_runs.finish(
+        words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook
+    )
     run = tmp_path / "ck" / "b"
-    assert set(stopped.codes) == {143} and (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
-    assert rows(run)[-1]["step"] < 8 * evaluation, "an evaluation that was not finished is not logged"
+    assert (
+        set(stopped.codes) == {143}
+        and (run / "PREEMPTED").exists()
+        and summary(run)["status"] == "preempted"
+    )
+    assert rows(run)[-1]["step"] < 8 * evaluation, (
+        "an evaluation that was not finished is not logged"
+    )
     assert checkpoint.newest_valid(run, print).name == f"step-{8 * evaluation:08d}"
-    if evaluation == 2:  # killed after the row, before a checkpoint that knows of it: it is not logged twice
+    if (
+        evaluation == 2
+    ):  # killed after the row, before a checkpoint that knows of it: it is not logged twice
         hook = partial(_die_after_row, 16)
-        killed = forked_runs.finish(words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook)
+        killed = forked_runs.finish(
+            words(*options, "--run-name", "b"), tmp_path / "b", world, hook=hook
+        )
         assert killed.codes[0] == -signal.SIGKILL and rows(run)[-1]["step"] == 16
     forked_runs.finish(words(*options, "--run-name", "b"), tmp_path / "b", world)
     assert not (run / "PREEMPTED").exists()
@@ -248,7 +306,9 @@ def test_stopped_inside_the_evaluation_of_a_cut_run_that_is_then_allowed_further
     options = ("--tracker", "none", "--micro-batch-size", "8", "--log-every", "50")
     for name in ("whole", "b"):
         hook = partial(_signal_in_evaluation, signal.SIGTERM, 2) if name == "b" else None
-        forked_runs.finish(words(*options, "--max-steps", "11", "--run-name", name), tmp_path / "log", hook=hook)
+        forked_runs.finish(
+            words(*options, "--max-steps", "11", "--run-name", name), tmp_path / "log", hook=hook
+        )
         forked_runs.finish(words(*options, "--run-name", name), tmp_path / "log")
     assert [row["step"] for row in rows(tmp_path / "ck" / "b")] == [8, 11, 16, 24, 32]
     same_run(tmp_path / "ck" / "b", tmp_path / "ck" / "whole")
@@ -265,7 +325,18 @@ def test_max_time_stops_in_order(words, tmp_path):
 
 def test_a_short_max_time_still_goes_on_from_start_to_start(words, tmp_path):
     """Shorter than a start takes: each start makes a step, and the evaluation that is due, before it stops."""
-    options = words("--epochs", "1", "--limit-train", "64", "--max-time", "1s", "--run-name", "a", "--tracker", "none")
+    options = words(
+        "--epochs",
+        "1",
+        "--limit-train",
+        "64",
+        "--max-time",
+        "1s",
+        "--run-name",
+        "a",
+        "--tracker",
+        "none",
+    )
     slow = partial(time.sleep, 1.1)  # a fork has nothing to load
     codes = [forked_runs.finish(options, tmp_path / "log", hook=slow).codes[0] for _ in range(2)]
     assert codes == [143, 0] and [row["step"] for row in rows(tmp_path / "ck" / "a")] == [2]
@@ -277,7 +348,9 @@ def _signal_in_the_test_set() -> None:
 
 
 def test_stopped_while_the_test_set_is_read(words, tmp_path):
-    options = words("--epochs", "1", "--validation-fraction", "0.25", "--save-every", "none", "--run-name", "a")
+    options = words(
+        "--epochs", "1", "--validation-fraction", "0.25", "--save-every", "none", "--run-name", "a"
+    )
     options += ["--tracker", "none", "--micro-batch-size", "8"]
     stopped = forked_runs.finish(options, tmp_path / "log", hook=_signal_in_the_test_set)
     run = tmp_path / "ck" / "a"
@@ -301,7 +374,12 @@ def test_max_steps_where_a_run_was_stopped(words, tmp_path):
 
 def test_ctrl_c_that_ends_the_reader_of_the_output_too(words, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cifar_accel", *words("--epochs", "400", "--run-name", "a", "--tracker", "none")],
+        [
+            sys.executable,
+            "-m",
+            "cifar_accel",
+            *words("--epochs", "400", "--run-name", "a", "--tracker", "none"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -321,45 +399,78 @@ def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
     wait_for(lambda: "Ctrl-C again stops at once" in log.read_text())
     os.kill(training.ranks[0].pid, signal.SIGINT)
     assert training.wait(20) and training.codes == [143]
-    assert "stopped at once" in log.read_text() and not (tmp_path / "ck" / "a" / "checkpoints").exists()
+    assert (
+        "stopped at once" in log.read_text()
+        and not (tmp_path / "ck" / "a" / "checkpoints").exists()
+    )
 
 
 LAUNCHERS = {
     "python": (sys.executable, "-m", "cifar_accel"),
     "launch.sh": (sys.executable, "-m", "cifar_accel.launch"),
     "launch.sh 2": (sys.executable, "-m", "cifar_accel.launch"),
-    "accelerate": (str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "-m", "cifar_accel"),
-    "torchrun 1": (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "1", "-m", "cifar_accel"),
+    "accelerate": (
+        str(BIN / "accelerate"),
+        "launch",
+        "--num_processes",
+        "1",
+        "--cpu",
+        "-m",
+        "cifar_accel",
+    ),
+    "torchrun 1": (
+        str(BIN / "torchrun"),
+        "--standalone",
+        "--nproc_per_node",
+        "1",
+        "-m",
+        "cifar_accel",
+    ),
     "torchrun 2": (*TWO, "-m", "cifar_accel"),
 }
 SHORT = {("accelerate", "launcher", signal.SIGKILL), ("torchrun 2", "group", signal.SIGINT)}
 SHORT |= {("torchrun 2", "worker", signal.SIGUSR1)}
 WAYS = [
-    pytest.param(launcher, target, number, marks=() if (launcher, target, number) in SHORT else LONG)
+    pytest.param(
+        launcher, target, number, marks=() if (launcher, target, number) in SHORT else LONG
+    )
     for launcher in LAUNCHERS
     if launcher != "launch.sh 2"
     for target in ("worker", "launcher", "group")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
-    if number != signal.SIGKILL or (target == "launcher" and launcher not in ("python", "launch.sh"))
+    if number != signal.SIGKILL
+    or (target == "launcher" and launcher not in ("python", "launch.sh"))
 ]
-for launcher, target in (("python", "worker"), ("accelerate", "launcher"), ("torchrun 2", "launcher")):
+for launcher, target in (
+    ("python", "worker"),
+    ("accelerate", "launcher"),
+    ("torchrun 2", "launcher"),
+):
     WAYS.append(pytest.param(launcher, target, signal.SIGHUP, marks=LONG))
 WAYS.append(pytest.param("torchrun 2", "group", signal.SIGHUP, marks=LONG))
 WAYS.append(pytest.param("launch.sh 2", "launcher", signal.SIGKILL, marks=LONG))
 
 
 @pytest.mark.parametrize("launcher, target, number", WAYS)
-def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, launcher, target, number, monkeypatch):
+def test_every_launcher_target_and_signal_leaves_a_checkpoint(
+    words, tmp_path, launcher, target, number, monkeypatch
+):
     """Also when the launcher is killed and leaves its workers behind: they see it and stop in order."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     if launcher == "launch.sh 2":
-        (tmp_path / "two.yaml").write_text("{distributed_type: MULTI_CPU, num_processes: 2, mixed_precision: 'no'}")
+        (tmp_path / "two.yaml").write_text(
+            "{distributed_type: MULTI_CPU, num_processes: 2, mixed_precision: 'no'}"
+        )
         monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "two.yaml"))
     run = tmp_path / "ck" / "a"
-    options = words("--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none")
+    options = words(
+        "--epochs", "400", "--run-name", "a", "--tracker", "none", "--save-every", "none"
+    )
     about = dict(start_new_session=True, preexec_fn=heed_signals)
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*LAUNCHERS[launcher], *options], stdout=log, stderr=log, **about)
+        process = subprocess.Popen(
+            [*LAUNCHERS[launcher], *options], stdout=log, stderr=log, **about
+        )
         wait_for((run / "metrics.jsonl").exists)
         worker = int((run / ".owner").read_text().split()[1])
         family = [worker, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
@@ -378,13 +489,35 @@ def test_every_launcher_target_and_signal_leaves_a_checkpoint(words, tmp_path, l
     assert summary(run)["status"] == "preempted" and checkpoint.newest_valid(run, print) is not None
     assert launcher not in ("python", "launch.sh") or code == 143
     assert seconds < 5, f"{seconds:.1f} s to the checkpoint"
-    print(json.dumps({"launcher": launcher, "target": target, "signal": number.name, "seconds": round(seconds, 2)}))
+    print(
+        json.dumps(
+            {
+                "launcher": launcher,
+                "target": target,
+                "signal": number.name,
+                "seconds": round(seconds, 2),
+            }
+        )
+    )
 
 
 def test_workers_do_not_die_before_the_training_does(words, tmp_path):
     """A signal to the whole group reaches the timm pipeline's workers too."""
-    options = words("--epochs", "400", "--pipeline", "timm", "--workers", "2", "--run-name", "a", "--tracker", "none")
-    process = subprocess.Popen([sys.executable, "-m", "cifar_accel", *options], start_new_session=True)
+    options = words(
+        "--epochs",
+        "400",
+        "--pipeline",
+        "timm",
+        "--workers",
+        "2",
+        "--run-name",
+        "a",
+        "--tracker",
+        "none",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar_accel", *options], start_new_session=True
+    )
     wait_for((tmp_path / "ck" / "a" / "metrics.jsonl").exists)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143 and (tmp_path / "ck" / "a" / "PREEMPTED").exists()
@@ -393,16 +526,24 @@ def test_workers_do_not_die_before_the_training_does(words, tmp_path):
 # ---- checkpoints of earlier versions
 
 
-@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "data").glob("format-*")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parent / "data").glob("format-*")), ids=lambda p: p.name
+)
 def test_every_released_format_goes_on(tmp_path, cache, folder):
     """A run folder that an earlier version left in mid-run, continued by this one with the same command."""
     run = tmp_path / "ck" / "old"
     shutil.copytree(folder, run)
     assert checkpoint.newest_valid(run, print).name == "step-00000008"
     old = rows(run)
-    forked_runs.finish([*FORMAT, "--data-dir", cache, "--save-dir", str(tmp_path / "ck")], tmp_path / "log")
+    forked_runs.finish(
+        [*FORMAT, "--data-dir", cache, "--save-dir", str(tmp_path / "ck")], tmp_path / "log"
+    )
     assert "after step 8" in (tmp_path / "log").read_text()
-    assert summary(run)["status"] == "finished" and rows(run)[: len(old)] == old and rows(run)[-1]["step"] == 16
+    assert (
+        summary(run)["status"] == "finished"
+        and rows(run)[: len(old)] == old
+        and rows(run)[-1]["step"] == 16
+    )
 
 
 # How the folders in data/ were made (with --max-steps 8): a ViT of 6 thousand weights.
@@ -416,7 +557,12 @@ FORMAT = (
 def test_every_promise_names_its_test():
     """The README's table, line by line."""
     root = Path(__file__).parent
-    section = (root.parent / "README.md").read_text().partition("## What you can rely on")[2].partition("\n## ")[0]
+    section = (
+        (root.parent / "README.md")
+        .read_text()
+        .partition("## What you can rely on")[2]
+        .partition("\n## ")[0]
+    )
     promised = re.findall(r"`(test_\w+)`", section)
     there = "".join(file.read_text() for file in root.glob("test_*.py"))
     assert len(promised) > 25 and not [name for name in promised if f"def {name}(" not in there]

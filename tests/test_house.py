@@ -55,7 +55,9 @@ def imports() -> list[tuple[str, str]]:
             continue
         for node in ast.walk(ast.parse(paths[path].read_text())):
             if isinstance(node, ast.Import):
-                assert not any(a.name.startswith("cifar_accel") for a in node.names), "from ... import ..."
+                assert not any(a.name.startswith("cifar_accel") for a in node.names), (
+                    "from ... import ..."
+                )
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cifar_accel"):
                 source = node.module.removeprefix("cifar_accel").removeprefix(".")
                 for alias in node.names:
@@ -92,7 +94,9 @@ def test_within_a_room_there_is_no_circle():
 
 
 def test_rooms_that_never_load_torch():
-    rooms = "errors console files network options.parsing records.folder results.page launch.study plan"
+    rooms = (
+        "errors console files network options.parsing records.folder results.page launch.study plan"
+    )
     there = [room for room in rooms.split() if (PACKAGE / f"{room.replace('.', '/')}.py").exists()]
     code = "import sys; " + "".join(f"import cifar_accel.{room}; " for room in there)
     code += "sys.exit('torch' in sys.modules)"

@@ -21,7 +21,9 @@ print(peak_memory_mib(torch.device("cpu")))
 more = np.ones(2**27, np.uint8)
 print(peak_memory_mib(torch.device("cpu")))
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     before, after = map(float, out.split())
     assert held.all() and before < ours - 100 and after > before + 100
 
@@ -45,9 +47,13 @@ def test_compiled_runs_see_one_shape_a_model(trainer, tmp_path):
     tiny = "--model test_vit --model-kwargs patch_size=16 depth=1 embed_dim=8 num_heads=1"  # compiles in seconds
     words = [*tiny.split(), "--compile", "--batch-size", "64", "--tracker", "none"]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = trainer(*words, "--micro-batch-size", "32", "--max-steps", "6", env=cache, launcher=FRESH)
+    done = trainer(
+        *words, "--micro-batch-size", "32", "--max-steps", "6", env=cache, launcher=FRESH
+    )
     assert rows(done.run)[-1]["train/compiled_graphs"] == 2 and "compiled  2 graphs" in done.stdout
-    again = trainer(*words, "--micro-batch-size", "32", "--max-steps", "8", env=cache, launcher=FRESH)
+    again = trainer(
+        *words, "--micro-batch-size", "32", "--max-steps", "8", env=cache, launcher=FRESH
+    )
     assert "after step 6" in again.stdout and summary(again.run)["steps"] == 8
 
 
@@ -55,4 +61,7 @@ def test_without_a_compiler_a_run_goes_on_uncompiled(trainer, tmp_path):
     broken = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     done = trainer("--compile", "--epochs", "1", "--tracker", "none", env=broken, launcher=FRESH)
     assert done.stdout.count("warning: --compile does not work here and is left out") == 1
-    assert summary(done.run)["status"] == "finished" and "train/compiled_graphs" not in rows(done.run)[-1]
+    assert (
+        summary(done.run)["status"] == "finished"
+        and "train/compiled_graphs" not in rows(done.run)[-1]
+    )

@@ -38,7 +38,9 @@ def test_without_a_config_the_shipped_one_that_fits(own_config):
 def test_the_users_own_config_comes_first(own_config, monkeypatch):
     own_config(distributed_type="NO", num_processes=1, mixed_precision="bf16", use_cpu=True)
     command, environment, why = command_for([])
-    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16" and "your own accelerate config" in why
+    assert (
+        environment["ACCELERATE_MIXED_PRECISION"] == "bf16" and "your own accelerate config" in why
+    )
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert "ACCELERATE_MIXED_PRECISION" not in command_for([])[1]
 
@@ -52,7 +54,9 @@ def test_several_processes_go_through_a_launcher(own_config):
         "--epochs",
         "3",
     ]
-    own_config(distributed_type="MULTI_CPU", num_processes=2, mixed_precision="bf16")  # accelerate launch starts one
+    own_config(
+        distributed_type="MULTI_CPU", num_processes=2, mixed_precision="bf16"
+    )  # accelerate launch starts one
     assert command_for([])[1] == {"ACCELERATE_MIXED_PRECISION": "bf16"}
     assert command_for([])[0][1:] == [
         "-m",
@@ -65,12 +69,22 @@ def test_several_processes_go_through_a_launcher(own_config):
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]", "num_processes: two", "num_processes: [1]", "num_processes: -1"])
+@pytest.mark.parametrize(
+    "text", ["{", "[1, 2]", "num_processes: two", "num_processes: [1]", "num_processes: -1"]
+)
 def test_a_broken_config_is_one_line(own_config, tmp_path, text):
     own_config()
     (tmp_path / "hf" / "accelerate" / "default_config.yaml").write_text(text)
-    done = subprocess.run([sys.executable, "-m", "cifar_accel.launch", "--epochs", "3"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "default_config.yaml" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_accel.launch", "--epochs", "3"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "default_config.yaml" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu", "multi_node"])
@@ -79,7 +93,9 @@ def test_every_shipped_config_says_when_how_and_what(name):
     assert all(f"# {head}" in text for head in ("Use when", "Start with", "You should see"))
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml")).num_processes >= 1
+    assert (
+        load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml")).num_processes >= 1
+    )
 
 
 def test_signals_and_exit_codes_come_through(trainer, tmp_path, own_config):
@@ -96,7 +112,9 @@ def test_signals_and_exit_codes_come_through_two_processes(trainer, tmp_path, ow
     own_config(distributed_type="MULTI_CPU", num_processes=2)
     launcher = [sys.executable, "-m", "cifar_accel.launch"]
     words = [*trainer.command("--epochs", "60", "--run-name", "a", "--tracker", "none")[3:]]
-    process = subprocess.Popen([*launcher, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*launcher, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for(lambda: (tmp_path / "ck" / "a" / "metrics.jsonl").exists())
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 143 and summary(tmp_path / "ck" / "a")["status"] == "preempted"
@@ -112,7 +130,9 @@ def test_stopped_while_two_processes_start(trainer, tmp_path, own_config):
     own_config(distributed_type="MULTI_CPU", num_processes=2)
     words = [*trainer.command("--tracker", "none")[3:]]
     command = [sys.executable, "-m", "cifar_accel.launch", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while not (line := process.stdout.readline()).startswith("loading torch"):
         assert line, "it ended by itself"
     process.send_signal(signal.SIGTERM)
@@ -153,6 +173,14 @@ def test_launch_sh_without_a_python(tmp_path):
     fake.chmod(0o755)
     for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    env = {"PATH": f"{fake.parent}:/usr/bin:/bin", "PYTHON": "python3", "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(["bash", tmp_path / "launch.sh", "--epochs", "1"], capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "no Python >= 3.11" in done.stderr and done.stderr.count("\n") == 1
+    env = {
+        "PATH": f"{fake.parent}:/usr/bin:/bin",
+        "PYTHON": "python3",
+        "HOME": os.environ.get("HOME", "/"),
+    }
+    done = subprocess.run(
+        ["bash", tmp_path / "launch.sh", "--epochs", "1"], capture_output=True, text=True, env=env
+    )
+    assert (
+        done.returncode == 2 and "no Python >= 3.11" in done.stderr and done.stderr.count("\n") == 1
+    )

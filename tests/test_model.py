@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from cifar_accel.errors import BadInput
-from cifar_accel.models.create import ALIASES, build_model, check_model, forward_flops, use_channels_last
+from cifar_accel.models.create import (
+    ALIASES,
+    build_model,
+    check_model,
+    forward_flops,
+    use_channels_last,
+)
 from cifar_accel.models.surgery import shorten_convolutions
 from cifar_accel.models.weights import classifier_parameters, load_weights, read_weights, save_model
 from cifar_accel.options.options import TrainingArguments
@@ -24,15 +30,22 @@ def quiet(line):
 
 
 def test_the_short_names_are_the_reports_models():
-    assert ALIASES == {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
+    assert ALIASES == {
+        "nfnet": "dm_nfnet_f0.dm_in1k",
+        "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k",
+    }
     with torch.device("meta"):
-        assert timm.create_model(ALIASES["vit"], img_size=32, num_classes=100)(torch.zeros(1, 3, 32, 32)).shape == (
+        assert timm.create_model(ALIASES["vit"], img_size=32, num_classes=100)(
+            torch.zeros(1, 3, 32, 32)
+        ).shape == (
             1,
             100,
         )
 
 
-@pytest.mark.parametrize("name, keywords", [("test_nfnet", ()), ("test_vit", ("patch_size=8",)), ("test_vit", ())])
+@pytest.mark.parametrize(
+    "name, keywords", [("test_nfnet", ()), ("test_vit", ("patch_size=8",)), ("test_vit", ())]
+)
 def test_a_saved_model_is_a_local_dir_of_timm(tmp_path, name, keywords):
     args = replace(PLAIN, model=name, model_kwargs=keywords)
     model = build_model(args, 10, quiet).eval()
@@ -48,7 +61,9 @@ def test_a_saved_model_is_a_local_dir_of_timm(tmp_path, name, keywords):
 def test_the_same_seed_gives_the_same_new_weights():
     a, b = (build_model(PLAIN, 10, quiet).state_dict() for _ in range(2))
     c = build_model(replace(PLAIN, seed=1), 10, quiet).state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["head.fc.weight"], c["head.fc.weight"])
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(
+        a["head.fc.weight"], c["head.fc.weight"]
+    )
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth", "state_dict", "wrapped", "run"])
@@ -63,7 +78,12 @@ def test_starting_weights_in_every_form(tmp_path, form):
     else:
         wrapped = {f"module._orig_mod.{k}": v for k, v in source.items()}
         torch.save(
-            {"pth": source, "state_dict": {"state_dict": source, "epoch": 3}, "wrapped": {"model": wrapped}}[form], path
+            {
+                "pth": source,
+                "state_dict": {"state_dict": source, "epoch": 3},
+                "wrapped": {"model": wrapped},
+            }[form],
+            path,
         )
     said = []
     model = build_model(replace(PLAIN, checkpoint=str(path)), 10, said.append)
@@ -80,7 +100,10 @@ def test_another_number_of_classes_keeps_a_new_classifier(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    save_file(build_model(replace(PLAIN, model="test_vit"), 10, quiet).state_dict(), tmp_path / "vit.safetensors")
+    save_file(
+        build_model(replace(PLAIN, model="test_vit"), 10, quiet).state_dict(),
+        tmp_path / "vit.safetensors",
+    )
     with pytest.raises(BadInput, match="does not fit --model: .* are not in it, first"):
         build_model(replace(PLAIN, checkpoint=str(tmp_path / "vit.safetensors")), 10, quiet)
     state = build_model(PLAIN, 10, quiet).state_dict()

@@ -22,7 +22,9 @@ def curve(args, total=4875, warmup=975):
 def test_the_reports_cosine_with_its_slips_mended():
     lr = curve(REPORT)
     assert lr[0] == 1e-5 and lr[975] == lr.max() == 5e-4 and lr[-1] == pytest.approx(1e-6)
-    assert lr[195] == pytest.approx(1e-5 + (5e-4 - 1e-5) / 5)  # the second epoch is not the first again
+    assert lr[195] == pytest.approx(
+        1e-5 + (5e-4 - 1e-5) / 5
+    )  # the second epoch is not the first again
     assert np.all(np.diff(lr[:976]) > 0) and np.all(np.diff(lr[975:]) < 0)
     assert lr[975 + 1950] == pytest.approx((5e-4 + 1e-6) / 2, rel=1e-3)
 
@@ -36,13 +38,17 @@ def test_linear_decay_is_torchs():
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    np.testing.assert_allclose(curve(replace(REPORT, scheduler="linear_decay"), total, 0), theirs, rtol=1e-6)
+    np.testing.assert_allclose(
+        curve(replace(REPORT, scheduler="linear_decay"), total, 0), theirs, rtol=1e-6
+    )
 
 
 def test_one_cycle_is_torchs():
     total = 101
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 5e-4, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total, pct_start=31 / 101, anneal_strategy="cos")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-4, total, pct_start=31 / 101, anneal_strategy="cos"
+    )
     theirs = []
     for step in range(total):
         theirs.append(optimizer.param_groups[0]["lr"])
@@ -65,7 +71,11 @@ def test_short_runs_have_rates(name, total, warmup):
 def test_the_reports_adamw():
     optimizer = build_optimizer(build_model(MODEL, 10, str), replace(REPORT, pipeline="device"))
     (group,) = optimizer.param_groups
-    assert isinstance(optimizer, torch.optim.AdamW) and group["amsgrad"] and group["weight_decay"] == 1e-2
+    assert (
+        isinstance(optimizer, torch.optim.AdamW)
+        and group["amsgrad"]
+        and group["weight_decay"] == 1e-2
+    )
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "lion", "lamb", "adopt", "sgd", "nadamw", "muon"])
@@ -87,7 +97,9 @@ def test_gains_norms_biases_and_positions_are_spared(name):
     assert decayed["weight_decay"] > 0 and spared["weight_decay"] == 0
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
     assert all(names[p].endswith("weight") and p.ndim > 1 for p in decayed["params"])
-    for part in {"test_nfnet": ("gain", "bias"), "test_vit": ("pos_embed", "norm1.weight", "bias")}[name]:
+    for part in {"test_nfnet": ("gain", "bias"), "test_vit": ("pos_embed", "norm1.weight", "bias")}[
+        name
+    ]:
         assert any(part in names[p] for p in spared["params"]), part
 
 
@@ -96,7 +108,9 @@ def test_adaptive_clipping_spares_the_classifier_and_norm_clipping_does_not():
     for mode, spared in (("agc", True), ("norm", False)):
         for p in model.parameters():
             p.grad = torch.full_like(p, 100.0)
-        clip_gradients(model, gradient_norm(model.parameters()), replace(MODEL, clip_grad=0.01, clip_mode=mode))
+        clip_gradients(
+            model, gradient_norm(model.parameters()), replace(MODEL, clip_grad=0.01, clip_mode=mode)
+        )
         head = classifier_parameters(model)
         assert all((p.grad == 100).all() == spared for p in head)
         assert all(p.grad.abs().max() < 100 for p in model.parameters() if p not in head)

@@ -25,7 +25,9 @@ def test_uniform_numbers_are_uniform_and_independent():
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.size) ** 0.5
     counts = np.histogram(u, 64, (0, 1))[0]
-    assert ((counts - u.size / 64) ** 2 / (u.size / 64)).sum() < 63 + 5 * (2 * 63) ** 0.5  # chi-square, 5 sigma
+    assert ((counts - u.size / 64) ** 2 / (u.size / 64)).sum() < 63 + 5 * (
+        2 * 63
+    ) ** 0.5  # chi-square, 5 sigma
     v = uniform(7, "vflip", np.arange(200)[:, None], np.arange(500))
     for other in (v, np.roll(u, 1, 0), np.roll(u, 1, 1)):
         assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 5 / u.size**0.5
@@ -40,7 +42,8 @@ def test_each_global_batch_is_cut_exactly_once(world, accumulation):
 
 
 @pytest.mark.parametrize(
-    "batch, world, accumulation", [(12, 1, 1), (12, 2, 1), (12, 2, 2), (12, 4, 3), (9, 3, 1), (5, 1, 1)]
+    "batch, world, accumulation",
+    [(12, 1, 1), (12, 2, 1), (12, 2, 2), (12, 4, 3), (9, 3, 1), (5, 1, 1)],
 )
 def test_partners_are_the_same_however_the_batch_is_cut(batch, world, accumulation):
     def pairs(world, accumulation):
@@ -48,12 +51,17 @@ def test_partners_are_the_same_however_the_batch_is_cut(batch, world, accumulati
         for rank in range(world):
             for rows in plan(Order(3, 50, batch, world, rank, accumulation), 2, 4, mixing=True):
                 own = rows.samples[: len(rows.partners)]
-                found |= {(rows.step, int(a)): int(b) for a, b in zip(own, rows.samples[rows.partners], strict=True)}
+                found |= {
+                    (rows.step, int(a)): int(b)
+                    for a, b in zip(own, rows.samples[rows.partners], strict=True)
+                }
         return found
 
     assert pairs(world, accumulation) == pairs(1, 1)
     assert len(pairs(1, 1)) == 2 * batch
-    assert all(pairs(1, 1)[step, b] == a for (step, a), b in pairs(1, 1).items())  # partners mix with each other
+    assert all(
+        pairs(1, 1)[step, b] == a for (step, a), b in pairs(1, 1).items()
+    )  # partners mix with each other
 
 
 def test_the_last_incomplete_batch_is_dropped_and_every_epoch_reshuffled():

@@ -29,14 +29,22 @@ def images():
     """uint8 [n, 32, 32, 3]: smooth structure, noise, two levels, flat images, single pixels and saturated colours."""
     rng = np.random.default_rng(0)
     small = torch.from_numpy(rng.integers(0, 256, (40, 3, 6, 6), np.uint8)).float()
-    smooth = torch.nn.functional.interpolate(small, (32, 32), mode="bicubic").mul(0.7).add(20).clamp(0, 255).byte()
+    smooth = (
+        torch.nn.functional.interpolate(small, (32, 32), mode="bicubic")
+        .mul(0.7)
+        .add(20)
+        .clamp(0, 255)
+        .byte()
+    )
     edges = [np.full((32, 32, 3), level, np.uint8) for level in (0, 1, 127, 128, 254, 255)]
     edges += [np.zeros((32, 32, 3), np.uint8) for _ in range(3)]
     edges[-1][0, 0] = 255
     edges[-2][5:, 7:] = 10, 20, 255
     edges[-3][:] = 255, 0, 0
     noise = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
-    return np.concatenate([smooth.permute(0, 2, 3, 1).numpy(), np.stack(edges), noise, (noise > 127) * np.uint8(255)])
+    return np.concatenate(
+        [smooth.permute(0, 2, 3, 1).numpy(), np.stack(edges), noise, (noise > 127) * np.uint8(255)]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +90,9 @@ def test_operation_equals_pillow(images, name, magnitude, increasing, monkeypatc
     for sign in (1.0, -1.0):
         for interpolation in RESAMPLING if name in pixels.MOVES else ("bilinear",):
             theirs = by_timm(images, name, magnitude, sign, increasing, interpolation, monkeypatch)
-            assert np.array_equal(by_us(images, name, magnitude, sign, increasing, interpolation), theirs)
+            assert np.array_equal(
+                by_us(images, name, magnitude, sign, increasing, interpolation), theirs
+            )
 
 
 @pytest.mark.parametrize("name", policy.NAMES)
@@ -96,21 +106,27 @@ def test_operation_equals_pillow_on_photographs(cifar, cache, name, monkeypatch)
 def test_operations_are_not_the_identity(images):
     """So that the tests above compare something: each changes most images at magnitude 6."""
     for name in policy.NAMES:
-        changed = by_us(images[:40], name, 6, 1.0, False, "bilinear") != images[:40].transpose(0, 3, 1, 2)
+        changed = by_us(images[:40], name, 6, 1.0, False, "bilinear") != images[:40].transpose(
+            0, 3, 1, 2
+        )
         assert changed.any((1, 2, 3)).mean() > 0.8, name
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 96])
 @pytest.mark.parametrize("interpolation", RESAMPLING)
 def test_resized_crop_and_flips_equal_pillow(images, interpolation, size):
-    args = replace(recipe_defaults("report"), aa="none", image_size=size, interpolation=interpolation)
+    args = replace(
+        recipe_defaults("report"), aa="none", image_size=size, interpolation=interpolation
+    )
     n = len(images)
     draws = augment.draw(args, np.zeros(n, np.int64), np.arange(n), (32, 32))
     out = augment.augment(batch(images), draws, size, interpolation).numpy()
     assert draws.hflip.any() and draws.vflip.any() and draws.box[:, 2:].min() < 16
     for i, image in enumerate(images):
         y, x, h, w = (int(v) for v in draws.box[i])
-        pil = functional.resized_crop(Image.fromarray(image), y, x, h, w, (size, size), RESAMPLING[interpolation])
+        pil = functional.resized_crop(
+            Image.fromarray(image), y, x, h, w, (size, size), RESAMPLING[interpolation]
+        )
         theirs = np.asarray(pil).transpose(2, 0, 1)
         theirs = theirs[:, :, ::-1] if draws.hflip[i] else theirs
         assert np.array_equal(out[i], theirs[:, ::-1] if draws.vflip[i] else theirs)
@@ -121,7 +137,9 @@ def test_shrinking_is_antialiased_as_pillows(images, interpolation):
     """Exact where Pillow goes across first, as it always did until it chose by the image's shape."""
     for size in (24, 17, 8):
         out = pixels.resize(batch(images), (size, size), interpolation).numpy()
-        theirs = transformed(images, lambda im, s=size: im.resize((s, s), RESAMPLING[interpolation]))
+        theirs = transformed(
+            images, lambda im, s=size: im.resize((s, s), RESAMPLING[interpolation])
+        )
         assert np.array_equal(out, theirs)
 
 
@@ -131,7 +149,9 @@ def test_colour_jitter_equals_torchvisions(images):
     draws = augment.draw(args, np.zeros(n, np.int64), np.arange(n), (32, 32))
     factors = draws.program.arguments[:, :, 0]
     assert 0.6 <= factors.min() < 0.65 and 1.35 < factors.max() <= 1.4
-    assert len(np.unique(draws.program.operations, axis=0)) == 6, "every order of the three is drawn"
+    assert len(np.unique(draws.program.operations, axis=0)) == 6, (
+        "every order of the three is drawn"
+    )
     out = augment.augment(batch(images), draws, 32, "bilinear").numpy()
     adjust = {
         "brightness": functional.adjust_brightness,
@@ -151,25 +171,35 @@ def by_pillow(image: np.ndarray, codes, rows) -> np.ndarray:
     for code, row in zip(codes, rows, strict=True):
         name = policy.NAMES[code] if code != draws.NOTHING else None
         if name in pixels.MOVES:
-            pil = pil.transform(pil.size, Image.Transform.AFFINE, tuple(row), RESAMPLING["bilinear"], fillcolor=FILL)
+            pil = pil.transform(
+                pil.size, Image.Transform.AFFINE, tuple(row), RESAMPLING["bilinear"], fillcolor=FILL
+            )
         elif name:
-            value = row[0] if name in ("color", "contrast", "brightness", "sharpness") else int(row[0])
+            value = (
+                row[0] if name in ("color", "contrast", "brightness", "sharpness") else int(row[0])
+            )
             values = () if name in ("autocontrast", "equalize", "invert") else (value,)
             pil = auto_augment.NAME_TO_OP[TIMM_NAMES[name]](pil, *values)
     return np.asarray(pil).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("text", ["rand-m9-n3-mstd0.5-p0.8", "rand-m15-n2", "rand-n4-tweights-p0.9"])
+@pytest.mark.parametrize(
+    "text", ["rand-m9-n3-mstd0.5-p0.8", "rand-m15-n2", "rand-n4-tweights-p0.9"]
+)
 def test_whole_policy_equals_pillow_and_the_batch_changes_nothing(images, text):
     n = 300
     many = np.concatenate([images] * 6)[:n]
-    drawn = draws.draw_policy(policy.read_policy(text), 1, np.zeros(n, np.int64), np.arange(n), (32, 32))
+    drawn = draws.draw_policy(
+        policy.read_policy(text), 1, np.zeros(n, np.int64), np.arange(n), (32, 32)
+    )
     out = pixels.run_program(batch(many).float(), drawn, FILL, "bilinear").numpy()
     for i in range(n):
         assert np.array_equal(out[i], by_pillow(many[i], drawn.operations[i], drawn.arguments[i]))
     for part in (slice(0, 1), slice(7, 30)):
         some = draws.Program(drawn.operations[part], drawn.arguments[part])
-        assert np.array_equal(pixels.run_program(batch(many[part]).float(), some, FILL, "bilinear").numpy(), out[part])
+        assert np.array_equal(
+            pixels.run_program(batch(many[part]).float(), some, FILL, "bilinear").numpy(), out[part]
+        )
 
 
 # ---- the draws
@@ -182,7 +212,13 @@ def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
     return ((statistic / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
 
 
-POLICIES = ["rand-m15-n2", "rand-m9-n3-mstd0.5-inc1", "rand-m7-mstd101", "rand-m12-mmax20-p0.7", "rand-n4-tweights"]
+POLICIES = [
+    "rand-m15-n2",
+    "rand-m9-n3-mstd0.5-inc1",
+    "rand-m7-mstd101",
+    "rand-m12-mmax20-p0.7",
+    "rand-n4-tweights",
+]
 
 
 def recorded(text: str, times: int, monkeypatch) -> list[list[tuple[str, float | None]]]:
@@ -207,7 +243,9 @@ def recorded(text: str, times: int, monkeypatch) -> list[list[tuple[str, float |
 
 def drawn(text: str, times: int) -> list[list[tuple[str, float | None]]]:
     """The same, of ours; arguments read back from the matrices."""
-    program = draws.draw_policy(policy.read_policy(text), 5, np.zeros(times, np.int64), np.arange(times), (1, 1))
+    program = draws.draw_policy(
+        policy.read_policy(text), 5, np.zeros(times, np.int64), np.arange(times), (1, 1)
+    )
 
     def read(code, arguments):
         name = policy.NAMES[code]
@@ -232,7 +270,10 @@ def test_draws_are_distributed_as_timms(text, monkeypatch):
 
     def compare(key, kind):
         values = sorted({v for run in (theirs, ours) for row in run for v in key(row)}, key=str)
-        counts = [np.array([sum(key(row).count(v) for row in run) for v in values], float) for run in (theirs, ours)]
+        counts = [
+            np.array([sum(key(row).count(v) for row in run) for v in values], float)
+            for run in (theirs, ours)
+        ]
         counts = [np.append(c, n * 10 - c.sum()) for c in counts]
         both = (counts[0] + counts[1]) / 2
         statistic = chi_square((counts[1] - counts[0]) / 2 + both, both)
@@ -242,7 +283,10 @@ def test_draws_are_distributed_as_timms(text, monkeypatch):
     compare(lambda row: [name for name, _ in row], "the operations")
     compare(lambda row: [row[0][0] + row[1][0]] if len(row) > 1 else [], "the pairs")
     for name in TIMM_NAMES.values():
-        a, b = (np.sort([v for row in run for n_, v in row if n_ == name and v is not None]) for run in (theirs, ours))
+        a, b = (
+            np.sort([v for row in run for n_, v in row if n_ == name and v is not None])
+            for run in (theirs, ours)
+        )
         if len(a) < 100:
             continue
         grid = np.round(np.concatenate([a, b]), 9)
@@ -250,19 +294,33 @@ def test_draws_are_distributed_as_timms(text, monkeypatch):
             np.searchsorted(np.round(a, 9), grid, "right") / len(a)
             - np.searchsorted(np.round(b, 9), grid, "right") / len(b)
         ).max()
-        assert distance < 2.2 * math.sqrt(1 / len(a) + 1 / len(b)), f"Kolmogorov-Smirnov of {name}: {distance}"
+        assert distance < 2.2 * math.sqrt(1 / len(a) + 1 / len(b)), (
+            f"Kolmogorov-Smirnov of {name}: {distance}"
+        )
 
 
-@pytest.mark.parametrize("text", [*POLICIES, "rand", "rand-m3", "rand-inc0", "rand-p1-n1", "rand-mmax5-mstd0.25"])
+@pytest.mark.parametrize(
+    "text", [*POLICIES, "rand", "rand-m3", "rand-inc0", "rand-p1-n1", "rand-mmax5-mstd0.25"]
+)
 def test_policies_are_read_as_timm_reads_them(text):
     ours = policy.read_policy(text)
     theirs = auto_augment.rand_augment_transform(text, {"img_mean": FILL})
     operation = theirs.ops[0]
-    assert (ours.magnitude, ours.layers, ours.prob) == (operation.magnitude, theirs.num_layers, operation.prob)
+    assert (ours.magnitude, ours.layers, ours.prob) == (
+        operation.magnitude,
+        theirs.num_layers,
+        operation.prob,
+    )
     assert ours.std == operation.magnitude_std and ours.ceiling == (operation.magnitude_max or 10)
     assert ours.increasing == any(o.name == "ColorIncreasing" for o in theirs.ops)
     if ours.choice:
-        weight = dict(zip([o.name.removesuffix("Increasing") for o in theirs.ops], theirs.choice_weights, strict=True))
+        weight = dict(
+            zip(
+                [o.name.removesuffix("Increasing") for o in theirs.ops],
+                theirs.choice_weights,
+                strict=True,
+            )
+        )
         expected = [weight[TIMM_NAMES[n]] for n in policy.NAMES]
         assert np.allclose(draws.WEIGHTS / draws.WEIGHTS.sum(), expected)
 
@@ -278,7 +336,9 @@ def test_mixing_boxes_are_timms(monkeypatch):
         monkeypatch.setattr(np.random, "randint", lambda *a, size=None, c=centre: next(c))
         (y0, y1, x0, x1), kept = cutmix_bbox_and_lam((1, 3, 32, 32), lam)
         own, other = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
-        mixed, share = augment.mix(torch.cat([own, other]), torch.tensor([1]), Mix(lam, (cy / 32, cx / 32)))
+        mixed, share = augment.mix(
+            torch.cat([own, other]), torch.tensor([1]), Mix(lam, (cy / 32, cx / 32))
+        )
         expected = torch.zeros(1, 3, 32, 32)
         expected[:, :, y0:y1, x0:x1] = 1
         assert torch.equal(mixed, expected) and share == pytest.approx(kept)

@@ -5,7 +5,17 @@ import signal
 import subprocess
 
 import pytest
-from conftest import TWO, heed_signals, rows, sha256, summary, wait_for, wandb_runs, wandb_summary, without_clock
+from conftest import (
+    TWO,
+    heed_signals,
+    rows,
+    sha256,
+    summary,
+    wait_for,
+    wandb_runs,
+    wandb_summary,
+    without_clock,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +40,14 @@ def test_killed_and_resumed_is_never_killed(trainer, tmp_path, words):
     words = (*words, "--tracker", "none", "--epochs", "6")
     whole = trainer(*words, "--run-name", "whole").run
     run = tmp_path / "ck" / "killed"
-    process = subprocess.Popen(trainer.command(*words, "--run-name", "killed"), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 18' in (run / "metrics.jsonl").read_text())
+    process = subprocess.Popen(
+        trainer.command(*words, "--run-name", "killed"), stdout=subprocess.DEVNULL
+    )
+    wait_for(
+        lambda: (
+            (run / "metrics.jsonl").exists() and '"step": 18' in (run / "metrics.jsonl").read_text()
+        )
+    )
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "summary.json").exists(), "the kill came too late to test anything"
@@ -73,17 +89,24 @@ def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
     process.communicate(timeout=60)
     assert (run / "PREEMPTED").exists() and summary(run)["status"] == "preempted"
     steps = summary(run)["steps"]
-    assert "resume: from" in trainer("--epochs", "16", "--tracker", "none", "--run-name", "stopped").stdout
+    assert (
+        "resume: from"
+        in trainer("--epochs", "16", "--tracker", "none", "--run-name", "stopped").stdout
+    )
     lines = rows(run)
     assert len({line["step"] for line in lines}) == len(lines) and lines[-1]["step"] == 128 > steps
 
 
 def test_max_steps_cuts_and_a_larger_one_goes_on(trainer):
     whole = trainer("--run-name", "whole", "--tracker", "none").run
-    cut = trainer("--run-name", "cut", "--tracker", "none", "--max-steps", "26").run  # in the last epoch
+    cut = trainer(
+        "--run-name", "cut", "--tracker", "none", "--max-steps", "26"
+    ).run  # in the last epoch
     assert summary(cut)["steps"] == 26 and rows(cut)[-1]["step"] == 26
     cut = trainer("--run-name", "cut", "--tracker", "none").run
-    assert sha256(cut) == sha256(whole) and summary(cut)["train_loss"] == summary(whole)["train_loss"]
+    assert (
+        sha256(cut) == sha256(whole) and summary(cut)["train_loss"] == summary(whole)["train_loss"]
+    )
     assert [r["train/lr"] for r in rows(cut) if r["step"] == 27] == [
         r["train/lr"] for r in rows(whole) if r["step"] == 27
     ]
@@ -92,7 +115,10 @@ def test_max_steps_cuts_and_a_larger_one_goes_on(trainer):
 def test_stopped_before_the_first_step(trainer, tmp_path):
     """While data and model are made there is nothing to save: the process ends at once, and leaves nothing."""
     process = subprocess.Popen(
-        trainer.command("--run-name", "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        trainer.command("--run-name", "a"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     while not process.stdout.readline().startswith("model: making"):
@@ -104,7 +130,11 @@ def test_stopped_before_the_first_step(trainer, tmp_path):
 
 
 def test_a_resume_does_not_need_the_starting_weights_again(trainer, tmp_path):
-    source = trainer("--epochs", "1", "--tracker", "none", "--run-name", "source").run / "model" / "model.safetensors"
+    source = (
+        trainer("--epochs", "1", "--tracker", "none", "--run-name", "source").run
+        / "model"
+        / "model.safetensors"
+    )
     weights = tmp_path / "start.safetensors"
     shutil.copy(source, weights)
     words = ("--checkpoint", str(weights), "--tracker", "none", "--run-name", "b")
@@ -120,7 +150,9 @@ def test_resume_never_and_resume_path(trainer):
     second = trainer(*words, "--run-name", "a", "--resume", "never").run
     assert second.name == "a-2" and sha256(second) == sha256(first)
     assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
-    done = trainer(*words, "--run-name", "c", "--resume", str(first / "checkpoints" / "step-00000008"))
+    done = trainer(
+        *words, "--run-name", "c", "--resume", str(first / "checkpoints" / "step-00000008")
+    )
     assert "after step 8" in done.stdout and sha256(done.run) == sha256(first)
     assert without_clock(rows(done.run)) == without_clock(rows(first))
 
@@ -131,12 +163,17 @@ def test_a_run_begun_at_anothers_checkpoint_goes_on_by_the_same_command(trainer)
     again = (*words, "--run-name", "b", "--resume", str(first / "checkpoints" / "step-00000016"))
     trainer(*again, "--max-steps", "20")
     done = trainer(*again)
-    assert "after step 20" in done.stdout and without_clock(rows(done.run))[-1] == without_clock(rows(first))[-1]
+    assert (
+        "after step 20" in done.stdout
+        and without_clock(rows(done.run))[-1] == without_clock(rows(first))[-1]
+    )
     assert "is finished" in trainer(*again).stdout
     kept = sorted((done.run / "checkpoints").iterdir())
     for path in kept[:-1]:
         shutil.rmtree(path)
-    kept[-1].rename(kept[-1].with_name("step-00000018.tmp"))  # as a kill in the first save leaves it
+    kept[-1].rename(
+        kept[-1].with_name("step-00000018.tmp")
+    )  # as a kill in the first save leaves it
     (done.run / "summary.json").unlink()
     done = trainer(*again)
     assert "after step 16" in done.stdout and sha256(done.run) == sha256(first)
@@ -149,10 +186,20 @@ def test_a_run_that_goes_back_keeps_its_later_checkpoints_aside(trainer):
     words = ("--tracker", "none", "--run-name", "a")
     run = trainer(*words).run
     whole, later = without_clock(rows(run)), run / "checkpoints" / "step-00000032"
-    trainer(*words, "--resume", str(run / "checkpoints" / "step-00000024"), "--max-steps", "25", "--save-every", "none")
+    trainer(
+        *words,
+        "--resume",
+        str(run / "checkpoints" / "step-00000024"),
+        "--max-steps",
+        "25",
+        "--save-every",
+        "none",
+    )
     assert not later.exists() and later.with_name(later.name + ".aside-1").is_dir()
     done = trainer(*words)
-    assert "after step 24" in done.stdout and without_clock(rows(run)) == [r for r in whole if r["step"] != 25]
+    assert "after step 24" in done.stdout and without_clock(rows(run)) == [
+        r for r in whole if r["step"] != 25
+    ]
 
 
 def test_what_is_not_the_trainers_stays(trainer):
@@ -166,7 +213,10 @@ def test_what_is_not_the_trainers_stays(trainer):
         (folder / "text").write_text("mine")
     trainer(*words)
     assert all((folder / "text").read_text() == "mine" for folder in own)
-    assert [p.name for p in sorted((run / "checkpoints").glob("step-*[0-9]"))][1:] == ["step-00000024", "step-00000032"]
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*[0-9]"))][1:] == [
+        "step-00000024",
+        "step-00000032",
+    ]
 
 
 def test_metrics_with_rubbish_go_on(trainer):
@@ -174,7 +224,9 @@ def test_metrics_with_rubbish_go_on(trainer):
     run = trainer(*words, "--max-steps", "8").run
     good = rows(run)
     with open(run / "metrics.jsonl", "ab") as f:
-        f.write(b'\xff\xfe\n{"step": "5"}\n{"step": null}\n[1]\n{"step": 1, "epoch": "x"}\nnothing\n')
+        f.write(
+            b'\xff\xfe\n{"step": "5"}\n{"step": null}\n[1]\n{"step": 1, "epoch": "x"}\nnothing\n'
+        )
     trainer(*words)
     assert rows(run)[: len(good)] == good and [r["step"] for r in rows(run)][-1] == 32
 
@@ -205,7 +257,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(trainer):
 
 def test_two_runs_cannot_write_one_folder(trainer, tmp_path):
     run = tmp_path / "ck" / "a"
-    process = subprocess.Popen(trainer.command("--epochs", "400", "--run-name", "a"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        trainer.command("--epochs", "400", "--run-name", "a"), stdout=subprocess.DEVNULL
+    )
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists())
         refused = trainer("--epochs", "400", "--run-name", "a", check=2)
@@ -215,4 +269,6 @@ def test_two_runs_cannot_write_one_folder(trainer, tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert trainer("--epochs", "400", "--run-name", "a", "--max-steps", "1").run == run, "nobody holds it now"
+    assert trainer("--epochs", "400", "--run-name", "a", "--max-steps", "1").run == run, (
+        "nobody holds it now"
+    )

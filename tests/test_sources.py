@@ -34,7 +34,9 @@ def image_folder(root: Path, sizes=((32, 32),), per_class=3, splits=("train", "t
     return root
 
 
-def parquet_folder(root: Path, rows=12, columns=("img", "fine_label", "coarse_label"), names=True, broken=None) -> Path:
+def parquet_folder(
+    root: Path, rows=12, columns=("img", "fine_label", "coarse_label"), names=True, broken=None
+) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -54,7 +56,9 @@ def parquet_folder(root: Path, rows=12, columns=("img", "fine_label", "coarse_la
             label = {"names": ["ant", "bee", "cow", "dog"], "_type": "ClassLabel"}
             coarse = {"names": ["insect", "mammal"], "_type": "ClassLabel"}
             features = {"fine_label": label, "label": label, "coarse_label": coarse}
-            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+            table = table.replace_schema_metadata(
+                {"huggingface": json.dumps({"info": {"features": features}})}
+            )
         pq.write_table(table, root / f"{split}-00000-of-00001.parquet")
     return root
 
@@ -72,14 +76,23 @@ def test_digits(cache):
 
 def test_real_cifar100(cifar, cache):
     data = load_dataset(cifar, cache, 32)
-    assert (len(data.train), len(data.test), len(data.train.classes), len(data.train.coarse_classes)) == (
+    assert (
+        len(data.train),
+        len(data.test),
+        len(data.train.classes),
+        len(data.train.coarse_classes),
+    ) == (
         50_000,
         10_000,
         100,
         20,
     )
-    assert np.all(np.bincount(data.train.labels) == 500) and np.all(np.bincount(data.test.coarse_labels) == 500)
-    np.testing.assert_allclose(data.train.images.mean((0, 2, 3)) / 255, (0.5071, 0.4865, 0.4409), atol=1e-4)
+    assert np.all(np.bincount(data.train.labels) == 500) and np.all(
+        np.bincount(data.test.coarse_labels) == 500
+    )
+    np.testing.assert_allclose(
+        data.train.images.mean((0, 2, 3)) / 255, (0.5071, 0.4865, 0.4409), atol=1e-4
+    )
     assert data.train.classes[:3] == ["apple", "aquarium_fish", "baby"]
     # Each fine class lies in one coarse class, and apples are fruit.
     pairs = set(zip(data.train.labels.tolist(), data.train.coarse_labels.tolist(), strict=True))
@@ -94,25 +107,43 @@ def test_a_second_start_decodes_nothing(tmp_path):
     second = load_dataset(str(folder), str(tmp_path / "cache"), 32, said.append)
     assert len(said) == 1 and first.fingerprint == second.fingerprint
     parquet_folder(folder, rows=16)  # other content under the same name
-    assert len(load_dataset(str(folder), str(tmp_path / "cache"), 32, said.append).train) == 16 and len(said) == 2
+    assert (
+        len(load_dataset(str(folder), str(tmp_path / "cache"), 32, said.append).train) == 16
+        and len(said) == 2
+    )
 
 
 def test_many_processes_decode_once(tmp_path):
     said = []
     folder = str(image_folder(tmp_path / "data"))
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: load_dataset(folder, str(tmp_path / "cache"), 32, said.append), range(4)))
+        found = list(
+            pool.map(
+                lambda i: load_dataset(folder, str(tmp_path / "cache"), 32, said.append), range(4)
+            )
+        )
     assert len(said) == 1 and len({d.fingerprint for d in found}) == 1
 
 
 def test_parquet_in_hub_layout(tmp_path):
     data = load_dataset(str(parquet_folder(tmp_path / "data")), str(tmp_path / "cache"), 32)
-    assert data.train.classes == ["ant", "bee", "cow", "dog"] and data.train.coarse_classes == ["insect", "mammal"]
-    assert data.train.labels.tolist() == [i % 4 for i in range(12)] and data.test.coarse_labels.tolist() == [0, 1] * 6
+    assert data.train.classes == ["ant", "bee", "cow", "dog"] and data.train.coarse_classes == [
+        "insect",
+        "mammal",
+    ]
+    assert (
+        data.train.labels.tolist() == [i % 4 for i in range(12)]
+        and data.test.coarse_labels.tolist() == [0, 1] * 6
+    )
     decoded = np.asarray(Image.open(io.BytesIO(picture(12 + 5)))).transpose(2, 0, 1)
     assert np.array_equal(data.test.images[5], decoded)
     plain = parquet_folder(tmp_path / "plain", columns=("img", "label"), names=False)
-    assert load_dataset(str(plain), str(tmp_path / "cache"), 32).train.classes == ["0", "1", "2", "3"]
+    assert load_dataset(str(plain), str(tmp_path / "cache"), 32).train.classes == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
 
 
 def test_validation_files_are_not_training_files(tmp_path):
@@ -161,12 +192,17 @@ def test_image_folder(tmp_path):
     data = load_dataset(str(image_folder(tmp_path / "data")), str(tmp_path / "cache"), 48)
     assert data.train.classes == ["cat", "dog"] and data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.train.images.shape == (6, 3, 32, 32)  # of one size: left as they are
-    assert np.array_equal(data.test.images[4], np.asarray(Image.open(io.BytesIO(picture(1501)))).transpose(2, 0, 1))
+    assert np.array_equal(
+        data.test.images[4], np.asarray(Image.open(io.BytesIO(picture(1501)))).transpose(2, 0, 1)
+    )
 
 
 def test_images_of_unequal_size_are_brought_to_one(tmp_path):
     folder = image_folder(tmp_path / "data", sizes=((40, 60), (32, 32), (64, 48)))
-    shapes = [load_dataset(str(folder), str(tmp_path / "cache"), side).train.images.shape for side in (24, 16, 24)]
+    shapes = [
+        load_dataset(str(folder), str(tmp_path / "cache"), side).train.images.shape
+        for side in (24, 16, 24)
+    ]
     assert shapes == [(6, 3, 24, 24), (6, 3, 16, 16), (6, 3, 24, 24)]
 
 
@@ -184,7 +220,9 @@ def test_torchvisions_cifar_files(tmp_path, monkeypatch):
             "coarse_labels": [i % 5 // 3 for i in range(n)],
         }
         (base / split).write_bytes(pickle.dumps(rows))
-    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": list("abcde"), "coarse_label_names": ["x", "y"]}))
+    (base / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": list("abcde"), "coarse_label_names": ["x", "y"]})
+    )
 
     def md5(name):
         return hashlib.md5((base / name).read_bytes()).hexdigest()

@@ -32,7 +32,15 @@ def test_names_that_are_markup_do_nothing(tmp_path, cache, in_process):
             for n in range(4):
                 image = Image.new("RGB", (32, 32), (40 * n, 120 * i, 7))
                 image.save(tmp_path / "data" / split / name / f"{n}.png")
-    options = ["--dataset", tmp_path / "data", "--model", "test_nfnet", "--no-pretrained", "--recipe", "plain"]
+    options = [
+        "--dataset",
+        tmp_path / "data",
+        "--model",
+        "test_nfnet",
+        "--no-pretrained",
+        "--recipe",
+        "plain",
+    ]
     options += ["--batch-size", "4", "--epochs", "1", "--tracker", "none", "--data-dir", cache]
     code, out, err = in_process(train_command, *options, "--save-dir", tmp_path / "ck")
     assert code == 0 and "\x1b[31m" not in out + err, err
@@ -49,7 +57,9 @@ def test_checkpoints_that_name_paths_elsewhere_do_nothing(trained, words, tmp_pa
     (tmp_path / "victim").write_text("mine")
     about["files"]["../../../../victim"] = {"bytes": 4, "sha256": "0"}
     manifest.write_text(json.dumps(about))
-    forked_runs.finish(words("--run-name", "a", "--tracker", "none", "--max-steps", "9"), tmp_path / "log")
+    forked_runs.finish(
+        words("--run-name", "a", "--tracker", "none", "--max-steps", "9"), tmp_path / "log"
+    )
     assert "names a file outside the folder" in (tmp_path / "log").read_text()
     assert (tmp_path / "victim").read_text() == "mine" and len(sha256(run)) == 64
 
@@ -69,7 +79,9 @@ def _state(**changes):
 
 
 def _options(**changes):
-    return lambda text: json.dumps(json.loads(text) | {"options": json.loads(text)["options"] | changes})
+    return lambda text: json.dumps(
+        json.loads(text) | {"options": json.loads(text)["options"] | changes}
+    )
 
 
 # What may have become of a run's config.json.
@@ -102,7 +114,11 @@ def test_a_run_that_has_lost_its_config_is_not_trained_over(trained, in_process)
             (run / "config.json").write_text(spoil(text))
         before = contents(run)
         for command, options, message in (
-            (train_command, words, "no config.json that says which; give another --run-name, or --resume never"),
+            (
+                train_command,
+                words,
+                "no config.json that says which; give another --run-name, or --resume never",
+            ),
             (main, ["evaluate", run], "is no run folder"),
             (main, ["report", run.parent], "no run folder"),
         ):
@@ -115,8 +131,13 @@ def test_a_damaged_model_is_one_line(trained, in_process):
     from cifar_accel.cli import main
 
     _, run = trained
-    whole = {name: (run / "model" / name).read_bytes() for name in ("model.safetensors", "config.json")}
-    for name, content in (("model.safetensors", whole["model.safetensors"][:-1000]), ("config.json", b"{}")):
+    whole = {
+        name: (run / "model" / name).read_bytes() for name in ("model.safetensors", "config.json")
+    }
+    for name, content in (
+        ("model.safetensors", whole["model.safetensors"][:-1000]),
+        ("config.json", b"{}"),
+    ):
         (run / "model" / name).write_bytes(content)
         code, _, err = in_process(main, "evaluate", run)
         assert code == 2 and "cannot be read as a model" in err and err.count("\n") == 1
@@ -140,9 +161,15 @@ def test_a_spoilt_summary_does_no_harm(trained, in_process):
 
 # What somebody else may have put into a checkpoint whose manifest is right.
 FOREIGN = {
-    "a pickle that runs a command": ("optimizer.pt", lambda f: torch.save(Hostile("touch hostile-was-here"), f)),
+    "a pickle that runs a command": (
+        "optimizer.pt",
+        lambda f: torch.save(Hostile("touch hostile-was-here"), f),
+    ),
     "an optimizer that is a list": ("optimizer.pt", lambda f: torch.save([1], f)),
-    "an optimizer without its groups": ("optimizer.pt", lambda f: torch.save({"state": {}, "param_groups": []}, f)),
+    "an optimizer without its groups": (
+        "optimizer.pt",
+        lambda f: torch.save({"state": {}, "param_groups": []}, f),
+    ),
     "weights that are no safetensors": ("model.safetensors", lambda f: f.write_bytes(b"nothing")),
     "a state that is a list": ("state.json", lambda f: f.write_text("[]")),
     "a state that is no JSON": ("state.json", lambda f: f.write_text("{")),
@@ -165,14 +192,23 @@ def test_what_a_stranger_put_into_a_checkpoint_is_one_line(trained, words, tmp_p
     for n, (what, (name, change)) in enumerate(FOREIGN.items()):
         change(folder / name)
         about = json.loads(good["manifest.json"])
-        about["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": checkpoint.sha256(folder / name)}
+        about["files"][name] = {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": checkpoint.sha256(folder / name),
+        }
         (folder / "manifest.json").write_text(json.dumps(about))
         assert checkpoint.fault(folder) is None
         log, before = tmp_path / f"log-{n}", rows(run)
         refused = forked_runs.finish(words("--run-name", "a", "--tracker", "none"), log)
         said = log.read_text()
-        assert refused.codes == [2] and "Traceback" not in said and said.count("cifar_accel: --resume ") == 1, what
+        assert (
+            refused.codes == [2]
+            and "Traceback" not in said
+            and said.count("cifar_accel: --resume ") == 1
+        ), what
         assert rows(run) == before and not list(Path.cwd().glob("hostile-*")), what
         for file, content in good.items():
             (folder / file).write_bytes(content)
-    assert forked_runs.finish(words("--run-name", "a", "--tracker", "none"), tmp_path / "log").codes == [0]
+    assert forked_runs.finish(
+        words("--run-name", "a", "--tracker", "none"), tmp_path / "log"
+    ).codes == [0]

@@ -38,7 +38,16 @@ def study_file(path: Path, cache: str, **extra) -> Path:
 
 
 def run_study(file: Path, *words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "cifar_accel.cli", "study", file, "--save-dir", file.parent / "ck", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "cifar_accel.cli",
+        "study",
+        file,
+        "--save-dir",
+        file.parent / "ck",
+        *words,
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=file.parent, timeout=240)
 
 
@@ -53,7 +62,9 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
     assert first.returncode == 1 and "2 of 3 runs finished" in first.stdout
     assert re.search(r"failed: .*/ck/b ", first.stdout) and "no such file" in first.stderr
     made = {n: (tmp_path / "ck" / n / "metrics.jsonl").stat().st_mtime_ns for n in "ac"}
-    shutil.copy(tmp_path / "ck" / "a" / "model" / "model.safetensors", tmp_path / "later.safetensors")
+    shutil.copy(
+        tmp_path / "ck" / "a" / "model" / "model.safetensors", tmp_path / "later.safetensors"
+    )
     second = run_study(file)
     assert second.returncode == 0 and "3 of 3 runs finished" in second.stdout
     assert second.stdout.count("finished before") == 2 and second.stdout.count("loading torch") == 1
@@ -66,7 +77,11 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
 def finished(tmp_path_factory, cache):
     """Two runs of one setting with different seeds, one of another, and one that never finished."""
     root = tmp_path_factory.mktemp("runs")
-    for name, words in {"a": ["--seed", "1"], "b": ["--seed", "2"], "deep/c": ["--optimizer", "sgdm"]}.items():
+    for name, words in {
+        "a": ["--seed", "1"],
+        "b": ["--seed", "2"],
+        "deep/c": ["--optimizer", "sgdm"],
+    }.items():
         where = ["--data-dir", cache, "--save-dir", str(root), "--run-name", name]
         done = forked([*TINY, *where, "--tracker", "none", "--epochs", "2", *words], root)
         assert done.returncode == 0, done.stderr
@@ -83,7 +98,11 @@ def test_the_tables(finished, in_process):
     code, out, _ = in_process(main, "report", finished)
     assert code == 0 and html.unescape((finished / "report.md").read_text()) in out
     tables = [
-        [re.split(r"\s*\|\s*", line.strip("| ")) for line in t.strip().splitlines() if line.startswith("| ")]
+        [
+            re.split(r"\s*\|\s*", line.strip("| "))
+            for line in t.strip().splitlines()
+            if line.startswith("| ")
+        ]
         for t in re.split(r"## .*\n", out)[1:3]
     ]
     default, settings = tables
@@ -129,7 +148,9 @@ def test_the_page_in_a_browser(finished, in_process, tmp_path):
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --virtual-time-budget=5000"
     ).split()
-    done = subprocess.run([browser, *flags, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [browser, *flags, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120
+    )
     probe.unlink()
     assert "<title>13 of 13 images, 2 tables</title>" in done.stdout
 
@@ -154,8 +175,18 @@ def test_a_sweep_file_is_a_grid(tmp_path):
         "model_ema: {value: true}}\n"
     )
     _, runs = read_study(str(file))
-    assert [(r["seed"], r["optimizer"]) for r in runs] == [(1, "adamw"), (1, "sgdm"), (2, "adamw"), (2, "sgdm")]
-    assert list(as_flags(runs[0])) == ["--group=sweep", "--seed=1", "--optimizer=adamw", "--model-ema"]
+    assert [(r["seed"], r["optimizer"]) for r in runs] == [
+        (1, "adamw"),
+        (1, "sgdm"),
+        (2, "adamw"),
+        (2, "sgdm"),
+    ]
+    assert list(as_flags(runs[0])) == [
+        "--group=sweep",
+        "--seed=1",
+        "--optimizer=adamw",
+        "--model-ema",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +224,9 @@ def test_only_seeds_are_averaged(finished, in_process, tmp_path):
 def test_runs_of_a_grid_get_names_of_their_own():
     runs = [{"learning_rate": rate, "seed": s} for rate in (0.1, 0.2) for s in (1, 2)]
     names = ["m/adamw-s1", "m/adamw-s2"] * 2
-    assert name_runs(runs, names) == [f"m/adamw-s{s}-learning_rate={rate}" for rate in (0.1, 0.2) for s in (1, 2)]
+    assert name_runs(runs, names) == [
+        f"m/adamw-s{s}-learning_rate={rate}" for rate in (0.1, 0.2) for s in (1, 2)
+    ]
     assert name_runs([{"seed": 1}, {"seed": 2}], ["a", "b"]) == ["a", "b"]
 
 

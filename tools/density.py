@@ -63,10 +63,13 @@ def measure(path: Path) -> Density:
     functions = []
     for node in ast.walk(tree):
         # A string that stands alone is a docstring, also below a field.
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                docstrings |= set(range(node.lineno, (node.end_lineno or 0) + 1))
-                texts |= {node, node.value}
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            docstrings |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+            texts |= {node, node.value}
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             functions.append((node.end_lineno or 0) - node.lineno + 1)
     code: set[int] = set()
@@ -81,7 +84,9 @@ def measure(path: Path) -> Density:
         code=len(code),
         comments=comments,
         handlers=sum(isinstance(node, ast.ExceptHandler) for node in ast.walk(tree)),
-        nodes=sum(1 for node in ast.walk(tree) if node not in texts),
+        nodes=sum(
+            1 for n in ast.walk(tree) if n not in texts and not isinstance(n, ast.expr_context)
+        ),
         wide=sum(len(lines[number - 1]) > 100 for number in code),
         longest=max(functions, default=0),
     )
@@ -95,7 +100,9 @@ def total(paths: Iterable[Path]) -> Density:
 def main() -> None:
     """Print the table."""
     names = sys.argv[1:] or ["cifar_accel"]
-    paths = [p for n in names for p in (sorted(Path(n).rglob("*.py")) if Path(n).is_dir() else [Path(n)])]
+    paths = [
+        p for n in names for p in (sorted(Path(n).rglob("*.py")) if Path(n).is_dir() else [Path(n)])
+    ]
     print(HEAD)
     for path in paths:
         print(measure(path).row(str(path)))

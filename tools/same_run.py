@@ -69,7 +69,9 @@ class Case:
 MIXED = "--mixup 0.8 --cutmix 1.0 --model-ema --model-ema-decay 0.9"
 CASES = {
     "digits": Case(""),
-    "sgdm, linear decay, weights kept": Case("--optimizer sgdm --scheduler linear_decay --save-epochs 1"),
+    "sgdm, linear decay, weights kept": Case(
+        "--optimizer sgdm --scheduler linear_decay --save-epochs 1"
+    ),
     "two processes": Case("", processes=2),
     "accumulation": Case("--micro-batch-size 8"),
     "two processes and accumulation": Case("--micro-batch-size 4", processes=2),
@@ -87,9 +89,14 @@ CASES = {
     ),
     "killed and resumed": Case("--save-every 3steps", (Start(kill_after=6), Start())),
     "killed and resumed in bf16, two processes": Case(
-        f"{MIXED} --save-every 3steps", (Start(kill_after=6), Start()), processes=2, precision="bf16"
+        f"{MIXED} --save-every 3steps",
+        (Start(kill_after=6), Start()),
+        processes=2,
+        precision="bf16",
     ),
-    "stopped in an evaluation": Case("--micro-batch-size 8", (Start(stop_in_evaluation=5), Start())),
+    "stopped in an evaluation": Case(
+        "--micro-batch-size 8", (Start(stop_in_evaluation=5), Start())
+    ),
     "stopped in the second evaluation, two processes": Case(
         "--micro-batch-size 8", (Start(stop_in_evaluation=9), Start()), processes=2
     ),
@@ -176,7 +183,9 @@ def checkout(version: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as place:
         folder = str(Path(place, "checkout"))
-        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", folder, version], check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", "--quiet", folder, version], check=True
+        )
         try:
             yield Path(folder)
         finally:
@@ -206,7 +215,10 @@ class Side:
     def begin(self, number: int, case: Case, start: Start) -> None:
         """Ask for one start of a case."""
         run = f"case-{number}"
-        words = case.base.format(data=os.environ.get("CIFAR_ACCEL_DATA")) + f" {case.words} {start.words}"
+        words = (
+            case.base.format(data=os.environ.get("CIFAR_ACCEL_DATA"))
+            + f" {case.words} {start.words}"
+        )
         places = f" --data-dir {self.folder / 'data'} --save-dir {self.folder} --run-name {run}"
         job = {
             "words": (words + places).split(),

@@ -31,7 +31,12 @@ class Draws:
     pad: int = 0  # reflected pixels around the image that `shift` moves in
 
 
-def draw(args: TrainingArguments, epoch: NDArray[np.int64], index: NDArray[np.int64], side: tuple[int, int]) -> Draws:
+def draw(
+    args: TrainingArguments,
+    epoch: NDArray[np.int64],
+    index: NDArray[np.int64],
+    side: tuple[int, int],
+) -> Draws:
     """Draw the parameters of samples `index` in epochs `epoch` (int64 [n]); `side` is the source images' (H, W)."""
     seed = args.seed
 
@@ -43,7 +48,9 @@ def draw(args: TrainingArguments, epoch: NDArray[np.int64], index: NDArray[np.in
 
     pad, program = args.crop_padding, None
     if args.aa != "none":
-        program = draw_policy(read_policy(args.aa), seed, epoch, index, (args.image_size, args.image_size))
+        program = draw_policy(
+            read_policy(args.aa), seed, epoch, index, (args.image_size, args.image_size)
+        )
     elif args.color_jitter:
         program = draw_jitter(seed, epoch, index, args.color_jitter)
     hflip = one("hflip") < args.hflip if args.hflip else None
@@ -51,7 +58,9 @@ def draw(args: TrainingArguments, epoch: NDArray[np.int64], index: NDArray[np.in
         hflip = (uniform(seed, "hflip", 0, index) < 0.5) ^ (epoch % 2 == 1)
     return Draws(
         box=_crop_boxes(seed, epoch, index, side, args.scale, args.ratio) if args.scale else None,
-        shift=np.floor(several("crop_y", "crop_x") * (2 * pad + 1)).astype(np.int64) if pad else None,
+        shift=np.floor(several("crop_y", "crop_x") * (2 * pad + 1)).astype(np.int64)
+        if pad
+        else None,
         hflip=hflip,
         vflip=one("vflip") < args.vflip if args.vflip else None,
         program=program,
@@ -79,7 +88,11 @@ def _crop_boxes(
     left = np.arange(len(index))  # those that have no box yet
     for attempt in range(10):
         at, when = index[left], epoch[left]
-        area = h * w * (scale[0] + uniform(seed, "crop_area", when, at, attempt) * (scale[1] - scale[0]))
+        area = (
+            h
+            * w
+            * (scale[0] + uniform(seed, "crop_area", when, at, attempt) * (scale[1] - scale[0]))
+        )
         aspect = np.exp(low + uniform(seed, "crop_ratio", when, at, attempt) * (high - low))
         widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         fits = (widths <= w) & (heights <= h) & (widths >= 1) & (heights >= 1)
@@ -96,20 +109,30 @@ def _crop_boxes(
 
 
 def augment(
-    images: torch.Tensor, draws: Draws, size: int, interpolation: str, fill: tuple[int, ...] = (128, 128, 128)
+    images: torch.Tensor,
+    draws: Draws,
+    size: int,
+    interpolation: str,
+    fill: tuple[int, ...] = (128, 128, 128),
 ) -> torch.Tensor:
     """Apply `draws` to images uint8 [n, 3, H, W] on any device; `fill` is the colour (0..255) outside a moved image.
 
     Returns whole numbers in 0..255 [n, 3, size, size]: uint8 if pixels were only moved about, else float32.
     """
     if draws.box is not None:
-        images = pixels.resize(images, (size, size), interpolation, draws.box, draws.hflip, draws.vflip)
+        images = pixels.resize(
+            images, (size, size), interpolation, draws.box, draws.hflip, draws.vflip
+        )
     else:
         if draws.shift is not None or draws.hflip is not None or draws.vflip is not None:
             images = _rearrange(images, draws)
         if images.shape[-2:] != (size, size):
             images = pixels.resize(images, (size, size), interpolation)
-    return images if draws.program is None else pixels.run_program(images.float(), draws.program, fill, interpolation)
+    return (
+        images
+        if draws.program is None
+        else pixels.run_program(images.float(), draws.program, fill, interpolation)
+    )
 
 
 def _rearrange(images: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -120,7 +143,9 @@ def _rearrange(images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """For each sample and output row (or column), the source row: int64 [n, size]."""
         at = np.arange(size)[None].repeat(n, 0)
         if draws.shift is not None:
-            at = np.abs(at + draws.shift[:, axis, None] - draws.pad)  # reflection at the first pixel,
+            at = np.abs(
+                at + draws.shift[:, axis, None] - draws.pad
+            )  # reflection at the first pixel,
             at = size - 1 - np.abs(size - 1 - at)  # and at the last
         if flips is not None:
             at = np.where(flips[:, None], at[:, ::-1], at)
@@ -139,8 +164,18 @@ def erase(
     A rectangle of 2 % to a third of the area and an aspect of 0.3 to 3.3 is set to 0, the mean.
     """
     size, tries = images.shape[-1], np.arange(10)
-    area = size * size * (0.02 + uniform(seed, "erase_area", epoch[:, None], index[:, None], tries) * (1 / 3 - 0.02))
-    aspect = np.exp((2 * uniform(seed, "erase_ratio", epoch[:, None], index[:, None], tries) - 1) * np.log(10 / 3))
+    area = (
+        size
+        * size
+        * (
+            0.02
+            + uniform(seed, "erase_area", epoch[:, None], index[:, None], tries) * (1 / 3 - 0.02)
+        )
+    )
+    aspect = np.exp(
+        (2 * uniform(seed, "erase_ratio", epoch[:, None], index[:, None], tries) - 1)
+        * np.log(10 / 3)
+    )
     heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (heights < size) & (widths < size)
     rows, first = np.arange(len(index)), fits.argmax(1)
@@ -154,7 +189,9 @@ def erase(
         hit = (at >= start[:, None]) & (at < (start + length)[:, None])
         return to_device(hit, images.device)
 
-    mask = inside(heights, "erase_y")[:, None, :, None] & inside(widths, "erase_x")[:, None, None, :]
+    mask = (
+        inside(heights, "erase_y")[:, None, :, None] & inside(widths, "erase_x")[:, None, None, :]
+    )
     return images.masked_fill_(mask, 0)
 
 
@@ -167,12 +204,15 @@ def mix(images: torch.Tensor, partners: torch.Tensor, how: Mix) -> tuple[torch.T
     if how.lam == 1.0:
         return images[:m], 1.0
     if how.centre is None:
-        other = images[partners]  # one rounding at a time (lerp may fuse two), so that a batch's size changes nothing
+        other = images[
+            partners
+        ]  # one rounding at a time (lerp may fuse two), so that a batch's size changes nothing
         return (images[:m] - other).mul_(how.lam).add_(other), how.lam
     size = images.shape[-1]
     side = int(size * (1 - how.lam) ** 0.5)  # timm's rounding of Yun et al.'s square
     (y0, y1), (x0, x1) = (
-        (max(0, c - side // 2), min(size, c + (side + 1) // 2)) for c in (int(v * size) for v in how.centre)
+        (max(0, c - side // 2), min(size, c + (side + 1) // 2))
+        for c in (int(v * size) for v in how.centre)
     )
     mixed = images[:m].clone()
     mixed[:, :, y0:y1, x0:x1] = images[partners, :, y0:y1, x0:x1]

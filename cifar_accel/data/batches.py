@@ -49,9 +49,13 @@ class Pipeline:
         self.labels = torch.from_numpy(self.split.labels).to(self.device)
         self.resident = self.args.pipeline == "device"
         if self.resident:
-            self.images = torch.from_numpy(np.asarray(self.split.images)).to(self.device)  # uint8 [N, 3, H, W]
+            self.images = torch.from_numpy(np.asarray(self.split.images)).to(
+                self.device
+            )  # uint8 [N, 3, H, W]
         else:
-            self.timm = {t: _TimmImages(self.args, self.split.images, self.mean, t) for t in (True, False)}
+            self.timm = {
+                t: _TimmImages(self.args, self.split.images, self.mean, t) for t in (True, False)
+            }
         scale = torch.tensor(self.std, device=self.device).mul(255).reciprocal()
         self.scale = scale.view(1, -1, 1, 1)
         self.offset = (torch.tensor(self.mean, device=self.device) * 255 * scale).view(1, -1, 1, 1)
@@ -61,7 +65,9 @@ class Pipeline:
         args, classes = self.args, len(self.split.classes)
         mixing = bool(args.mixup or args.cutmix)
         raw = self._training_pixels if self.resident else partial(self._worker_pixels, True)
-        for rows, values in zip(plan(order, start, stop, mixing), raw(plan(order, start, stop, mixing)), strict=True):
+        for rows, values in zip(
+            plan(order, start, stop, mixing), raw(plan(order, start, stop, mixing)), strict=True
+        ):
             images = self._normalise(values)
             if args.reprob:
                 epoch = np.full(len(rows.samples), rows.epoch)
@@ -80,11 +86,18 @@ class Pipeline:
     def evaluation_batches(self, batch_size: int, world: int = 1, rank: int = 0) -> Iterator[Batch]:
         """This process's share of the split, every image once over all processes; the last batch may be short."""
         share = np.array_split(np.arange(len(self.split)), world)[rank]
-        rows = [Rows(0, 0, share[i : i + batch_size], share[:0]) for i in range(0, len(share), batch_size)]
+        rows = [
+            Rows(0, 0, share[i : i + batch_size], share[:0])
+            for i in range(0, len(share), batch_size)
+        ]
         raw = self._evaluation_pixels if self.resident else partial(self._worker_pixels, False)
         for row, values in zip(rows, raw(iter(rows)), strict=True):
             labels = self.labels[to_device(row.samples, self.device)]
-            yield Batch(self._normalise(values), labels, smooth_one_hot(labels, len(self.split.classes), 0.0))
+            yield Batch(
+                self._normalise(values),
+                labels,
+                smooth_one_hot(labels, len(self.split.classes), 0.0),
+            )
 
     def _normalise(self, values: torch.Tensor) -> torch.Tensor:
         """Pixels in 0..255 (any dtype) -> normalised float32 on the device."""

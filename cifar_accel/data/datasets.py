@@ -26,7 +26,11 @@ from cifar_accel.files import home
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-SPLITS = {"train": "train", "test": "test", "val": "val(idation)?"}  # what file and folder names begin with
+SPLITS = {
+    "train": "train",
+    "test": "test",
+    "val": "val(idation)?",
+}  # what file and folder names begin with
 
 
 NETWORK_TIMEOUT_S = 15
@@ -48,7 +52,9 @@ class Split:
     def subset(self, index: NDArray[np.int64]) -> "Split":
         """The samples at `index` (a copy)."""
         coarse = None if self.coarse_labels is None else self.coarse_labels[index]
-        return replace(self, images=self.images[index], labels=self.labels[index], coarse_labels=coarse)
+        return replace(
+            self, images=self.images[index], labels=self.labels[index], coarse_labels=coarse
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,9 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
             return _parquet(path)
         if (path / "train").is_dir():
             return _image_folder(path)
-        raise BadInput(f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder per class")
+        raise BadInput(
+            f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder per class"
+        )
     if path.exists():
         raise BadInput(f"--dataset {name}: is a file; give the folder that holds the data")
     if is_hub_id(name):
@@ -132,15 +140,23 @@ def _cifar(name: str, root: Path, say: Callable[[str], None]) -> Source:
     kind = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
 
     def read() -> Iterator[tuple[str, Raw]]:
-        socket.setdefaulttimeout(NETWORK_TIMEOUT_S)  # of a silent connection, not of the whole download
+        socket.setdefaulttimeout(
+            NETWORK_TIMEOUT_S
+        )  # of a silent connection, not of the whole download
         try:
             if not (root / kind.base_folder).exists():
                 say(f"data: downloading {name} from {kind.url} into {root}")
             for train in (True, False):
                 data = kind(str(root), train=train, download=True)
-                raw = Raw(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), data.targets, data.classes)
+                raw = Raw(
+                    np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)),
+                    data.targets,
+                    data.classes,
+                )
                 if name == "cifar100":
-                    _add_coarse(raw, Path(data.root, kind.base_folder), "train" if train else "test")
+                    _add_coarse(
+                        raw, Path(data.root, kind.base_folder), "train" if train else "test"
+                    )
                 yield ("train" if train else "test"), raw
         except (urllib.error.URLError, TimeoutError, RuntimeError) as e:
             raise BadInput(
@@ -166,7 +182,9 @@ def _digits(name: str, root: Path, say: Callable[[str], None]) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8, 17 grey levels; a fifth of each class is the test split."""
 
     def read() -> Iterator[tuple[str, Raw]]:
-        from sklearn.datasets import load_digits  # two seconds, which a start on cached arrays need not wait
+        from sklearn.datasets import (
+            load_digits,
+        )  # two seconds, which a start on cached arrays need not wait
 
         bunch = load_digits()
         images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)
@@ -197,7 +215,11 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
     def fetch(local: bool) -> Path:
         return Path(
             snapshot_download(
-                name, repo_type="dataset", allow_patterns="*.parquet", cache_dir=root / "hub", local_files_only=local
+                name,
+                repo_type="dataset",
+                allow_patterns="*.parquet",
+                cache_dir=root / "hub",
+                local_files_only=local,
             )
         )
 
@@ -212,7 +234,9 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
     try:
         folder = fetch(local=False)
     except RepositoryNotFoundError as e:
-        raise BadInput(f"--dataset {name}: neither a folder here nor a data set on {constants.ENDPOINT}") from e
+        raise BadInput(
+            f"--dataset {name}: neither a folder here nor a data set on {constants.ENDPOINT}"
+        ) from e
     except Exception as e:  # the hub's HTTP library, and so its errors, changes with its version
         raise BadInput(f"--dataset {name}: cannot be downloaded ({str(e).splitlines()[0]})") from e
     whole.touch()
@@ -224,7 +248,9 @@ def _parquet(path: Path) -> Source:
     files: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.parquet")):
         words = [part.lower() for part in file.relative_to(path).parts]
-        hits = [s for s, name in SPLITS.items() if any(re.match(rf"{name}(?![a-z])", w) for w in words)]
+        hits = [
+            s for s, name in SPLITS.items() if any(re.match(rf"{name}(?![a-z])", w) for w in words)
+        ]
         files.setdefault(hits[0] if hits else "other", []).append(file)
     if "test" not in files and "val" in files:
         files["test"] = files.pop("val")
@@ -247,7 +273,9 @@ def _read_parquet(files: list[Path]) -> Raw:
     try:
         schema = pq.read_schema(files[0])
         columns = {f.name: f.type for f in schema}
-        image = next((c for c in ("img", "image", "images", *columns) if _holds_images(columns.get(c))), None)
+        image = next(
+            (c for c in ("img", "image", "images", *columns) if _holds_images(columns.get(c))), None
+        )
         label = next((c for c in ("fine_label", "label", "labels") if c in columns), None)
         if image is None or label is None:
             what = (
@@ -257,23 +285,40 @@ def _read_parquet(files: list[Path]) -> Raw:
             )
             raise BadInput(f"--dataset: {files[0]} has no {what}; it has {', '.join(columns)}")
         coarse = "coarse_label" if label == "fine_label" and "coarse_label" in columns else None
-        table = pa.concat_tables(pq.read_table(f, columns=[c for c in (image, label, coarse) if c]) for f in files)
+        table = pa.concat_tables(
+            pq.read_table(f, columns=[c for c in (image, label, coarse) if c]) for f in files
+        )
     except pa.ArrowException as e:
-        raise BadInput(f"--dataset: {files[0]} cannot be read as parquet ({str(e).splitlines()[0]})") from e
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        raise BadInput(
+            f"--dataset: {files[0]} cannot be read as parquet ({str(e).splitlines()[0]})"
+        ) from e
+    features = (
+        json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        .get("info", {})
+        .get("features", {})
+    )
     cells = table.column(image).combine_chunks()
     cells = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
 
     def integers(column: str) -> NDArray[np.int64]:
         if not pa.types.is_integer(columns[column]) or table.column(column).null_count:
-            raise BadInput(f"--dataset: column {column} of {files[0]} must hold whole numbers without gaps")
+            raise BadInput(
+                f"--dataset: column {column} of {files[0]} must hold whole numbers without gaps"
+            )
         return table.column(column).to_numpy().astype(np.int64)
 
     def class_names(column: str, labels: NDArray[np.int64]) -> list[str]:
-        return features.get(column, {}).get("names") or [str(c) for c in range(labels.max(initial=-1) + 1)]
+        return features.get(column, {}).get("names") or [
+            str(c) for c in range(labels.max(initial=-1) + 1)
+        ]
 
     labels = integers(label)
-    raw = Raw(cells, labels, class_names(label, labels), names=lambda i: f"row {i} of {files[0].name} and its sisters")
+    raw = Raw(
+        cells,
+        labels,
+        class_names(label, labels),
+        names=lambda i: f"row {i} of {files[0].name} and its sisters",
+    )
     if coarse:
         coarse_labels = integers(coarse)
         raw.coarse_labels, raw.coarse_classes = coarse_labels, class_names(coarse, coarse_labels)
@@ -292,27 +337,40 @@ def _image_folder(path: Path) -> Source:
     """train/CLASS/*.png and test/CLASS/*.png (or val/, validation/)."""
     test = next((path / n for n in ("test", "val", "validation") if (path / n).is_dir()), None)
     if test is None:
-        raise BadInput(f"--dataset {path}: has a train/ folder but no test/, val/ or validation/ folder")
+        raise BadInput(
+            f"--dataset {path}: has a train/ folder but no test/, val/ or validation/ folder"
+        )
     classes = sorted(f.name for f in (path / "train").iterdir() if f.is_dir())
     if not classes:
-        raise BadInput(f"--dataset {path / 'train'}: is empty; it must hold one folder of images per class")
+        raise BadInput(
+            f"--dataset {path / 'train'}: is empty; it must hold one folder of images per class"
+        )
     files: dict[str, list[tuple[Path, int]]] = {}
     for split, folder in (("train", path / "train"), ("test", test)):
         files[split] = []
         for kind in sorted(f for f in folder.iterdir() if f.is_dir()):
             if kind.name not in classes:
-                raise BadInput(f"--dataset {kind}: there is no class of this name in {path / 'train'}")
+                raise BadInput(
+                    f"--dataset {kind}: there is no class of this name in {path / 'train'}"
+                )
             images = sorted(f for f in kind.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
             if not images:
-                raise BadInput(f"--dataset {kind}: this class folder holds no image ({', '.join(IMAGE_ENDINGS)})")
+                raise BadInput(
+                    f"--dataset {kind}: this class folder holds no image ({', '.join(IMAGE_ENDINGS)})"
+                )
             files[split] += [(f, classes.index(kind.name)) for f in images]
         if not files[split]:
-            raise BadInput(f"--dataset {folder}: is empty; it must hold one folder of images per class")
+            raise BadInput(
+                f"--dataset {folder}: is empty; it must hold one folder of images per class"
+            )
 
     def read() -> Iterator[tuple[str, Raw]]:
         for split, rows in files.items():
             paths = [f for f, _ in rows]
-            yield split, Raw(paths, [label for _, label in rows], classes, names=partial(_nth, paths))
+            yield (
+                split,
+                Raw(paths, [label for _, label in rows], classes, names=partial(_nth, paths)),
+            )
 
     return Source(lambda: _digest(path, [f for rows in files.values() for f, _ in rows]), read)
 

@@ -22,7 +22,9 @@ from cifar_accel.files import home, sync
 CACHE_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
 
 
-def load_dataset(name: str, data_dir: str, image_size: int, say: Callable[[str], None] = print) -> Dataset:
+def load_dataset(
+    name: str, data_dir: str, image_size: int, say: Callable[[str], None] = print
+) -> Dataset:
     """Load data set `name`, decoding it only if that was not done before.
 
     The first process to take the lock downloads and decodes; the others wait and then map the same files.
@@ -41,15 +43,23 @@ def load_dataset(name: str, data_dir: str, image_size: int, say: Callable[[str],
         root.mkdir(parents=True, exist_ok=True)
         source = find_source(name, root, say)
         key = blake2b(f"{CACHE_FORMAT} {source.identity()}".encode(), digest_size=12).hexdigest()
-        folders = root / f"decoded-{key}", root / f"decoded-{key}-{image_size}px"  # the second: of unequal sizes
+        folders = (
+            root / f"decoded-{key}",
+            root / f"decoded-{key}-{image_size}px",
+        )  # the second: of unequal sizes
         with FileLock(root / f"decoded-{key}.lock"):
-            data = next((d for d in (_open_cache(f, name, key, say) for f in folders if f.exists()) if d), None)
+            data = next(
+                (d for d in (_open_cache(f, name, key, say) for f in folders if f.exists()) if d),
+                None,
+            )
             if data is None:
                 say(f"data: decoding {name} into {folders[0]} (once)")
                 try:
                     folder = _decode(source, name, folders[0], None)
                 except _UnequalSizes:
-                    say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
+                    say(
+                        f"data: the images are of unequal size; each is brought to {image_size}x{image_size}"
+                    )
                     folder = _decode(source, name, folders[1], image_size)
                 data = _open_cache(folder, name, key, say)
                 assert data is not None, "what was just written can be read"
@@ -62,7 +72,9 @@ def _open_cache(folder: Path, name: str, key: str, say: Callable[[str], None]) -
     """Map the arrays in `folder`; a damaged folder is removed, and None returned."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        return Dataset(name, _map_split(folder, "train", meta), _map_split(folder, "test", meta), key)
+        return Dataset(
+            name, _map_split(folder, "train", meta), _map_split(folder, "test", meta), key
+        )
     except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
         say(f"data: {folder} is damaged ({e}) and is made anew")
         shutil.rmtree(folder)
@@ -107,7 +119,9 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> Path:
         for split in ("train", "test"):
             labels = np.load(scratch / f"{split}_labels.npy")
             if labels.min() < 0 or labels.max() >= len(classes):
-                raise BadInput(f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}")
+                raise BadInput(
+                    f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}"
+                )
         meta = {"name": name, "classes": classes, "coarse_classes": coarse_classes}
         (scratch / "meta.json").write_text(json.dumps(meta))
         for file in scratch.iterdir():
@@ -118,7 +132,9 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> Path:
     return folder
 
 
-def _write_images(raw: Raw, path: Path, shape: tuple[int, int] | None, resize: bool) -> tuple[int, int]:
+def _write_images(
+    raw: Raw, path: Path, shape: tuple[int, int] | None, resize: bool
+) -> tuple[int, int]:
     """Decode `raw` into a .npy file uint8 [N, 3, H, W], a chunk at a time; returns (H, W).
 
     `shape` is the (H, W) to keep to, that of the first image when None. Images of another size are resized on their
@@ -161,7 +177,9 @@ def _open_image(raw: Raw, i: int) -> Image.Image:
         raise BadInput(f"--dataset: {raw.names(i)} is not a whole image ({e})") from e
 
 
-def _in_chunks(pool: ThreadPoolExecutor, f: Callable[[int], Any], n: int, chunk: int = 2048) -> Iterator[Any]:
+def _in_chunks(
+    pool: ThreadPoolExecutor, f: Callable[[int], Any], n: int, chunk: int = 2048
+) -> Iterator[Any]:
     for start in range(0, n, chunk):  # pool.map alone would hold every decoded image at once
         yield from pool.map(f, range(start, min(start + chunk, n)))
 

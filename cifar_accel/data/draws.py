@@ -32,7 +32,11 @@ class Program:
 
 
 def draw_policy(
-    policy: Policy, seed: int, epoch: NDArray[np.int64], index: NDArray[np.int64], size: tuple[int, int]
+    policy: Policy,
+    seed: int,
+    epoch: NDArray[np.int64],
+    index: NDArray[np.int64],
+    size: tuple[int, int],
 ) -> Program:
     """Programs of samples `index` (int64 [n]) in epochs `epoch` (int64 [n]) for images of `size` (H, W)."""
     assert policy.choice in ("", "weights")
@@ -41,8 +45,13 @@ def draw_policy(
     def each(purpose: str) -> Floats:
         return uniform(seed, purpose, epoch, index, layer)
 
-    if policy.choice:  # successive draws without replacement: the order of exponential times (Efraimidis 2006)
-        times = -np.log1p(-uniform(seed, "layer_operation", epoch, index, np.arange(len(NAMES)))) / WEIGHTS
+    if (
+        policy.choice
+    ):  # successive draws without replacement: the order of exponential times (Efraimidis 2006)
+        times = (
+            -np.log1p(-uniform(seed, "layer_operation", epoch, index, np.arange(len(NAMES))))
+            / WEIGHTS
+        )
         operations = np.argsort(times, 1)[:, : policy.layers]
     else:
         operations = np.floor(each("layer_operation") * len(NAMES)).astype(np.int64)
@@ -68,16 +77,24 @@ def draw_policy(
     return Program(operations, arguments)
 
 
-def draw_jitter(seed: int, epoch: NDArray[np.int64], index: NDArray[np.int64], amount: float) -> Program:
+def draw_jitter(
+    seed: int, epoch: NDArray[np.int64], index: NDArray[np.int64], amount: float
+) -> Program:
     """torchvision's ColorJitter: brightness, contrast and saturation, in random order, by factors 1 ± `amount`."""
     orders = np.array(list(itertools.permutations(range(3))))
-    order = orders[np.floor(uniform(seed, "jitter_order", epoch, index) * len(orders)).astype(np.int64)]
-    drawn = np.stack([uniform(seed, p, epoch, index) for p in ("brightness", "contrast", "saturation")], 1)
+    order = orders[
+        np.floor(uniform(seed, "jitter_order", epoch, index) * len(orders)).astype(np.int64)
+    ]
+    drawn = np.stack(
+        [uniform(seed, p, epoch, index) for p in ("brightness", "contrast", "saturation")], 1
+    )
     least = max(0.0, 1 - amount)
     factors = least + drawn * (1 + amount - least)
     arguments = np.zeros((len(index), 3, 6))
     arguments[:, :, 0] = np.take_along_axis(factors, order, 1)
-    return Program(np.array([NAMES.index(n) for n in ("brightness", "contrast", "color")])[order], arguments)
+    return Program(
+        np.array([NAMES.index(n) for n in ("brightness", "contrast", "color")])[order], arguments
+    )
 
 
 def argument(name: str, level: Floats, sign: Floats, increasing: bool) -> Floats:
@@ -96,7 +113,9 @@ def argument(name: str, level: Floats, sign: Floats, increasing: bool) -> Floats
         return np.minimum(128, np.trunc(level * 110))
     if name in ("color", "contrast", "brightness", "sharpness"):
         return np.maximum(0.1, 1 + sign * (level * 0.9)) if increasing else level * 1.8 + 0.1
-    reach = {"rotate": 30.0, "shear": 0.3, "translate": 0.45}.get(name.removesuffix("_x").removesuffix("_y"), 0.0)
+    reach = {"rotate": 30.0, "shear": 0.3, "translate": 0.45}.get(
+        name.removesuffix("_x").removesuffix("_y"), 0.0
+    )
     return level * reach * sign
 
 

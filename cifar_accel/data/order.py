@@ -25,7 +25,11 @@ def random_bits(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.uint64
     with np.errstate(over="ignore"):  # unsigned arithmetic modulo 2**64 is meant
         h = np.full((1,), seed, np.uint64)
         for word in (PURPOSES.index(purpose), *words):
-            h = h + np.asarray(word).astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
+            h = (
+                h
+                + np.asarray(word).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+                + np.uint64(0x9E3779B97F4A7C15)
+            )
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             h = h ^ (h >> np.uint64(31))
@@ -81,7 +85,9 @@ class Order:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        assert self.batch_size % (self.world * self.accumulation) == 0, "a global batch is cut into equal parts"
+        assert self.batch_size % (self.world * self.accumulation) == 0, (
+            "a global batch is cut into equal parts"
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,7 +121,9 @@ class Order:
 
     def samples_of(self, step: int) -> NDArray[np.int64]:
         """The samples of optimizer step `step` alone (see `global_batch`): int64 [batch_size]."""
-        return self.global_batch(step, permutation(self.seed, step // self.steps_per_epoch, self.samples))
+        return self.global_batch(
+            step, permutation(self.seed, step // self.steps_per_epoch, self.samples)
+        )
 
     def mix(self, step: int, mixup: float, cutmix: float, prob: float) -> Mix:
         """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), Beta(a, a) per batch."""
@@ -133,7 +141,9 @@ class Rows(NamedTuple):
 
     step: int
     epoch: int
-    samples: NDArray[np.int64]  # [n]: the m of the micro-batch itself, then partners that are not among them
+    samples: NDArray[
+        np.int64
+    ]  # [n]: the m of the micro-batch itself, then partners that are not among them
     partners: NDArray[np.int64]  # [m]: for each of the m, where in `samples` its mixing partner is
 
 

@@ -27,7 +27,9 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def run_program(images: torch.Tensor, program: Program, fill: tuple[int, ...], interpolation: str) -> torch.Tensor:
+def run_program(
+    images: torch.Tensor, program: Program, fill: tuple[int, ...], interpolation: str
+) -> torch.Tensor:
     """Apply `program` to its n images, layer by layer, in place. `fill` is the colour outside (0..255 a channel)."""
     kernels = KERNELS[program.operations]
     groups = [  # one sub-batch for each layer and kernel
@@ -39,7 +41,9 @@ def run_program(images: torch.Tensor, program: Program, fill: tuple[int, ...], i
     if not groups:
         return images
     every_row = to_device(np.concatenate([members for _, members, _ in groups]), images.device)
-    every_argument = to_device(np.concatenate([arguments for _, _, arguments in groups]), images.device)
+    every_argument = to_device(
+        np.concatenate([arguments for _, _, arguments in groups]), images.device
+    )
     start = 0
     for code, members, _ in groups:
         place = slice(start, start + len(members))
@@ -113,8 +117,13 @@ def posterize(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 
 def autocontrast(x: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
     """Pillow's ImageOps.autocontrast: each channel stretched to 0..255; a flat one is left as it is."""
-    low, high = x.amin((2, 3), keepdim=True).to(unused.dtype), x.amax((2, 3), keepdim=True).to(unused.dtype)
-    scale = torch.div(torch.full_like(low, 255), (high - low).clamp_(min=1))  # 255 / x would take the reciprocal
+    low, high = (
+        x.amin((2, 3), keepdim=True).to(unused.dtype),
+        x.amax((2, 3), keepdim=True).to(unused.dtype),
+    )
+    scale = torch.div(
+        torch.full_like(low, 255), (high - low).clamp_(min=1)
+    )  # 255 / x would take the reciprocal
     stretched = (x * scale).add_(-low * scale).clamp_(0, 255).floor_().float()
     return torch.where(high > low, stretched, x)
 
@@ -188,7 +197,10 @@ def affine(
     inside: Any = None
     shares: list[torch.Tensor | None] = []
     places: list[list[torch.Tensor]] = []
-    for moves, (a, b, c), side, still in ((across, matrix[0], w, columns), (down, matrix[1], h, rows)):
+    for moves, (a, b, c), side, still in (
+        (across, matrix[0], w, columns),
+        (down, matrix[1], h, rows),
+    ):
         if not moves:
             shares.append(None)
             places.append([(still - 0.5).long()])
@@ -205,9 +217,13 @@ def affine(
         at = (row * w + column).view(-1, 1, h * w).expand(n, channels, h * w)
         return flat.gather(2, at).view(n, channels, h, w).to(matrices.dtype)
 
-    lines = [_between([pixels(row, column) for column in places[0]], shares[0]) for row in places[1]]
+    lines = [
+        _between([pixels(row, column) for column in places[0]], shares[0]) for row in places[1]
+    ]
     moved = _between(lines, shares[1]).clamp_(0, 255).floor_().float()
-    return torch.where(inside[:, None], moved, torch.tensor(fill, dtype=x.dtype).to(x.device).view(1, -1, 1, 1))
+    return torch.where(
+        inside[:, None], moved, torch.tensor(fill, dtype=x.dtype).to(x.device).view(1, -1, 1, 1)
+    )
 
 
 def _between(v: list[torch.Tensor], share: torch.Tensor | None) -> torch.Tensor:
@@ -238,7 +254,9 @@ def resize(
     across = _weights(box[:, 1], box[:, 3], w, size[1], interpolation, hflip, x.device)
     down = _weights(box[:, 0], box[:, 2], h, size[0], interpolation, vflip, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        x = torch.matmul(x.to(across.dtype).view(n, channels * h, w), across.mT)  # Pillow goes across first, and rounds
+        x = torch.matmul(
+            x.to(across.dtype).view(n, channels * h, w), across.mT
+        )  # Pillow goes across first, and rounds
         x = x.add_(0.5).floor_().clamp_(0, 255).to(down.dtype).view(n, channels, h, size[1])
         return torch.matmul(down[:, None], x).add_(0.5).floor_().clamp_(0, 255).float()
 
@@ -262,8 +280,15 @@ def _weights(
     if flips is not None:
         centre = np.where(flips[:, None], centre[:, ::-1], centre)
     pixel = torch.arange(side, device=device)
-    if interpolation == "bilinear" and side <= size <= 2**14 and side <= 512 and not size & (size - 1):
-        at = np.clip(centre - 0.5, start, start + length - 1).astype(np.float32)  # at the edge, the last pixel alone
+    if (
+        interpolation == "bilinear"
+        and side <= size <= 2**14
+        and side <= 512
+        and not size & (size - 1)
+    ):
+        at = np.clip(centre - 0.5, start, start + length - 1).astype(
+            np.float32
+        )  # at the edge, the last pixel alone
         return torch.relu_(1 - (to_device(at, device)[:, :, None] - pixel).abs_())
     one = 2.0 ** (15 if device.type == "mps" else 22)
     edges = to_device(np.concatenate([start, start + length], 1), device)[:, :, None]

@@ -17,7 +17,13 @@ from cifar_accel.options.options import TrainingArguments
 class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
     """timm's transforms over an array of images; an index is one `Rows`, an item its pixels uint8 [n, 3, S, S]."""
 
-    def __init__(self, args: TrainingArguments, images: NDArray[np.uint8], mean: tuple[float, ...], training: bool):
+    def __init__(
+        self,
+        args: TrainingArguments,
+        images: NDArray[np.uint8],
+        mean: tuple[float, ...],
+        training: bool,
+    ):
         from timm.data import auto_augment, create_transform
 
         for name, operation in auto_augment.NAME_TO_OP.items():
@@ -44,8 +50,12 @@ class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
             )
         except (AssertionError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f"--aa {args.aa}: timm cannot read this policy ({e!r})") from e
-        if training and args.scale is None:  # timm always crops and resizes here: put ours in its place
-            self.transform.transforms[0] = _PilCrop(args.crop_padding, args.image_size, args.interpolation)
+        if (
+            training and args.scale is None
+        ):  # timm always crops and resizes here: put ours in its place
+            self.transform.transforms[0] = _PilCrop(
+                args.crop_padding, args.image_size, args.interpolation
+            )
 
     def __getitem__(self, rows: Rows) -> torch.Tensor:
         seeds = random_bits(self.seed, "sample_seed", rows.epoch, rows.samples)
@@ -69,7 +79,11 @@ class _PilCrop:
     """Padded random crop (torchvision's, by reflection) and resize to the model's input."""
 
     def __init__(self, padding: int, size: int, interpolation: str):
-        self.padding, self.size, self.resample = padding, size, Image.Resampling[interpolation.upper()]
+        self.padding, self.size, self.resample = (
+            padding,
+            size,
+            Image.Resampling[interpolation.upper()],
+        )
 
     def __call__(self, image: Image.Image) -> Image.Image:
         from torchvision.transforms import RandomCrop
@@ -77,7 +91,11 @@ class _PilCrop:
         if self.padding:
             crop = RandomCrop(image.size[::-1], padding=self.padding, padding_mode="reflect")
             image = crop(image)
-        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), self.resample)
+        return (
+            image
+            if image.size == (self.size, self.size)
+            else image.resize((self.size, self.size), self.resample)
+        )
 
 
 def _ignore_signals(worker: int) -> None:

@@ -36,7 +36,10 @@ def main() -> int:
         command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], {}
     elif "--dry-run" in sys.argv[1:]:
         print(why, flush=True)
-        command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], dry_environment()
+        command, environment = (
+            [sys.executable, "-m", "cifar_accel", *sys.argv[1:]],
+            dry_environment(),
+        )
     else:
         print(why, flush=True)
     if command[1:3] == ["-m", "cifar_accel"]:

@@ -27,7 +27,9 @@ def run_child(command: list[str], environment: dict[str, str], run_folder: Path)
         process.send_signal(number if direct and number != signal.SIGHUP else signal.SIGTERM)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup asked to outlive the terminal
+    if (
+        signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    ):  # else nohup asked to outlive the terminal
         numbers.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, forward) for number in numbers}
     try:

@@ -25,7 +25,14 @@ VARIABLES = {
 
 
 # Keys that only Accelerate's own launcher understands.
-SECTIONS = ("dynamo_config", "fsdp_config", "deepspeed_config", "megatron_lm_config", "ipex_config", "mpirun_config")
+SECTIONS = (
+    "dynamo_config",
+    "fsdp_config",
+    "deepspeed_config",
+    "megatron_lm_config",
+    "ipex_config",
+    "mpirun_config",
+)
 
 
 SHIPPED = Path(__file__).parent.parent.parent / "accelerate_configs"
@@ -53,9 +60,13 @@ def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not shutil.which("nvidia-smi"):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count(
+        "GPU "
+    )
     return (
-        listed if visible is None else min(listed, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+        listed
+        if visible is None
+        else min(listed, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
     )
 
 
@@ -69,19 +80,35 @@ def command_for(words: list[str]) -> tuple[list[str], dict[str, str], str]:
     if file is None:
         return module, {}, f"launch: one process ({why})"
     config = read_launcher_config(file)
-    kind, processes = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
+    kind, processes = (
+        str(config.get("distributed_type", "NO")),
+        int(config.get("num_processes") or 1),
+    )
     environment = variables(file, config)
-    alone = kind == "NO" or (kind == "MULTI_GPU" and processes == 1 and int(config.get("num_machines") or 1) == 1)
+    alone = kind == "NO" or (
+        kind == "MULTI_GPU" and processes == 1 and int(config.get("num_machines") or 1) == 1
+    )
     if alone and not any(config.get(key) for key in SECTIONS):
         return module, environment, f"launch: one process, settings of {file} ({why})"
     if kind == "MULTI_CPU":
-        rest = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        rest = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
         why = f"launch: {processes} CPU processes by torchrun, settings of {file} ({why})"
         return [*rest, "-m", "cifar_accel", *words], environment, why
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     if file == SHIPPED / "multi_gpu.yaml":
         launcher += ["--num_processes", str(count_gpus())]
-    return [*launcher, "-m", "cifar_accel", *words], {}, f"launch: accelerate launch --config_file {file} ({why})"
+    return (
+        [*launcher, "-m", "cifar_accel", *words],
+        {},
+        f"launch: accelerate launch --config_file {file} ({why})",
+    )
 
 
 def read_launcher_config(file: Path) -> dict[str, Any]:
@@ -89,9 +116,13 @@ def read_launcher_config(file: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(file.read_text()) or {}
     except (OSError, yaml.YAMLError, RecursionError) as e:
-        raise BadInput(f"{file}: cannot be read as an accelerate config ({' '.join(str(e).split())})") from e
+        raise BadInput(
+            f"{file}: cannot be read as an accelerate config ({' '.join(str(e).split())})"
+        ) from e
     if not isinstance(config, dict):
-        raise BadInput(f"{file}: is no accelerate config (it holds no keys); make one with accelerate config")
+        raise BadInput(
+            f"{file}: is no accelerate config (it holds no keys); make one with accelerate config"
+        )
     if config.get("distributed_type") is False:  # an unquoted NO
         config["distributed_type"] = "NO"
     for key in ("num_processes", "num_machines", "gradient_accumulation_steps"):
@@ -103,8 +134,14 @@ def read_launcher_config(file: Path) -> dict[str, Any]:
 
 def variables(file: Path, config: dict[str, Any]) -> dict[str, str]:
     """What the processes read of an accelerate config; what the caller has set already wins and is left out."""
-    found = {variable: str(config[key]) for key, variable in VARIABLES.items() if config.get(key) is not None}
-    if SHIPPED in file.parents:  # nobody said so: --device may choose a device that was not looked for
+    found = {
+        variable: str(config[key])
+        for key, variable in VARIABLES.items()
+        if config.get(key) is not None
+    }
+    if (
+        SHIPPED in file.parents
+    ):  # nobody said so: --device may choose a device that was not looked for
         found.pop("ACCELERATE_USE_CPU", None)
     if str(config.get("gpu_ids") or "all") != "all":
         found["CUDA_VISIBLE_DEVICES"] = str(config["gpu_ids"])
@@ -118,9 +155,15 @@ def dry_environment() -> dict[str, str]:
         return {}
     config = read_launcher_config(file)
     several = str(config.get("distributed_type", "NO")) != "NO"
-    processes = count_gpus() if file == SHIPPED / "multi_gpu.yaml" else int(config.get("num_processes") or 1)
+    processes = (
+        count_gpus()
+        if file == SHIPPED / "multi_gpu.yaml"
+        else int(config.get("num_processes") or 1)
+    )
     kind, machines = str(config.get("distributed_type")), int(config.get("num_machines") or 1)
     known = variables(file, config) | {"CIFAR_ACCEL_PROCESSES": str(processes if several else 1)}
     if several:
         known["LOCAL_WORLD_SIZE"] = str(max(1, processes // machines))
-    return known | ({f"ACCELERATE_USE_{kind}": "true"} if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else {})
+    return known | (
+        {f"ACCELERATE_USE_{kind}": "true"} if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else {}
+    )

@@ -35,18 +35,26 @@ def read_study(path: str) -> tuple[str, list[dict[str, Any]]]:
             f"{path}: method {study['method']} needs wandb's agent (wandb sweep {path}); here only grid runs"
         )
     parameters, rows = study.get("parameters") or {}, study.get("runs") or [{}]
-    if not isinstance(parameters, dict) or not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise BadInput(f"{path}: `parameters` must be a table, and `runs` a list of tables of options")
+    if not isinstance(parameters, dict) or not (
+        isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    ):
+        raise BadInput(
+            f"{path}: `parameters` must be a table, and `runs` a list of tables of options"
+        )
     known = {f.name for f in fields(TrainingArguments)}
     common: dict[str, list[Any]] = {}
     for name, choice in parameters.items():
-        if not isinstance(choice, dict) or not ("value" in choice or isinstance(choice.get("values"), list)):
+        if not isinstance(choice, dict) or not (
+            "value" in choice or isinstance(choice.get("values"), list)
+        ):
             raise BadInput(f"{path}: parameter {name} needs `value` or a list `values`")
         common[name] = choice["values"] if "values" in choice else [choice["value"]]
     for name in [*common, *(n for row in rows for n in row)]:
         if name not in known:
             raise BadInput(f"{path}: there is no option {name}{did_you_mean(str(name), known)}")
-    grid = [dict(zip(common, values, strict=True)) for values in itertools.product(*common.values())]
+    grid = [
+        dict(zip(common, values, strict=True)) for values in itertools.product(*common.values())
+    ]
     name = str(study.get("name") or Path(path).stem)
     return name, [{"group": name, **point, **row} for row in rows for point in grid]
 
@@ -56,7 +64,9 @@ def name_runs(runs: list[dict[str, Any]], names: list[str]) -> list[str]:
     out = []
     for run, name in zip(runs, names, strict=True):
         same = [other for other, n in zip(runs, names, strict=True) if n == name]
-        varied = [k for k in run if any(other.get(k) != run[k] for other in same) and k != "run_name"]
+        varied = [
+            k for k in run if any(other.get(k) != run[k] for other in same) and k != "run_name"
+        ]
         out.append(name + "".join(f"-{k}={run[k]}".replace("/", "_") for k in varied))
     return out
 
@@ -81,10 +91,15 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
     from cifar_accel.options.parsing import parse_training
 
     name, runs = read_study(args.file)
-    words = [[*as_flags(run | ({"save_dir": args.save_dir} if args.save_dir else {})), *extra] for run in runs]
+    words = [
+        [*as_flags(run | ({"save_dir": args.save_dir} if args.save_dir else {})), *extra]
+        for run in runs
+    ]
     resolved = [parse_training(w)[0] for w in words]
     if any(r.dry_run for r in resolved):
-        raise BadInput("--dry-run looks at one run, not at a study: give it to python -m cifar_accel")
+        raise BadInput(
+            "--dry-run looks at one run, not at a study: give it to python -m cifar_accel"
+        )
     commands = []
     names = name_runs(runs, [str(r.run_name) for r in resolved])
     for w, r, run_name in zip(words, resolved, names, strict=True):

@@ -50,17 +50,23 @@ class Estimate:
         return self.fixed + images * self.per_image
 
 
-def estimate(args: TrainingArguments, model: torch.nn.Module, resident: int, autocast: Callable[[], Any]) -> Estimate:
+def estimate(
+    args: TrainingArguments, model: torch.nn.Module, resident: int, autocast: Callable[[], Any]
+) -> Estimate:
     """Estimate by one image's forward pass of `model` on the CPU; `resident` bytes are those of the images kept there.
 
     Counted are weights, gradients, moments, the average, and what autograd keeps for the backward pass. Kernels'
     scratch space is not: take a quarter more. Nor are the libraries, on a host nearly 1 GiB a process. The model stays
     as it was.
     """
-    saved: dict[int, torch.UntypedStorage] = {}  # kept, or the next tensor might lie where one was counted
+    saved: dict[
+        int, torch.UntypedStorage
+    ] = {}  # kept, or the next tensor might lie where one was counted
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def note(tensor: torch.Tensor) -> None:  # the graph keeps nothing: with the tensor itself it would never be freed
+    def note(
+        tensor: torch.Tensor,
+    ) -> None:  # the graph keeps nothing: with the tensor itself it would never be freed
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage
@@ -134,9 +140,13 @@ def look_ahead(run: Run) -> None:
         room = int(available(device) / (local * SCRATCH))
         text = shortage(args, order, need, room)
         if text and run.is_main:
-            size, free = (sized(n) for n in (need.total(order.micro_batch_size) * SCRATCH, available(device)))
+            size, free = (
+                sized(n) for n in (need.total(order.micro_batch_size) * SCRATCH, available(device))
+            )
             each = f"in each of {local} processes, " if local > 1 else ""
-            run.say(f"warning: a step needs about {size}, {each}and {free} are free: the system may kill it. {text}")
+            run.say(
+                f"warning: a step needs about {size}, {each}and {free} are free: the system may kill it. {text}"
+            )
     elif device.type == "cuda":
         said = None if fits(run, order.micro_batch_size) else advice(run)
         texts = [said] * order.world
@@ -174,7 +184,9 @@ def advice(run: Run) -> str:
 
 def _has_batch_norm(model: torch.nn.Module) -> bool:
     """Whether a layer could refuse a single image."""
-    return any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in model.modules())
+    return any(
+        isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in model.modules()
+    )
 
 
 def remedy(args: TrainingArguments, order: Order, size: int) -> str:
@@ -199,12 +211,16 @@ def fits(run: Run, images: int) -> bool:
             moments = MOMENTS.get(run.args.optimizer, 0) + run.args.amsgrad
             held += [torch.empty_like(p) for p in weights for _ in range(moments)]
         size = run.args.image_size
-        x = torch.zeros(images, 3, size, size, device=device).contiguous(memory_format=run.memory_format)
+        x = torch.zeros(images, 3, size, size, device=device).contiguous(
+            memory_format=run.memory_format
+        )
         # Once oneDNN has had no memory for one of its primitives, it makes none any more in this process.
         with _buffers_kept(run.module), torch.backends.mkldnn.flags(enabled=device.type != "cpu"):
             with run.accelerator.autocast():
                 logits = run.module(x)
-            loss = F.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.int64, device=device))
+            loss = F.cross_entropy(
+                logits.float(), torch.zeros(images, dtype=torch.int64, device=device)
+            )
             held += torch.autograd.grad(loss, weights, allow_unused=True)
             loss.item()  # the host waits: a device reports late
         return True

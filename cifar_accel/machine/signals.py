@@ -39,19 +39,30 @@ class StopRequest:
         self.reason: str | None = None
         self.training = False
         self.max_time = max_time
-        self.deadline = psutil.Process().create_time() + parse_duration(max_time) if max_time else None
-        self.progressed = False  # the deadline waits for a first step, or a start could end where it began
+        self.deadline = (
+            psutil.Process().create_time() + parse_duration(max_time) if max_time else None
+        )
+        self.progressed = (
+            False  # the deadline waits for a first step, or a start could end where it began
+        )
         self.launchers = _launchers(os.getppid())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup asked to outlive the terminal
+        if (
+            signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        ):  # else nohup asked to outlive the terminal
             signal.signal(signal.SIGHUP, self._on_signal)
 
     def asked(self) -> bool:
         """Whether this process has been asked to stop."""
         if self.reason is None and not self._launchers_live():
             self.reason = "the end of its launcher"
-        if self.reason is None and self.deadline and self.progressed and time.time() >= self.deadline:
+        if (
+            self.reason is None
+            and self.deadline
+            and self.progressed
+            and time.time() >= self.deadline
+        ):
             self.reason = f"--max-time {self.max_time}"
         return self.reason is not None
 
@@ -59,7 +70,9 @@ class StopRequest:
         """Whether each launcher is still the parent of the next: who loses a parent is given another."""
         parents = [process.pid for process in self.launchers]
         try:
-            return not parents or [os.getppid(), *(p.ppid() for p in self.launchers[:-1])] == parents
+            return (
+                not parents or [os.getppid(), *(p.ppid() for p in self.launchers[:-1])] == parents
+            )
         except psutil.Error:
             return False
 
@@ -70,7 +83,9 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:  # print might be in the middle of a line, and is not reentrant
             with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads it
-                os.write(2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n")
+                os.write(
+                    2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n"
+                )
 
 
 def _launchers(pid: int) -> list[psutil.Process]:
@@ -78,7 +93,9 @@ def _launchers(pid: int) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         process: psutil.Process | None = psutil.Process(pid)
-        while process and not LAUNCHERS.isdisjoint(Path(word).name for word in process.cmdline()[:4]):
+        while process and not LAUNCHERS.isdisjoint(
+            Path(word).name for word in process.cmdline()[:4]
+        ):
             found.append(process)
             process = process.parent()
     return found

@@ -39,7 +39,9 @@ def peak_memory_mib(device: torch.device) -> float:
     except (OSError, IndexError, ValueError):
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
 
 
 def keep_freed_memory() -> None:
@@ -55,7 +57,9 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def compile_model(model: torch.nn.Module, mode: str, device: torch.device, say: Callable[[str], None]) -> bool:
+def compile_model(
+    model: torch.nn.Module, mode: str, device: torch.device, say: Callable[[str], None]
+) -> bool:
     """Compile `model` in place for static shapes; False, after a warning, where torch.compile's backend is missing."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -102,7 +106,9 @@ class Profiler:
             self.folder.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
             cuda = torch.cuda.is_available()
-            table = profile.key_averages().table(f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=40)
+            table = profile.key_averages().table(
+                f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=40
+            )
             (self.folder / "operators.txt").write_text(table)
             self.say(
                 f"profile: {self.folder / 'trace.json.gz'} (open it in ui.perfetto.dev) and operators.txt beside it"

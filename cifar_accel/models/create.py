@@ -41,13 +41,17 @@ def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
                 f"--model {args.model}: {folder} holds no config.json; give a folder in timm's local-dir form"
             )
         if args.pretrained and not (folder / "model.safetensors").is_file():
-            raise BadInput(f"--model {args.model}: {folder} holds no model.safetensors (--no-pretrained does without)")
+            raise BadInput(
+                f"--model {args.model}: {folder} holds no model.safetensors (--no-pretrained does without)"
+            )
         _read_local_config(args.model, folder)
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         if Path(name).is_dir():
-            raise BadInput(f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?")
+            raise BadInput(
+                f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?"
+            )
         known = [*ALIASES, *timm.list_models()]
         raise BadInput(
             f"--model {args.model}: timm {timm.__version__} has no such model{did_you_mean(architecture, known)}"
@@ -61,7 +65,9 @@ def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
         _announce_download(name, say)
 
 
-def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], None] = print) -> torch.nn.Module:
+def build_model(
+    args: TrainingArguments, num_classes: int, say: Callable[[str], None] = print
+) -> torch.nn.Module:
     """Create the model with `num_classes` outputs, on the CPU, in float32.
 
     Raises:
@@ -74,9 +80,13 @@ def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], 
         keywords.setdefault("img_size", args.image_size)
     torch.manual_seed(args.seed)  # the initial values of what is not loaded
     try:
-        model = timm.create_model(name, pretrained=args.pretrained, num_classes=num_classes, **keywords)
+        model = timm.create_model(
+            name, pretrained=args.pretrained, num_classes=num_classes, **keywords
+        )
     except TypeError as e:  # an argument that the architecture does not take
-        raise BadInput(f"--model {args.model}: {str(e).splitlines()[0]} (see --model-kwargs)") from e
+        raise BadInput(
+            f"--model {args.model}: {str(e).splitlines()[0]} (see --model-kwargs)"
+        ) from e
     except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:300]
         hint = (
@@ -92,7 +102,9 @@ def build_model(args: TrainingArguments, num_classes: int, say: Callable[[str], 
     return model
 
 
-def use_channels_last(args: TrainingArguments, model: torch.nn.Module, device: torch.device) -> bool:
+def use_channels_last(
+    args: TrainingArguments, model: torch.nn.Module, device: torch.device
+) -> bool:
     """Whether images and weights are kept in channels-last layout: as the options say, else by `CHANNELS_LAST`."""
     if args.memory_format == "auto":
         return type(model).__module__.rpartition(".")[2] in CHANNELS_LAST.get(device.type, ())
@@ -115,7 +127,9 @@ def _check_input_size(model: torch.nn.Module, args: TrainingArguments) -> None:
             model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     except (RuntimeError, AssertionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise BadInput(f"--image-size {args.image_size}: --model {args.model} cannot take it: {reason}") from e
+        raise BadInput(
+            f"--image-size {args.image_size}: --model {args.model} cannot take it: {reason}"
+        ) from e
 
 
 def _fixed_input_size(name: str) -> bool:
@@ -132,7 +146,9 @@ def _read_local_config(name: str, folder: Path) -> dict[str, Any]:
     kinds = {"architecture": "", "num_classes": 0, "pretrained_cfg": {}}
     sound = alike(config, {}) and all(alike(config.get(key), kind) for key, kind in kinds.items())
     sound = sound and alike(config.get("model_args") or {}, {})
-    if not sound or not all(alike(config["pretrained_cfg"].get(key, [0.5] * 3), [0.5] * 3) for key in ("mean", "std")):
+    if not sound or not all(
+        alike(config["pretrained_cfg"].get(key, [0.5] * 3), [0.5] * 3) for key in ("mean", "std")
+    ):
         raise BadInput(
             f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg in timm's form"
         )
@@ -145,9 +161,13 @@ def _announce_download(name: str, say: Callable[[str], None]) -> None:
 
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not (cfg.has_weights or cfg.hf_hub_id):
-        raise BadInput(f"--model {name}: timm has no weights for it; pass --no-pretrained or --checkpoint PATH")
+        raise BadInput(
+            f"--model {name}: timm has no weights for it; pass --no-pretrained or --checkpoint PATH"
+        )
     files = ("model.safetensors", "pytorch_model.bin", cfg.hf_hub_filename)
-    if cfg.hf_hub_id and not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files if f):
+    if cfg.hf_hub_id and not any(
+        isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files if f
+    ):
         remedy = "pass --checkpoint PATH, --model local-dir:PATH, or --no-pretrained"
         say(f"model: downloading the weights {cfg.hf_hub_id} from the Hugging Face hub")
         require_network(f"--model {name}: its weights {cfg.hf_hub_id}", remedy)

@@ -6,7 +6,9 @@ import torch
 class _CentreConv2d(torch.nn.Conv2d):
     """A convolution that, on a map of one pixel, multiplies with its kernel's centre alone: the rest meets padding."""
 
-    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         if input.shape[-2:] != (1, 1):
             return super()._conv_forward(input, weight, bias)
         centre = weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
@@ -20,6 +22,8 @@ def shorten_convolutions(model: torch.nn.Module) -> None:
     """
     for layer in model.modules():
         if type(layer) is torch.nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
-            around = tuple(d * (k - 1) / 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+            around = tuple(
+                d * (k - 1) / 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+            )
             if layer.padding == around != (0, 0):
                 layer.__class__ = _CentreConv2d

@@ -23,7 +23,11 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
     file = home(path)
     if file.is_dir():
         inside = [file / "model" / "model.safetensors", file / "model.safetensors"]
-        steps = [p / "model.safetensors" for p in checkpoint.list_checkpoints(file) if checkpoint.fault(p) is None]
+        steps = [
+            p / "model.safetensors"
+            for p in checkpoint.list_checkpoints(file)
+            if checkpoint.fault(p) is None
+        ]
         found = [f for f in inside if f.is_file()] + steps[:1]
         if not found:
             raise BadInput(
@@ -37,12 +41,18 @@ def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
             return file, load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged or hostile file provokes
-        raise BadInput(f"--checkpoint {file}: cannot be read safely as weights ({str(e).splitlines()[0][:120]})") from e
+        raise BadInput(
+            f"--checkpoint {file}: cannot be read safely as weights ({str(e).splitlines()[0][:120]})"
+        ) from e
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_weight(v) for k, v in state.items()):
-        raise BadInput(f"--checkpoint {file}: holds no table of dense real tensors by name (a state dict)")
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and _is_weight(v) for k, v in state.items()
+    ):
+        raise BadInput(
+            f"--checkpoint {file}: holds no table of dense real tensors by name (a state dict)"
+        )
     for prefix in ("module.", "_orig_mod."):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return file, state
@@ -60,14 +70,20 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     """
     file, state = read_weights(path)
     own = model.state_dict()
-    head = {name for name in own if name.startswith(tuple(f"{p}." for p in _classifier_names(model)))}
-    wrong = [k for k, v in own.items() if k in state and state[k].shape != v.shape and k not in head]
+    head = {
+        name for name in own if name.startswith(tuple(f"{p}." for p in _classifier_names(model)))
+    }
+    wrong = [
+        k for k, v in own.items() if k in state and state[k].shape != v.shape and k not in head
+    ]
     missing = [k for k in own if k not in state and k not in head]
     if wrong or missing:
         what = (
             f"{wrong[0]} has shape {_shape(state[wrong[0]])}, the model's is {_shape(own[wrong[0]])}"
             if wrong
-            else (f"{len(missing)} of the model's {len(own)} tensors are not in it, first {missing[0]}")
+            else (
+                f"{len(missing)} of the model's {len(own)} tensors are not in it, first {missing[0]}"
+            )
         )
         raise BadInput(f"--checkpoint {file}: does not fit --model: {what}")
     matched = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
@@ -96,7 +112,9 @@ def classifier_parameters(model: Any) -> set[torch.nn.Parameter]:
     return {p for name, p in model.named_parameters() if name.startswith(prefixes)}
 
 
-def input_statistics(args: TrainingArguments, model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def input_statistics(
+    args: TrainingArguments, model: Any
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Channel means and deviations for images in [0, 1]: the options', else the model's own."""
     cfg = model.pretrained_cfg
     return tuple(args.mean or cfg.get("mean")), tuple(args.std or cfg.get("std"))
@@ -112,8 +130,14 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
         crop_pct=args.crop_pct,
         interpolation=args.interpolation,
     )
-    if any(not t.is_contiguous() for t in model.state_dict().values()):  # safetensors takes the usual layout only
+    if any(
+        not t.is_contiguous() for t in model.state_dict().values()
+    ):  # safetensors takes the usual layout only
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(
-        model, str(folder), model_config={"label_names": classes}, safe_serialization=True, data_config=data_config
+        model,
+        str(folder),
+        model_config={"label_names": classes},
+        safe_serialization=True,
+        data_config=data_config,
     )

@@ -13,14 +13,19 @@ from cifar_accel.options.options import TrainingArguments
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """L2 norm over the gradients of `parameters`, which lie on one device: float []."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # half the time of get_total_norm
+    return torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm(gradients))
+    )  # half the time of get_total_norm
 
 
 def clip_gradients(model: torch.nn.Module, norm: torch.Tensor, args: TrainingArguments) -> None:
     """Clip the gradients of `model`, whose norm is `norm`, in place; adaptive clipping spares the classifier."""
     if args.clip_mode == "agc":
         spared = classifier_parameters(model)
-        clip_adaptively([p for p in model.parameters() if p not in spared and p.grad is not None], args.clip_grad)
+        clip_adaptively(
+            [p for p in model.parameters() if p not in spared and p.grad is not None],
+            args.clip_grad,
+        )
     elif args.clip_mode == "value":
         torch.nn.utils.clip_grad_value_(model.parameters(), args.clip_grad)
     else:
@@ -37,7 +42,10 @@ def clip_adaptively(parameters: list[torch.nn.Parameter], ratio: float, eps: flo
 
     def norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         over = [tuple(range(1, t.ndim)) or None for t in tensors]
-        return [torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, over, strict=True)]
+        return [
+            torch.linalg.vector_norm(t, dim=d, keepdim=True)
+            for t, d in zip(tensors, over, strict=True)
+        ]
 
     gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
     shares, sizes = norms(list(parameters)), norms(gradients)
@@ -58,11 +66,20 @@ class FiniteGuard:
     reasons, only the loss is judged and nothing is withheld.
     """
 
-    def __init__(self, optimizer: Any, device: torch.device, scaled: bool, step: int, on_host: bool | None = None):
+    def __init__(
+        self,
+        optimizer: Any,
+        device: torch.device,
+        scaled: bool,
+        step: int,
+        on_host: bool | None = None,
+    ):
         self.start, self.scaled = step, scaled
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         fused = all(group.get("fused") for group in optimizer.param_groups)
-        self.on_host = (device.type == "cpu" or not (fused or scaled)) if on_host is None else on_host
+        self.on_host = (
+            (device.type == "cpu" or not (fused or scaled)) if on_host is None else on_host
+        )
         self.last: Any = (0.0, 0.0)  # norm and loss of the last step, or of the first bad one
         self.bad: Any = False  # whether a step was bad
         self.good: Any = 0  # steps before it

@@ -13,8 +13,12 @@ from cifar_accel.options.options import TrainingArguments
 
 # A new optimizer is one line here: a function of the parameter groups and the options.
 OPTIMIZERS: dict[str, Callable[[Any, TrainingArguments], torch.optim.Optimizer]] = {
-    "adamw": lambda groups, a: torch.optim.AdamW(groups, a.learning_rate, amsgrad=a.amsgrad, fused=True),
-    "sgdm": lambda groups, a: torch.optim.SGD(groups, a.learning_rate, momentum=a.momentum, fused=True),
+    "adamw": lambda groups, a: torch.optim.AdamW(
+        groups, a.learning_rate, amsgrad=a.amsgrad, fused=True
+    ),
+    "sgdm": lambda groups, a: torch.optim.SGD(
+        groups, a.learning_rate, momentum=a.momentum, fused=True
+    ),
 }
 
 
@@ -29,10 +33,16 @@ def check_names(args: TrainingArguments) -> None:
         return
     if args.optimizer in timm.optim.list_optimizers():
         if timm.optim.get_optimizer_info(args.optimizer).second_order:
-            raise BadInput(f"--optimizer {args.optimizer}: needs second derivatives, which this loop does not compute")
+            raise BadInput(
+                f"--optimizer {args.optimizer}: needs second derivatives, which this loop does not compute"
+            )
     else:
-        near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(args.optimizer, timm.optim.list_optimizers())
-        raise BadInput(f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}")
+        near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(
+            args.optimizer, timm.optim.list_optimizers()
+        )
+        raise BadInput(
+            f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}"
+        )
 
 
 def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]]:
@@ -45,7 +55,9 @@ def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]
     if args.decay_all:
         return [{"params": [p for _, p in named], "weight_decay": args.weight_decay}]
     listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    spared = {n for n, p in named if p.ndim <= 1 or n in listed or n.rpartition(".")[2].endswith("gain")}
+    spared = {
+        n for n, p in named if p.ndim <= 1 or n in listed or n.rpartition(".")[2].endswith("gain")
+    }
     return [
         {"params": [p for n, p in named if n not in spared], "weight_decay": args.weight_decay},
         {"params": [p for n, p in named if n in spared], "weight_decay": 0.0},
@@ -58,6 +70,10 @@ def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.op
     if args.optimizer in OPTIMIZERS:
         return OPTIMIZERS[args.optimizer](groups, args)
     try:
-        return timm.optim.create_optimizer_v2(groups, args.optimizer, lr=args.learning_rate, momentum=args.momentum)
+        return timm.optim.create_optimizer_v2(
+            groups, args.optimizer, lr=args.learning_rate, momentum=args.momentum
+        )
     except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as e:
-        raise BadInput(f"--optimizer {args.optimizer}: cannot be made: {str(e).splitlines()[0]}") from e
+        raise BadInput(
+            f"--optimizer {args.optimizer}: cannot be made: {str(e).splitlines()[0]}"
+        ) from e

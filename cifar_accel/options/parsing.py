@@ -21,14 +21,26 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=list(argv), prog=prog, **({} if default is None else {"default": default}))
+            return tyro.cli(
+                kind,
+                args=list(argv),
+                prog=prog,
+                **({} if default is None else {"default": default}),
+            )
     except SystemExit as e:
         if e.code:
             text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", captured.getvalue())
-            lines = [line.strip(" │\t") for line in text.splitlines() if not re.match(r"\s*[╭╰]", line)]
+            lines = [
+                line.strip(" │\t") for line in text.splitlines() if not re.match(r"\s*[╭╰]", line)
+            ]
             lines = [line for line in lines if line and not set(line) <= {"─"}]
             cut = next(
-                (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))), None
+                (
+                    i
+                    for i, line in enumerate(lines)
+                    if line.startswith(("Argument helptext", "For full helptext"))
+                ),
+                None,
             )
             raise SystemExit(fail(f"{' '.join(lines[:cut])} ({_hint(argv, prog)})")) from None
         raise
@@ -80,9 +92,17 @@ def parse_training(argv: Sequence[str]) -> tuple[TrainingArguments, dict[str, st
                 word = name if value.lower() == "true" else f"--no-{name.removeprefix('--')}"
             elif value.lower() == "none" and (off := _off(types.get(field))):
                 word = f"{name}={off}"
-        elif word == "none" and words and (off := _off(types.get(words[-1].removeprefix("--").replace("-", "_")))):
+        elif (
+            word == "none"
+            and words
+            and (off := _off(types.get(words[-1].removeprefix("--").replace("-", "_"))))
+        ):
             word = off
         words.append(word)
-    recipes = re.findall(r"^--recipe[=\n](.+)$", "\n".join(words), re.MULTILINE)  # the last one counts, as for any flag
+    recipes = re.findall(
+        r"^--recipe[=\n](.+)$", "\n".join(words), re.MULTILINE
+    )  # the last one counts, as for any flag
     defaults = recipe_defaults(recipes[-1] if recipes else TrainingArguments.recipe)
-    return resolve(parse(TrainingArguments, words, "python -m cifar_accel", defaults), given & types.keys())
+    return resolve(
+        parse(TrainingArguments, words, "python -m cifar_accel", defaults), given & types.keys()
+    )

@@ -34,5 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def recipe_defaults(name: str) -> TrainingArguments:
     """The defaults under recipe `name`. Raises BadInput when there is none of that name."""
     if name not in RECIPES:
-        raise BadInput(f"--recipe {name}: unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
+        raise BadInput(
+            f"--recipe {name}: unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}"
+        )
     return TrainingArguments(recipe=name, **RECIPES[name])

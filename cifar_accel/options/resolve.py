@@ -16,8 +16,14 @@ from cifar_accel.options.values import parse_duration, parse_interval, parse_key
 # Options that do nothing by themselves: what each needs, and whether it is there. Given in vain, it is an error.
 NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
     "amsgrad": ("--optimizer adamw", lambda a: a.optimizer == "adamw"),
-    "color_jitter": ("--aa none (timm leaves it out beside a policy)", lambda a: a.aa == "none" or "3a" in a.aa),
-    "alternating_flip": ("--hflip 0.5 and --pipeline device", lambda a: a.hflip == 0.5 and a.pipeline == "device"),
+    "color_jitter": (
+        "--aa none (timm leaves it out beside a policy)",
+        lambda a: a.aa == "none" or "3a" in a.aa,
+    ),
+    "alternating_flip": (
+        "--hflip 0.5 and --pipeline device",
+        lambda a: a.hflip == 0.5 and a.pipeline == "device",
+    ),
     "compile_mode": ("--compile", lambda a: a.compile),
     "momentum": ("an optimizer that has one", lambda a: a.optimizer != "adamw"),
     "mixup_prob": ("--mixup or --cutmix", lambda a: bool(a.mixup or a.cutmix)),
@@ -44,7 +50,10 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         BadInput: an option is out of range, or two contradict each other; the message names the flags.
     """
     recipe = RECIPES[args.recipe]
-    origin = {f.name: "flag" if f.name in given else "recipe" if f.name in recipe else "default" for f in fields(args)}
+    origin = {
+        f.name: "flag" if f.name in given else "recipe" if f.name in recipe else "default"
+        for f in fields(args)
+    }
 
     def derive(**values: Any) -> None:
         nonlocal args
@@ -56,7 +65,9 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
     if os.path.isdir(home(args.dataset)):
         args = replace(args, dataset=os.path.abspath(home(args.dataset)))
     if args.model.startswith("local-dir:"):
-        args = replace(args, model="local-dir:" + os.path.abspath(home(args.model.removeprefix("local-dir:"))))
+        args = replace(
+            args, model="local-dir:" + os.path.abspath(home(args.model.removeprefix("local-dir:")))
+        )
     if args.checkpoint:
         args = replace(args, checkpoint=os.path.abspath(home(args.checkpoint)))
     if args.resume not in ("auto", "never"):
@@ -65,14 +76,20 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         share = {"linear_decay": 0.0, "constant": 0.0, "one_cycle": 0.3}.get(args.scheduler, 0.2)
         derive(warmup_epochs=round(args.epochs * share, 4))
     elif args.warmup_epochs > args.epochs:
-        raise BadInput(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run (--epochs {args.epochs})")
+        raise BadInput(
+            f"--warmup-epochs {args.warmup_epochs:g}: longer than the run (--epochs {args.epochs})"
+        )
     if args.crop_padding and args.scale:
         if {"crop_padding", "scale"} <= given:
-            raise BadInput("--crop-padding and --scale are two kinds of random crop: give one of them")
+            raise BadInput(
+                "--crop-padding and --scale are two kinds of random crop: give one of them"
+            )
         derive(**({"scale": None} if "crop_padding" in given else {"crop_padding": 0}))
     if args.checkpoint and args.pretrained and not args.model.startswith("local-dir:"):
         if "pretrained" in given:
-            raise BadInput("--pretrained and --checkpoint both name weights to start from: give one of them")
+            raise BadInput(
+                "--pretrained and --checkpoint both name weights to start from: give one of them"
+            )
         derive(pretrained=False)
     if args.aa != "none":
         derive(**check_policy(args, given))
@@ -80,7 +97,9 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         if not has_effect(args):
             if name in given:
                 raise BadInput(f"{flag(name)} has no effect without {needed}")
-            if getattr(args, name) != getattr(TrainingArguments, name):  # the recipe set it for another choice
+            if getattr(args, name) != getattr(
+                TrainingArguments, name
+            ):  # the recipe set it for another choice
                 derive(**{name: getattr(TrainingArguments, name)})
     if args.run_name is None:
         slug = os.path.basename(args.model.removeprefix("local-dir:").rstrip("/")) or "model"
@@ -97,11 +116,15 @@ def check_policy(args: TrainingArguments, given: set[str]) -> dict[str, Any]:
 
     kind = args.aa.split("-")[0]
     if kind not in ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a"):
-        raise BadInput(f"--aa {args.aa}: unknown; timm has rand-..., augmix-..., original, originalr, v0, v0r and 3a")
+        raise BadInput(
+            f"--aa {args.aa}: unknown; timm has rand-..., augmix-..., original, originalr, v0, v0r and 3a"
+        )
     if kind == "rand" and read_policy(args.aa).choice in ("", "weights"):
         return {}
     if args.pipeline == "device" and "pipeline" in given:
-        raise BadInput(f"--aa {args.aa} needs --pipeline timm (the device pipeline has rand-... without t3a and t3aw)")
+        raise BadInput(
+            f"--aa {args.aa} needs --pipeline timm (the device pipeline has rand-... without t3a and t3aw)"
+        )
     return {"pipeline": "timm"} if args.pipeline == "device" else {}
 
 
@@ -114,7 +137,9 @@ def check_ranges(args: TrainingArguments) -> None:
     )
     for name in [*positive.split(), *not_negative.split()]:
         value = getattr(args, name)
-        largest = 2**63 - 1 if name == "seed" else 10**9 if isinstance(value, int) else sys.float_info.max
+        largest = (
+            2**63 - 1 if name == "seed" else 10**9 if isinstance(value, int) else sys.float_info.max
+        )
         if value is not None and not value <= largest:
             raise BadInput(f"{flag(name)} {str(value)[:20]}: is no number that this can mean")
     for name in positive.split():
@@ -125,19 +150,33 @@ def check_ranges(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise BadInput(f"{flag(name)} {value:g}: must be 0 or greater")
-    for name in ["hflip", "vflip", "reprob", "mixup_prob", "smoothing", "model_ema_decay", "crop_pct"]:
+    for name in [
+        "hflip",
+        "vflip",
+        "reprob",
+        "mixup_prob",
+        "smoothing",
+        "model_ema_decay",
+        "crop_pct",
+    ]:
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"{flag(name)} {getattr(args, name):g}: must lie between 0 and 1")
     if not 0 <= args.validation_fraction < 1:
-        raise BadInput(f"--validation-fraction {args.validation_fraction:g}: must be at least 0 and below 1")
+        raise BadInput(
+            f"--validation-fraction {args.validation_fraction:g}: must be at least 0 and below 1"
+        )
     if args.smoothing == 1:
         raise BadInput("--smoothing 1: must be below 1")
     if args.save_epochs == 0 or args.save_epochs < -1:
-        raise BadInput(f"--save-epochs {args.save_epochs}: must be -1 (the last epoch only) or greater than 0")
+        raise BadInput(
+            f"--save-epochs {args.save_epochs}: must be -1 (the last epoch only) or greater than 0"
+        )
     for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, float("inf"))):
         pair, bound = getattr(args, name), " and at most 1" if high == 1 else ""
         if (pair and not low < pair[0] <= pair[1] <= high) or (pair and pair[1] == float("inf")):
-            raise BadInput(f"{flag(name)} {pair[0]:g} {pair[1]:g}: must be an increasing pair above 0{bound}")
+            raise BadInput(
+                f"{flag(name)} {pair[0]:g} {pair[1]:g}: must be an increasing pair above 0{bound}"
+            )
     if args.std and not all(0 < value < float("inf") for value in args.std):
         raise BadInput(f"--std {args.std}: every deviation must be greater than 0")
     if args.mean and not all(map(math.isfinite, args.mean)):
@@ -148,5 +187,9 @@ def check_ranges(args: TrainingArguments) -> None:
     run = args.run_name
     if run is not None and max(map(len, os.fsencode(run).split(b"/"))) > 250:
         raise BadInput(f"--run-name {run[:40]}...: File name too long")
-    if run is not None and (os.path.isabs(run) or ".." in run.split("/") or os.path.normpath(run) == "."):
-        raise BadInput(f"--run-name {run}: must be a relative path without '..' (it lies below --save-dir)")
+    if run is not None and (
+        os.path.isabs(run) or ".." in run.split("/") or os.path.normpath(run) == "."
+    ):
+        raise BadInput(
+            f"--run-name {run}: must be a relative path without '..' (it lies below --save-dir)"
+        )

@@ -11,20 +11,32 @@ def parse_interval(text: str) -> tuple[int, str]:
     """`1epoch`, `500steps`, `10m` or `none` -> (count, "epoch" | "step" | "minute" | "never"). Raises BadInput."""
     if text == "none":
         return 0, "never"
-    for unit, endings in (("epoch", ("epochs", "epoch")), ("step", ("steps", "step")), ("minute", ("m", "min"))):
+    for unit, endings in (
+        ("epoch", ("epochs", "epoch")),
+        ("step", ("steps", "step")),
+        ("minute", ("m", "min")),
+    ):
         for ending in endings:
             count = text.removesuffix(ending)
             if count != text and count.isdecimal() and int(count) > 0:
                 return int(count), unit
-    raise BadInput(f"--save-every {text}: write a number and a unit, as in 1epoch, 500steps or 10m, or none")
+    raise BadInput(
+        f"--save-every {text}: write a number and a unit, as in 1epoch, 500steps or 10m, or none"
+    )
 
 
 def parse_duration(text: str) -> float:
     """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises BadInput."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    seconds = (
+        sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+        if match
+        else 0
+    )
     if not 0 < seconds < 1e9:
-        raise BadInput(f"--max-time {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m")
+        raise BadInput(
+            f"--max-time {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m"
+        )
     return float(seconds)
 
 

@@ -76,10 +76,17 @@ def save_checkpoint(
         for file in sorted(scratch.iterdir()):
             sync(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        write_json(scratch / "manifest.json", {"format": FORMAT, "step": state["step"], "files": files})
+        write_json(
+            scratch / "manifest.json", {"format": FORMAT, "step": state["step"], "files": files}
+        )
         sync(scratch)
-        if final.exists():  # left by an earlier attempt; what is whole is not worth a moment without it
-            if fault(final) is None and sha256(final / "model.safetensors") == files["model.safetensors"]["sha256"]:
+        if (
+            final.exists()
+        ):  # left by an earlier attempt; what is whole is not worth a moment without it
+            if (
+                fault(final) is None
+                and sha256(final / "model.safetensors") == files["model.safetensors"]["sha256"]
+            ):
                 shutil.rmtree(scratch)
                 return final
             _remove(final)
@@ -87,7 +94,9 @@ def save_checkpoint(
         sync(parent)
     except BaseException as e:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(e, RuntimeError | SafetensorError):  # how torch and safetensors report a write that failed
+        if isinstance(
+            e, RuntimeError | SafetensorError
+        ):  # how torch and safetensors report a write that failed
             raise OSError(f"cannot be written ({str(e).splitlines()[0]})") from e
         raise
     older = [path for path in list_checkpoints(run_dir) if path.name < final.name and is_ours(path)]
@@ -123,7 +132,11 @@ def set_later_aside(run_dir: Path, step: int) -> list[Path]:
     renamed = []
     for path in list_checkpoints(run_dir):
         if step_of(path) > step:
-            aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
+            aside = next(
+                p
+                for n in itertools.count(1)
+                if not (p := path.with_name(f"{path.name}.aside-{n}")).exists()
+            )
             renamed.append(path.rename(aside))
     return renamed
 
@@ -191,14 +204,21 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: torch.nn.Module | None
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: torch.nn.Module | None,
 ) -> None:
     """Load checkpoint folder `path` into the unwrapped model, the optimizer and the average, in place; all ranks enter.
 
     Raises BadInput when it was not written by this model and optimizer, or not by `save_checkpoint`.
     """
     found: dict[str, Any] = {}
-    for name in ("model.safetensors", "optimizer.pt", *(["ema.safetensors"] if ema is not None else [])):
+    for name in (
+        "model.safetensors",
+        "optimizer.pt",
+        *(["ema.safetensors"] if ema is not None else []),
+    ):
         try:
             found[name] = _read(path / name)
         except OSError as e:
@@ -206,13 +226,18 @@ def load_checkpoint(
         except MemoryError:
             raise
         except Exception as e:  # whatever bytes that a stranger put there make of the libraries
-            raise BadInput(f"--resume {path}: {name} cannot be read ({type(e).__name__}); {REMEDY}") from e
+            raise BadInput(
+                f"--resume {path}: {name} cannot be read ({type(e).__name__}); {REMEDY}"
+            ) from e
     try:
         model.load_state_dict(found["model.safetensors"])
         if ema is not None:
             ema.load_state_dict(found["ema.safetensors"])
         optimizer.load_state_dict(found["optimizer.pt"])
-        for parameter, moments in optimizer.state.items():  # fused kernels need the weights' own layout
+        for (
+            parameter,
+            moments,
+        ) in optimizer.state.items():  # fused kernels need the weights' own layout
             for name, moment in moments.items():
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(moment)

@@ -42,7 +42,10 @@ class Opened:
         if (self.path / "config.json").exists():
             return
         if self.lock is not None:
-            for name in (".owner", ".lock"):  # before the release: a lock that another process waits for must stay
+            for name in (
+                ".owner",
+                ".lock",
+            ):  # before the release: a lock that another process waits for must stay
                 (self.path / name).unlink(missing_ok=True)
             self.lock.release()
         for folder in self.created:
@@ -71,7 +74,9 @@ def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]
     return opened
 
 
-def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]) -> None:
+def look_inside(
+    opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]
+) -> None:
     """Set `resume_from`, `finished` or `stale` of `opened` by what the folder, or --resume PATH, holds; writes nothing.
 
     Raises BadInput as `open_run` does.
@@ -81,7 +86,9 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
     if explicit:
         opened.resume_from = source = _find_resume(home(args.resume))
         source = source.parent.parent if is_checkpoint(source) else source
-        if source.resolve() != path.resolve() and ((path / "config.json").exists() or _has_work(path)):
+        if source.resolve() != path.resolve() and (
+            (path / "config.json").exists() or _has_work(path)
+        ):
             own = read_config(path)
             if own is None or own["options"].get("resume") != args.resume:
                 raise BadInput(
@@ -99,7 +106,9 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
         return
     changed = changed_options(config, args, precision)
     if changed and args.resume in ("auto", "never") and not _has_work(path):
-        opened.stale = True  # it ended before its first log line: there is nothing to go on with or to lose
+        opened.stale = (
+            True  # it ended before its first log line: there is nothing to go on with or to lose
+        )
         return
     if changed:
         raise BadInput(
@@ -120,7 +129,9 @@ def look_inside(opened: Opened, args: TrainingArguments, precision: str, say: Ca
 def _has_work(path: Path) -> bool:
     """Whether a run folder holds a logged step or a checkpoint."""
     metrics = path / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("step-*"))
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+        (path / "checkpoints").glob("step-*")
+    )
 
 
 def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:
@@ -147,8 +158,14 @@ def _make(path: Path, args: TrainingArguments) -> None:
         probe.unlink()
     except OSError as e:
         where = e.filename or path
-        reason = "is a file" if isinstance(e, FileExistsError | NotADirectoryError) else (e.strerror or str(e))
-        raise BadInput(f"--save-dir {args.save_dir}: cannot write a run there: {where}: {reason}") from e
+        reason = (
+            "is a file"
+            if isinstance(e, FileExistsError | NotADirectoryError)
+            else (e.strerror or str(e))
+        )
+        raise BadInput(
+            f"--save-dir {args.save_dir}: cannot write a run there: {where}: {reason}"
+        ) from e
 
 
 def _lock(path: Path) -> FileLock:
@@ -157,17 +174,27 @@ def _lock(path: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        owner = (path / ".owner").read_text().strip() if (path / ".owner").exists() else "another process"
-        raise BadInput(f"--run-name: {path} is in use by {owner}; wait for it, or give another --run-name") from None
+        owner = (
+            (path / ".owner").read_text().strip()
+            if (path / ".owner").exists()
+            else "another process"
+        )
+        raise BadInput(
+            f"--run-name: {path} is in use by {owner}; wait for it, or give another --run-name"
+        ) from None
     (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}\n")
     return lock
 
 
 def _find_resume(path: Path) -> Path:
     if not path.is_dir():
-        raise BadInput(f"--resume {path}: no such folder; give auto, never, or a run or checkpoint folder")
+        raise BadInput(
+            f"--resume {path}: no such folder; give auto, never, or a run or checkpoint folder"
+        )
     if not (path / "checkpoints").is_dir() and not is_checkpoint(path):
-        raise BadInput(f"--resume {path}: holds no checkpoint (neither a run folder nor a checkpoints/step-* folder)")
+        raise BadInput(
+            f"--resume {path}: holds no checkpoint (neither a run folder nor a checkpoints/step-* folder)"
+        )
     return path
 
 

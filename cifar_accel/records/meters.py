@@ -16,7 +16,9 @@ class Sums:
     """Loss, correct answers and images since the last look, kept on the device."""
 
     def __init__(self, accelerator: Accelerator):
-        wide = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has no float64
+        wide = (
+            torch.float32 if accelerator.device.type == "mps" else torch.float64
+        )  # mps has no float64
         self.accelerator = accelerator
         self.values = torch.zeros(2, dtype=wide, device=accelerator.device)
         self.images = 0  # of all ranks: they take equal shares

@@ -37,7 +37,9 @@ class Metrics:
     def close(self) -> None:
         """Try once more, and say how many lines are lost."""
         if not self.flush():
-            self.say(f"warning: {self.path} lacks its last {self.pending.count(chr(10))} lines: no room")
+            self.say(
+                f"warning: {self.path} lacks its last {self.pending.count(chr(10))} lines: no room"
+            )
 
     def flush(self) -> bool:
         """Whether all lines are in the file now."""
@@ -59,7 +61,9 @@ class Metrics:
             return True
         except OSError as e:
             if not self.warned:
-                self.say(f"warning: {self.path} cannot be written ({e.strerror}); training goes on, and tries again")
+                self.say(
+                    f"warning: {self.path} cannot be written ({e.strerror}); training goes on, and tries again"
+                )
             self.warned = True
             return False
 
@@ -72,7 +76,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+        numbers = isinstance(row, dict) and all(
+            isinstance(value, int | float) for value in row.values()
+        )
         if numbers and isinstance(row.get("step"), int) and "epoch" in row:
             rows.append(row)
     return rows

@@ -12,19 +12,26 @@ from tqdm import tqdm
 class Progress:
     """Progress over optimizer steps with loss, accuracy, images/s and time left."""
 
-    def __init__(self, total_steps: int, steps_per_epoch: int, start: int, stop: int, enabled: bool):
-        self.total, self.per_epoch, self.start, self.stop = total_steps, steps_per_epoch, start, stop
+    def __init__(
+        self, total_steps: int, steps_per_epoch: int, start: int, stop: int, enabled: bool
+    ):
+        self.total, self.per_epoch, self.start, self.stop = (
+            total_steps,
+            steps_per_epoch,
+            start,
+            stop,
+        )
         self.enabled, self.began, self.accuracy = enabled, time.perf_counter(), ""
         self.bar: Any = None
         if enabled and sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}{postfix}"
-            self.bar = tqdm(total=stop, initial=start, bar_format=layout, dynamic_ncols=True, leave=True)
+            self.bar = tqdm(
+                total=stop, initial=start, bar_format=layout, dynamic_ncols=True, leave=True
+            )
             self.bar.set_description_str(self._epoch(start), refresh=False)
 
     def _epoch(self, step: int) -> str:
-        return (
-            f"epoch {min(step // self.per_epoch + 1, -(-self.total // self.per_epoch))}/{self.total // self.per_epoch}"
-        )
+        return f"epoch {min(step // self.per_epoch + 1, -(-self.total // self.per_epoch))}/{self.total // self.per_epoch}"
 
     def step(self) -> None:
         """One optimizer step is done."""
@@ -44,14 +51,22 @@ class Progress:
             speed += f" ({row['train/input_share']:.0%} input)"
         if "train/mfu" in row:
             speed += f", MFU {row['train/mfu']:.0%}"
-        shown = f"loss {row['train/loss']:.3f}" + (f", acc {self.accuracy}" if self.accuracy else "") + f", {speed}"
+        shown = (
+            f"loss {row['train/loss']:.3f}"
+            + (f", acc {self.accuracy}" if self.accuracy else "")
+            + f", {speed}"
+        )
         if self.bar is not None:
             self.bar.set_description_str(self._epoch(row["step"] - 1), refresh=False)
             self.bar.set_postfix_str(shown)
         else:
             done = row["step"] - self.start  # 0 when only the evaluation of the last step was to do
-            left = duration((time.perf_counter() - self.began) / max(1, done) * (self.stop - row["step"]))
-            with contextlib.suppress(OSError):  # a full disk behind stdout costs the line, not the run
+            left = duration(
+                (time.perf_counter() - self.began) / max(1, done) * (self.stop - row["step"])
+            )
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk behind stdout costs the line, not the run
                 print(
                     f"{self._epoch(row['step'] - 1)}  step {row['step']:,}/{self.total:,}  {shown}, {left} left",
                     flush=True,

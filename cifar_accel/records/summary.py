@@ -15,7 +15,9 @@ from cifar_accel.options.options import TrainingArguments
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cifar_accel")
 
 
-def describe_config(args: TrainingArguments, origin: dict[str, str], derived: dict[str, Any]) -> dict[str, Any]:
+def describe_config(
+    args: TrainingArguments, origin: dict[str, str], derived: dict[str, Any]
+) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
@@ -59,7 +61,9 @@ def _git_state() -> dict[str, Any] | None:
 
     def git(*words: str) -> str:
         where = str(Path(__file__).parent)
-        done = subprocess.run(["git", "-C", where, *words], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", where, *words], capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:
@@ -74,15 +78,27 @@ def _git_state() -> dict[str, Any] | None:
 def read_config(run: Path) -> dict[str, Any] | None:
     """What config.json of a run folder holds, or None where it is missing or none that a training writes."""
     config = read_json(run / "config.json")
-    if not alike(config, {}) or not alike(config.get("options"), {}) or not alike(config.get("provenance"), {}):
+    if (
+        not alike(config, {})
+        or not alike(config.get("options"), {})
+        or not alike(config.get("provenance"), {})
+    ):
         return None
-    always = {"run_name": "", "mixed_precision": "no", "classes": 0, "input_mean": [0.0] * 3, "input_std": [1.0] * 3}
+    always = {
+        "run_name": "",
+        "mixed_precision": "no",
+        "classes": 0,
+        "input_mean": [0.0] * 3,
+        "input_std": [1.0] * 3,
+    }
     kinds, options = {**asdict(TrainingArguments()), **always}, config["options"]
     sound = options.keys() >= always.keys()  # an earlier version had fewer options
     sound &= all(alike(options[name], kind) for name, kind in kinds.items() if name in options)
     lists = {"command": str, "resumed": dict}
     sound &= all(alike(config.get(name, []), []) for name in lists)
-    sound = sound and all(isinstance(item, kind) for name, kind in lists.items() for item in config.get(name, []))
+    sound = sound and all(
+        isinstance(item, kind) for name, kind in lists.items() for item in config.get(name, [])
+    )
     return config if sound else None
 
 
@@ -94,4 +110,8 @@ def read_summary(run: Path) -> dict[str, Any]:
     kinds: dict[str, Any] = {"status": "", "steps": 0, "total_steps": 0, "train_loss": None}
     if summary.get("status") == "finished":
         kinds["accuracy"] = 0.0
-    return summary if all(name in summary and alike(summary[name], kind) for name, kind in kinds.items()) else {}
+    return (
+        summary
+        if all(name in summary and alike(summary[name], kind) for name, kind in kinds.items())
+        else {}
+    )

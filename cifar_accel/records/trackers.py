@@ -42,7 +42,9 @@ def start_tracker(kind: str, say: Callable[[str], None], **about: Any) -> Tracke
     try:
         opened = TRACKERS[kind](say, **about)
     except Exception as e:
-        say(f"warning: no {kind} tracking ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+        say(
+            f"warning: no {kind} tracking ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+        )
         return SILENT
     if opened is SILENT:
         return SILENT
@@ -53,7 +55,9 @@ def start_tracker(kind: str, say: Callable[[str], None], **about: Any) -> Tracke
             while call := calls.get():
                 call()
         except Exception as e:
-            say(f"warning: {kind} tracking stopped ({type(e).__name__}: {e}); metrics.jsonl goes on")
+            say(
+                f"warning: {kind} tracking stopped ({type(e).__name__}: {e}); metrics.jsonl goes on"
+            )
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -99,9 +103,13 @@ def start_wandb(
         resume="allow",
     )
     # The service would otherwise hold rows for 15 s, and lose them with the process.
-    settings = wandb.Settings(init_timeout=10, finish_timeout=20, console="off", x_file_stream_transmit_interval=1)
+    settings = wandb.Settings(
+        init_timeout=10, finish_timeout=20, console="off", x_file_stream_transmit_interval=1
+    )
     if mode == "offline":
-        about.pop("resume")  # an offline run cannot ask; the same id joins the parts when they are synchronised
+        about.pop(
+            "resume"
+        )  # an offline run cannot ask; the same id joins the parts when they are synchronised
     try:
         run = wandb.init(mode=mode, settings=settings, **about)
     except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as e:

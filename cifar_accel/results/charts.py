@@ -34,7 +34,9 @@ def _plot(run: RunFiles) -> None:
     soft = f", label smoothing {run.options['smoothing']:g}" if run.options["smoothing"] else ""
     title = f"{run.setting[1]}, {run.setting[2]} + {run.setting[3]}, {run.setting[0]}"
 
-    def curve(axes: Any, rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0) -> None:
+    def curve(
+        axes: Any, rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0
+    ) -> None:
         x, y = [r["epoch"] for r in rows], [r[key] * scale for r in rows]
         if len(y) > 30:  # raw and smoothed
             axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
@@ -62,7 +64,12 @@ def _plot(run: RunFiles) -> None:
         axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=f"Accuracy: {title}")
 
     def rate(axes: Any) -> None:
-        axes.plot([r["epoch"] for r in train], [r["train/lr"] for r in train], color="tab:green", label="learning rate")
+        axes.plot(
+            [r["epoch"] for r in train],
+            [r["train/lr"] for r in train],
+            color="tab:green",
+            label="learning rate",
+        )
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axes.set(ylabel="learning rate", title=f"Schedule: {title}")
 
@@ -106,5 +113,14 @@ def _compare(axes: Any, runs: list[RunFiles]) -> None:
         tests = [r for r in run.rows if "eval/accuracy" in r]
         # A legend of more than a dozen lines would cover the curves; the sections below the figure name them all.
         label = str(run.options["run_name"]) if len(runs) <= 12 else None
-        axes.plot([r["epoch"] for r in tests], [100 * r["eval/accuracy"] for r in tests], marker=".", label=label)
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title="Accuracy after each epoch, all finished runs")
+        axes.plot(
+            [r["epoch"] for r in tests],
+            [100 * r["eval/accuracy"] for r in tests],
+            marker=".",
+            label=label,
+        )
+    axes.set(
+        ylabel="top-1 accuracy, %",
+        ylim=(0, 103),
+        title="Accuracy after each epoch, all finished runs",
+    )

@@ -36,8 +36,13 @@ def write_report(args: ReportArguments) -> str:
         if not run.finished
     ]
     tables = [default_table(done), settings_table(done)]
-    text = "".join(f"## {title}\n\n{markdown(head, body)}\n\n" for title, head, body in tables if body) + _LEGEND
-    text += "\n## Not finished\n\n" + "".join(f"- {line}\n" for line in open_runs) if open_runs else ""
+    text = (
+        "".join(f"## {title}\n\n{markdown(head, body)}\n\n" for title, head, body in tables if body)
+        + _LEGEND
+    )
+    text += (
+        "\n## Not finished\n\n" + "".join(f"- {line}\n" for line in open_runs) if open_runs else ""
+    )
     try:
         (folder / "report.md").write_text(html.escape(text, quote=False))
         if done:
@@ -64,18 +69,32 @@ def page(folder: Path, runs: list[RunFiles], tables: list[Table], open_runs: lis
     for title, head, body in tables:
         if body:
             cells = "".join(f"<th>{e(c)}</th>" for c in head)
-            lines = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in body)
-            parts.append(f"<h2>{e(title)}</h2><div class=scroll><table><tr>{cells}</tr>{lines}</table></div>")
+            lines = "".join(
+                "<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in body
+            )
+            parts.append(
+                f"<h2>{e(title)}</h2><div class=scroll><table><tr>{cells}</tr>{lines}</table></div>"
+            )
     parts.append(f"<p>{e(_LEGEND)}</p>")
     if open_runs:
-        parts.append("<h2>Not finished</h2><ul>" + "".join(f"<li>{e(line)}</li>" for line in open_runs) + "</ul>")
+        parts.append(
+            "<h2>Not finished</h2><ul>"
+            + "".join(f"<li>{e(line)}</li>" for line in open_runs)
+            + "</ul>"
+        )
     if (folder / "overview.png").exists():
         parts.append('<p><img src="overview.png" alt="accuracy of all runs"></p>')
     for run in runs:
         name = str(run.path.relative_to(folder)) if run.path != folder else run.path.name
-        base = "" if run.path == folder else "/".join(map(_quote, run.path.relative_to(folder).parts)) + "/"
+        base = (
+            ""
+            if run.path == folder
+            else "/".join(map(_quote, run.path.relative_to(folder).parts)) + "/"
+        )
         images = "".join(
-            f'<img src="{base}{p}" alt="{e(t)} of {e(name)}">' for p, t in PLOTS.items() if (run.path / p).exists()
+            f'<img src="{base}{p}" alt="{e(t)} of {e(name)}">'
+            for p, t in PLOTS.items()
+            if (run.path / p).exists()
         )
         accuracy = run.summary.get("accuracy")
         result = f"accuracy {accuracy:.2%}, " if accuracy is not None else ""

@@ -32,7 +32,9 @@ class RunFiles:
         """What runs with different seeds have in common: data set, model, optimizer, schedule."""
         o = self.options
         names = {"nfnet": "NFNet-F0", "vit": "ViT-B/8"}
-        model = names.get(o["model"], o["model"].removeprefix("local-dir:").rstrip("/").rpartition("/")[2])
+        model = names.get(
+            o["model"], o["model"].removeprefix("local-dir:").rstrip("/").rpartition("/")[2]
+        )
         return o["dataset"].rstrip("/").rpartition("/")[2], model, o["optimizer"], o["scheduler"]
 
 

@@ -45,35 +45,58 @@ CIFAR-100.
 def _by_setting(runs: list[RunFiles]) -> Iterable[tuple[tuple[str, str, str, str], list[str]]]:
     """Each setting with its figures: the mean over the seeds, with standard deviation and n where there are several."""
     groups: dict[str, list[RunFiles]] = {}
-    for run in runs:  # seeds of one setting agree in every option that is neither the seed nor volatile
+    for (
+        run
+    ) in runs:  # seeds of one setting agree in every option that is neither the seed nor volatile
         rest = {k: run.options.get(k) for k in SETTING}
         groups.setdefault(json.dumps([run.setting, rest], sort_keys=True), []).append(run)
     pooled = list(groups.values())
 
     def figure(values: list[float], digits: int) -> str:
         text = f"{statistics.mean(values):.{digits}f}"
-        return text + (f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else "")
+        return text + (
+            f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else ""
+        )
 
     for same in pooled:
         setting = same[0].setting
         rivals = [other[0].options for other in pooled if other[0].setting == setting]
-        differ = [k for k in SETTING if any(other.get(k) != same[0].options.get(k) for other in rivals)]
+        differ = [
+            k for k in SETTING if any(other.get(k) != same[0].options.get(k) for other in rivals)
+        ]
         name = setting[1].lower().replace("deit", "vit")
-        published = next((PUBLISHED.get((f, *setting[2:])) for f in ("nfnet", "vit") if f in name), None)
+        published = next(
+            (PUBLISHED.get((f, *setting[2:])) for f in ("nfnet", "vit") if f in name), None
+        )
         theirs = f"{published[0]:.4f}, {100 * published[1]:.2f}" if published else "–"
-        losses = [run.summary["train_loss"] for run in same if run.summary["train_loss"] is not None]
-        ours = [figure(losses, 4) if losses else "–", figure([100 * run.summary["accuracy"] for run in same], 2)]
+        losses = [
+            run.summary["train_loss"] for run in same if run.summary["train_loss"] is not None
+        ]
+        ours = [
+            figure(losses, 4) if losses else "–",
+            figure([100 * run.summary["accuracy"] for run in same], 2),
+        ]
         options, told = same[0].options, [f"{k} {same[0].options.get(k)}" for k in differ]
-        told += [f"{k} {options[k]:,}" for k in ("limit_train", "limit_test") if options[k] and k not in differ]
+        told += [
+            f"{k} {options[k]:,}"
+            for k in ("limit_train", "limit_test")
+            if options[k] and k not in differ
+        ]
         if same[0].summary["steps"] < same[0].summary["total_steps"]:
             told.append(f"{same[0].summary['steps']:,} of {same[0].summary['total_steps']:,} steps")
         label = ", ".join(told)
-        yield (setting[0], setting[1] + (f" ({label})" if label else ""), *setting[2:]), [*ours, theirs]
+        yield (
+            (setting[0], setting[1] + (f" ({label})" if label else ""), *setting[2:]),
+            [*ours, theirs],
+        )
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
     """A Markdown table with aligned columns, so that it reads well in a terminal too."""
     rows = [head, *([cell.replace("|", "\\|") for cell in row] for row in body)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

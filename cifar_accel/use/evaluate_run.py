@@ -38,7 +38,9 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
         )
     known = {f.name for f in fields(TrainingArguments)}
     options: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config["options"].items() if k in known
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in config["options"].items()
+        if k in known
     }
     given = {"dataset": args.dataset, "data_dir": args.data_dir}
     options |= {name: value for name, value in given.items() if value is not None}
@@ -50,18 +52,26 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
         )
     split = limit(data.test, min(run.limit_test, len(data.test)), "--limit-test", run.seed)
     accelerator = make_accelerator(run.device, config["options"]["mixed_precision"])
-    memory_format = torch.channels_last if run.memory_format == "channels_last" else torch.contiguous_format
+    memory_format = (
+        torch.channels_last if run.memory_format == "channels_last" else torch.contiguous_format
+    )
     try:
         model: Any = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True)
     except Exception as e:  # whatever a damaged file makes of the libraries
-        raise BadInput(f"{path / 'model'}: cannot be read as a model ({' '.join(str(e).split())[:150]})") from e
+        raise BadInput(
+            f"{path / 'model'}: cannot be read as a model ({' '.join(str(e).split())[:150]})"
+        ) from e
     shorten_convolutions(model)  # as in training, so that the figures are equal to the last digit
     model.to(accelerator.device, memory_format=memory_format)
     options = config["options"]
     pipeline = Pipeline(run, split, accelerator.device, options["input_mean"], options["input_std"])
-    batches = pipeline.evaluation_batches(args.batch_size, accelerator.num_processes, accelerator.process_index)
+    batches = pipeline.evaluation_batches(
+        args.batch_size, accelerator.num_processes, accelerator.process_index
+    )
     result = evaluate(accelerator, model, batches, len(split), memory_format)
-    say(f"accuracy  {result['accuracy']:.4%}  ({result['evaluated_images']:,} test images of {run.dataset})")
+    say(
+        f"accuracy  {result['accuracy']:.4%}  ({result['evaluated_images']:,} test images of {run.dataset})"
+    )
     say(f"top 5     {result['top5_accuracy']:.4%}\nloss      {result['loss']:.4f}")
     if accelerator.is_main_process and args.tracker != "none":
         tracker = trackers.start_tracker(
