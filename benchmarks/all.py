@@ -2,9 +2,10 @@
 
     python -m benchmarks.all [DATASET] [--rounds 5] [--out benchmarks/results-cpu]
 
-DATASET is anything that --dataset takes (unset: CIFAR_ACCEL_DATA, else random images of CIFAR-100's shapes). Prints one
-table; with --out also OUT.json and OUT.md. Every ratio is of two things measured in turns in one process tree. On a GPU
-the epochs are of the report's own two models, on a CPU of three small ones and of a tenth of the images.
+DATASET is anything that --dataset takes (unset: CIFAR_ACCEL_DATA, else random images of CIFAR-100's
+shapes). Prints one table; with --out also OUT.json and OUT.md. Every ratio is of two things
+measured in turns in one process tree. On a GPU the epochs are of the report's own two models, on a
+CPU of three small ones and of a tenth of the images.
 """
 
 import torch

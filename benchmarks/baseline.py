@@ -1,11 +1,13 @@
 """One epoch of the report's own loop and loader, or of ours, each in a process of its own; asked for by `epoch`.
 
-    python -m benchmarks.baseline report|ours MODEL DATASET [--train N] [--test N] [--device D] [--precision P]
+    python -m benchmarks.baseline report|ours MODEL DATASET [--train N] [--test N] [--device D]
+    [--precision P]
 
-The report's side: timm's create_loader with PIL workers, timm's Mixup and loss, AdamW with amsgrad, fp32, `.item()`
-every step, evaluation through a second loader. Ours: the project's own functions under the report's recipe. An epoch
-is `N` training images in batches of 256 and the evaluation of the test images; each process runs one before it is
-measured. Every line on stdin asks for one epoch and answers {"seconds", "peak_mib"}.
+The report's side: timm's create_loader with PIL workers, timm's Mixup and loss, AdamW with amsgrad,
+fp32, `.item()` every step, evaluation through a second loader. Ours: the project's own functions
+under the report's recipe. An epoch is `N` training images in batches of 256 and the evaluation of
+the test images; each process runs one before it is measured. Every line on stdin asks for one epoch
+and answers {"seconds", "peak_mib"}.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from cifar_accel.data.datasets import Dataset, limit
 from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD
 from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.records.meters import Clock
 
 BATCH, NAMES = 256, {"nfnet": "dm_nfnet_f0", "vit": "vit_base_patch8_224"}
 
@@ -83,7 +86,7 @@ def reports_epoch(
 def our_epoch(
     model_name: str, data: Dataset, device: torch.device, precision: str
 ) -> Callable[[], None]:
-    """Our loop, by its own parts: optimizer_step and evaluate_split."""
+    """Our loop, by its own parts: take_step and evaluate_split."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
 
     args = replace(
@@ -94,17 +97,16 @@ def our_epoch(
         warmup_epochs=5.0,
     )
     run, state = our_run(args, data)
-    batches = run.train.training_batches(run.order, 0, run.total_steps)
-    clock = train.Clock(state)
+    micro_batches = run.data.train.training_batches(run.plan.order, 0, run.plan.total_steps)
+    clock = Clock(state)
 
     def epoch() -> None:
-        sums = train.Sums(run.accelerator)
-        run.model.train()
-        for _ in range(run.order.steps_per_epoch):
-            train.optimizer_step(run, state.step, 5e-4, batches, sums, clock)
+        run.model.module.train()
+        for _ in range(run.plan.steps_per_epoch):
+            train.take_step(run, state.step, micro_batches, clock)
             state.step += 1
-        sums.move_to(state)
-        train.evaluate_split(run, run.evaluation)
+        train.collect(run, state)
+        train.evaluate_split(run, run.data.evaluation)
 
     return epoch
 

@@ -1,8 +1,10 @@
 """What a checkpoint costs: its size, the seconds to write and to verify it, and its share of an epoch.
 
-    python -m benchmarks.checkpoint [DATASET] [--rounds 5] [--models test_nfnet tf_efficientnet_lite0]
+    python -m benchmarks.checkpoint [DATASET] [--rounds 5] [--models test_nfnet
+    tf_efficientnet_lite0]
 
-An epoch is that of the whole training set at the speed of 5 measured steps; one checkpoint is written in each.
+An epoch is that of the whole training set at the speed of 5 measured steps; one checkpoint is
+written in each.
 """
 
 import statistics
@@ -16,6 +18,7 @@ from cifar_accel import train
 from cifar_accel.data.datasets import Dataset
 from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.records import checkpoint
+from cifar_accel.records.meters import Clock
 
 
 def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
@@ -24,16 +27,16 @@ def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
         recipe_defaults("plain"), model=name, pretrained=False, device=device, warmup_epochs=0.0
     )
     run, state = our_run(args, data)
-    batches = run.train.training_batches(run.order, 0, 10**9)
-    sums, clock = train.Sums(run.accelerator), train.Clock(state)
-    run.model.train()
+    micro_batches = run.data.train.training_batches(run.plan.order, 0, run.plan.total_steps)
+    clock = Clock(state)
+    run.model.module.train()
 
     def steps(n: int) -> float:
         began = time.perf_counter()
         for _ in range(n):
-            train.optimizer_step(run, state.step, 5e-4, batches, sums, clock)
+            train.take_step(run, state.step, micro_batches, clock)
             state.step += 1
-        sums.move_to(state)
+        train.collect(run, state)
         return (time.perf_counter() - began) / n
 
     steps(5)
@@ -43,7 +46,8 @@ def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
         for _ in range(rounds):
             state.step += 1
             began = time.perf_counter()
-            weights, optimizer = run.module.state_dict(), run.optimizer.optimizer.state_dict()
+            weights = run.model.module.state_dict()
+            optimizer = run.optimizer.optimizer.state_dict()
             path = checkpoint.save_checkpoint(
                 Path(folder), weights, optimizer, None, asdict(state), 2
             )
@@ -52,7 +56,7 @@ def measure(name: str, data: Dataset, device: str, rounds: int) -> None:
             assert checkpoint.fault(path) is None
             verified.append(time.perf_counter() - began)
         size = sum(file.stat().st_size for file in path.iterdir())
-    epoch, save = step * run.order.steps_per_epoch, statistics.median(written)
+    epoch, save = step * run.plan.steps_per_epoch, statistics.median(written)
     print(
         f"{name:<26}{size / 2**20:8.1f} MiB   written in {save:.3f} s ({min(written):.3f} to {max(written):.3f}, "
         f"n={rounds}), verified in {statistics.median(verified):.3f} s; a step takes {step:.3f} s, an epoch "

@@ -1,6 +1,8 @@
 """What all benchmarks share: contenders measured in turns, and a table of medians, spreads and goals."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -16,12 +18,14 @@ import torch
 from cifar_accel import run as run_module
 from cifar_accel.data.datasets import Dataset, Split
 from cifar_accel.data.decode import load_dataset
-from cifar_accel.machine import processes
+from cifar_accel.machine.processes import join_processes
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.records.folder import Opened
+from cifar_accel.records.state import State
 from cifar_accel.records.summary import describe_config
+from cifar_accel.run import Run
 
 
 @dataclass
@@ -129,16 +133,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def our_run(args: TrainingArguments, data: Dataset) -> tuple[run_module.Run, run_module.State]:
-    """What the trainer sets up for `args`, over images that are there already."""
-    run_module.load_splits = lambda args, say: (data, data.test)
-    stop = StopRequest()
-    opened, accelerator = processes.start_processes(
-        args, Opened(path=Path("unused")), lambda line: None
-    )
-    return run_module.set_up(
-        args, dict.fromkeys(vars(args), ""), lambda line: None, opened, accelerator, stop
-    )
+def our_run(args: TrainingArguments, data: Dataset) -> tuple[Run, State]:
+    """What the trainer sets up for `args`, over images that are there already; it prints nothing."""
+    run_module.load_splits = lambda args: (data, data.test)
+    origin = dict.fromkeys(vars(args), "")
+    opened = Opened(path=Path("unused"))
+    # stdout belongs to the figures.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ranks = join_processes(args.device)
+        return run_module.set_up(args, origin, opened, ranks, StopRequest())
 
 
 def show(rows: list[Row], out: str | None, title: str) -> None:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.pipeline [DATASET] [--policy report|plain] [--rounds 5]
 
-Both sides do the same work to a float32 batch of 256 on --device. `report`: random resized crop, both flips,
-rand-m15-n2, normalise, Mixup. `plain`: crop of the image padded by 4 pixels, left-right flip, normalise.
+Both sides do the same work to a float32 batch of 256 on --device. `report`: random resized crop,
+both flips, rand-m15-n2, normalise, Mixup. `plain`: crop of the image padded by 4 pixels, left-right
+flip, normalise.
 """
 
 import statistics

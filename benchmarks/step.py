@@ -1,7 +1,7 @@
 """The step: our loop over a bare one, layouts and precisions by family, and the memory of the resident pipeline.
 
-python -m benchmarks.step [DATASET] [--rounds 5]
-python -m benchmarks.step --formats MODEL ...     # fills CHANNELS_LAST of cifar_accel/model.py
+python -m benchmarks.step [DATASET] [--rounds 5] python -m benchmarks.step --formats MODEL ...     #
+fills CHANNELS_LAST of cifar_accel/models/create.py
 """
 
 import argparse
@@ -26,53 +26,59 @@ from benchmarks.measure import (
     serve,
     show,
 )
-from cifar_accel import run as run_module
 from cifar_accel import train
 from cifar_accel.data.datasets import Dataset
 from cifar_accel.machine.speed import keep_freed_memory, peak_memory_mib
 from cifar_accel.models.surgery import shorten_convolutions
 from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.records.meters import Clock
+from cifar_accel.run import Run
 
 MODEL, STEPS = "test_vit", 40
 
 
-def our_loop(data: Dataset, device: str) -> tuple[run_module.Run, Callable[[], float]]:
+def our_loop(data: Dataset, device: str) -> tuple[Run, Callable[[], float]]:
     """Seconds of `STEPS` steps of this project's loop on a tiny model, counting, seeding and asking included."""
     args = replace(
-        recipe_defaults("plain"), model=MODEL, pretrained=False, device=device, warmup_epochs=0.0
+        recipe_defaults("plain"),
+        model=MODEL,
+        pretrained=False,
+        device=device,
+        warmup_epochs=0.0,
+        epochs=10_000,
     )
     run, state = our_run(args, data)
-    batches = run.train.training_batches(run.order, 0, 10**9)
-    sums, clock = train.Sums(run.accelerator), train.Clock(state)
+    micro_batches = run.data.train.training_batches(run.plan.order, 0, run.plan.total_steps)
+    clock = Clock(state)
 
     def measure() -> float:
         began = time.perf_counter()
         for _ in range(STEPS):
-            rate = train.learning_rate(state.step, 10**6, 0, args)
-            train.optimizer_step(run, state.step, rate, batches, sums, clock)
+            train.agree(run, clock.minutes_up(run.plan.save_minutes))
+            train.take_step(run, state.step, micro_batches, clock)
             state.step += 1
-            train.agree(run, clock.minutes_up(args.save_every))
-        sums.move_to(state)
+        train.collect(run, state)
         return time.perf_counter() - began
 
     return run, measure
 
 
-def bare_loop(run: run_module.Run) -> Callable[[], float]:
+def bare_loop(run: Run) -> Callable[[], float]:
     """The same step by hand: the same batches, model and optimizer, nothing counted."""
-    device = run.accelerator.device
-    model = timm.create_model(MODEL, num_classes=len(run.train.split.classes), img_size=32)
+    device = run.ranks.device
+    classes = len(run.data.train.split.classes)
+    model = timm.create_model(MODEL, num_classes=classes, img_size=32)
     shorten_convolutions(model)
-    model.to(device, memory_format=run.memory_format).train()
+    model.to(device, memory_format=run.model.layout).train()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, fused=True)
-    batches = run.train.training_batches(run.order, 0, 10**9)
+    batches = run.data.train.training_batches(run.plan.order, 0, run.plan.total_steps)
     criterion = SoftTargetCrossEntropy()
 
     def measure() -> float:
         began = time.perf_counter()
         for _ in range(STEPS):
             images, _, targets = next(batches)
-            loss = criterion(model(images.contiguous(memory_format=run.memory_format)), targets)
+            loss = criterion(model(images.contiguous(memory_format=run.model.layout)), targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -87,7 +93,7 @@ def peak_of(side: str, data: Dataset, device: str) -> float:
     if side == "ours":
         run, measure = our_loop(data, device)
         measure()
-        return peak_memory_mib(run.accelerator.device)
+        return peak_memory_mib(run.ranks.device)
     if device == "cpu":
         keep_freed_memory()
     resident, labels = (

@@ -1,4 +1,4 @@
-"""`accelerate launch -m cifar_accel ...`, `torchrun ... -m cifar_accel ...` and `python -m cifar_accel ...` train."""
+"""Trains: `python -m cifar_accel ...`, `accelerate launch -m ...` and `torchrun ... -m ...`."""
 
 import sys
 

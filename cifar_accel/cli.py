@@ -8,9 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from cifar_accel.console import fail, say, speak_somewhere
+from cifar_accel.console import fail, is_main_process, say
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
@@ -22,149 +22,197 @@ from cifar_accel.options.options import (
 from cifar_accel.options.parsing import parse, parse_training
 from cifar_accel.records.folder import Opened, open_run
 
+# Exit codes: 0 is done, 143 what a shell reports for a process that SIGTERM ended.
+FAILED = 1
+BAD_INPUT = 2
+STOPPED = 143
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script `cifar-accel`; returns the exit code."""
-    commands: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-        "train": (train_command, "train a model (the same as python -m cifar_accel)"),
-        "evaluate": (evaluate_command, "evaluate a run folder on its test set"),
-        "study": (study_command, "run every run of a study file that is not finished"),
-        "report": (report_command, "tables, plots and a page of all runs below a folder"),
-    }
-    speak_somewhere()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in commands:
-        return commands[argv[0]][0](argv[1:])
-    if argv and argv[0] not in ("-h", "--help"):
-        return fail(
-            f"unknown command {argv[0]}; there are {', '.join(commands)}{did_you_mean(argv[0], commands)}"
-        )
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print_commands()
+        return 0
+    name, *options = words
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        return fail(f"unknown command {name}; there are {known}{did_you_mean(name, COMMANDS)}")
+    return COMMANDS[name].run(options)
+
+
+def print_commands() -> None:
+    """Print the help of `cifar-accel` itself."""
     print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
-    for name, (_, text) in commands.items():
-        print(f"  {name:<10}{text}")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<10}{command.help}")
     print("\ncifar-accel COMMAND --help explains one of them.")
-    return 0
 
 
-def train_command(argv: Sequence[str]) -> int:
-    """Train; exit code 0 when finished, 2 for bad input, 143 when stopped by a signal, 1 for anything else."""
-    speak_somewhere()
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code that `work` returns, or that of what ended it.
+
+    What is no fault of the user and no end of a training that is told in one line propagates: the
+    traceback is printed and the exit code is 1. The process group is taken down in any case.
+    """
     try:
-        args, origin = parse_training(argv)
-        if args.pipeline == "timm" and args.workers is None:
-            local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            args = replace(args, workers=min(8, max(1, (os.cpu_count() or 1) // local)))
-            origin["workers"] = "derived"
-        opened = None
-        if args.dry_run:
-            return guarded(lambda: dry_run_command(args, origin))
-        if os.environ.get("RANK", "0") == "0":
-            opened = open_run(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), say)
-            if opened.finished and os.environ.get("WORLD_SIZE", "1") == "1":
-                return 0
-    except (
-        BadInput,
-        OSError,
-    ) as e:  # a name too long for a file, or a folder where a file should be
-        return fail(str(e))
-
-    def work() -> dict[str, Any]:
-        try:
-            summary = load_and_train(args, origin, opened)
-        finally:
-            if opened:
-                opened.discard()
-        if opened and not opened.finished:
-            from cifar_accel.results.charts import plot_run
-
-            plot_run(opened.path, say)
-        return summary
-
-    return guarded(work)
-
-
-def load_and_train(
-    args: TrainingArguments, origin: dict[str, str], opened: Opened | None
-) -> dict[str, Any]:
-    """Set what the libraries read while they are loaded, load them, and train; returns what summary.json holds."""
-    stop = StopRequest(args.max_time)  # from here on a signal ends it in order, with 143
-    say("loading torch, timm and accelerate")
-    # What a Mac's GPU lacks is computed on its processor; torch says so once for each operation.
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes a small model
-    # several times slower (benchmarks/LOG.md); on an idle one this is as good.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from cifar_accel.train import train
-
-    return train(args, origin, say, opened, stop)
-
-
-def dry_run_command(args: TrainingArguments, origin: dict[str, str]) -> dict[str, Any]:
-    """Print the plan on the main process; returns an exit code."""
-    if os.environ.get("RANK", "0") != "0":
-        return {}
-    from cifar_accel.dry_run import dry_run
-
-    return {"code": dry_run(args, origin, say)}
-
-
-def guarded(work: Callable[[], dict[str, Any]]) -> int:
-    """Run `work`, turn its end into an exit code, and take the process group down whatever happens."""
-    try:
-        summary = work()
-        return 143 if summary.get("status") == "preempted" else int(summary.get("code", 0))
-    except BadInput as e:
-        if os.environ.get("CIFAR_ACCEL_DEBUG"):  # for who looks for a bug behind the one line
+        return work()
+    except (BadInput, TrainingError) as error:
+        # For who looks for a bug behind the one line.
+        if os.environ.get("CIFAR_ACCEL_DEBUG"):
             traceback.print_exc()
-        return fail(str(e))
+        if isinstance(error, BadInput):
+            return fail(str(error), BAD_INPUT)
+        kind = type(error).__name__
+        return fail(f"{kind}: {error}; checkpoints already written are kept", FAILED)
     except KeyboardInterrupt:
-        return fail("stopped at once; checkpoints already written are kept", 143)
-    except Exception as e:
-        if not isinstance(e, TrainingError) or os.environ.get("CIFAR_ACCEL_DEBUG"):
-            traceback.print_exc()
-        return fail(f"{type(e).__name__}: {e}; checkpoints already written are kept", 1)
+        return fail("stopped at once; checkpoints already written are kept", STOPPED)
     finally:
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
+def train_command(argv: Sequence[str]) -> int:
+    """Train; exit code 0 when finished, 2 for bad input, 143 when stopped, 1 for anything else."""
+    return guarded(lambda: _train(argv))
+
+
+def _train(argv: Sequence[str]) -> int:
+    args, origin = parse_training(argv)
+    args, origin = with_workers(args, origin)
+    if args.dry_run:
+        return _dry_run(args, origin)
+
+    # The main process alone opens the run folder. Where there is nothing to do, nothing is loaded.
+    opened = None
+    if is_main_process():
+        opened = _open(args)
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if opened.finished and alone:
+            return 0
+
+    # Other processes learn in `train` that the run is finished.
+    try:
+        summary = load_and_train(args, origin, opened)
+    finally:
+        if opened:
+            opened.discard()
+    if opened and not opened.finished:
+        from cifar_accel.results.charts import plot_run
+
+        plot_run(opened.path, say)
+    return STOPPED if summary["status"] == "preempted" else 0
+
+
+def with_workers(
+    args: TrainingArguments, origin: dict[str, str]
+) -> tuple[TrainingArguments, dict[str, str]]:
+    """The options and their origins, with a number of workers where the timm pipeline has none yet.
+
+    The training processes of this host share its cores.
+    """
+    if args.pipeline != "timm" or args.workers is not None:
+        return args, origin
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = os.cpu_count() or 1
+    workers = min(8, max(1, cores // processes))
+    return replace(args, workers=workers), {**origin, "workers": "derived"}
+
+
+def _dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
+    if not is_main_process():
+        return 0
+    from cifar_accel.dry_run import dry_run
+
+    return dry_run(args, origin)
+
+
+def _open(args: TrainingArguments) -> Opened:
+    """Open the run folder; a path that the system refuses is bad input."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    try:
+        return open_run(args, precision, say)
+    except OSError as error:
+        raise BadInput(str(error)) from error
+
+
+def load_and_train(
+    args: TrainingArguments, origin: dict[str, str], opened: Opened | None
+) -> dict[str, Any]:
+    """Load torch and the like, and train; returns what summary.json holds."""
+    # From here on a signal ends the process in order, with 143.
+    stop = StopRequest(args.max_time)
+    say("loading torch, timm and accelerate")
+    # The libraries read these while they are loaded. What a Mac's GPU lacks is computed on its
+    # processor; torch says so once for each operation.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes
+    # a small model several times slower (benchmarks/LOG.md); on an idle one this is as good.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from cifar_accel.train import train
+
+    return train(args, origin, opened, stop)
+
+
 def evaluate_command(argv: Sequence[str]) -> int:
     """Evaluate a run folder."""
+    return guarded(lambda: _evaluate(argv))
+
+
+def _evaluate(argv: Sequence[str]) -> int:
     args = parse(EvaluateArguments, argv, "cifar-accel evaluate")
+    from cifar_accel.use.evaluate_run import evaluate_run
 
-    def work() -> dict[str, Any]:
-        from cifar_accel.use.evaluate_run import evaluate_run
-
-        return evaluate_run(args, say)
-
-    return guarded(work)
+    evaluate_run(args, say)
+    return 0
 
 
 def study_command(argv: Sequence[str]) -> int:
-    """Run a study; exit code 0 when every run is finished, 1 when one failed, 143 when stopped by a signal."""
+    """Run a study; exit code 0 when all runs are finished, 1 when one failed, 143 when stopped."""
+    return guarded(lambda: _study(argv))
+
+
+def _study(argv: Sequence[str]) -> int:
     from cifar_accel.launch.study import run_study
 
-    extra = list(argv)[list(argv).index("--") + 1 :] if "--" in argv else []
-    own = list(argv)[: list(argv).index("--")] if "--" in argv else list(argv)
-    args = parse(StudyArguments, own, "cifar-accel study")
-    try:
-        return run_study(args, extra, say)
-    except BadInput as e:
-        return fail(str(e))
+    # Options after -- go to every run.
+    words = list(argv)
+    for_every_run = []
+    if "--" in words:
+        end = words.index("--")
+        words, for_every_run = words[:end], words[end + 1 :]
+    args = parse(StudyArguments, words, "cifar-accel study")
+    return run_study(args, for_every_run, say)
 
 
 def report_command(argv: Sequence[str]) -> int:
     """Print the tables of all runs below a folder and write report.md and report.html there."""
+    return guarded(lambda: _report(argv))
+
+
+def _report(argv: Sequence[str]) -> int:
     from cifar_accel.results.page import write_report
 
     args = parse(ReportArguments, argv, "cifar-accel report")
-    try:
-        print(write_report(args))
-    except BadInput as e:
-        return fail(str(e))
+    print(write_report(args))
     return 0
+
+
+class Command(NamedTuple):
+    """A command of `cifar-accel`: what it does with its words, and its line of help."""
+
+    run: Callable[[Sequence[str]], int]
+    help: str
+
+
+COMMANDS = {
+    "train": Command(train_command, "train a model (the same as python -m cifar_accel)"),
+    "evaluate": Command(evaluate_command, "evaluate a run folder on its test set"),
+    "study": Command(study_command, "run every run of a study file that is not finished"),
+    "report": Command(report_command, "tables, plots and a page of all runs below a folder"),
+}
 
 
 if __name__ == "__main__":

@@ -6,37 +6,40 @@ import signal
 import sys
 import time
 
+# How long another process than the main one waits before it complains, in seconds.
+WAIT_FOR_MAIN_PROCESS = 5.0
 
-def speak_somewhere() -> None:
-    """Give a process that was started without stdout or stderr (`>&-`) one that leads nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
+
+def is_main_process() -> bool:
+    """Whether this process is the launcher's rank 0, or the only one. Torch need not be loaded."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(line: str) -> None:
     """Print a line on the main process, above the progress bar if there is one."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # a full disk behind stdout costs the line, not the run
-            if "tqdm" in sys.modules:
-                sys.modules["tqdm"].tqdm.write(line)
-                sys.stdout.flush()
-            else:
-                print(line, flush=True)
+    if not is_main_process():
+        return
+    # A full disk behind stdout, or a reader that is gone, costs the line and not the run.
+    with contextlib.suppress(OSError):
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line)
+            sys.stdout.flush()
+        else:
+            print(line, flush=True)
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Print one line on stderr and return the exit code.
+    """Print one line on stderr and return the exit code `code`.
 
-    Other ranks wait a moment first: when the main process has the same complaint, its launcher ends them meanwhile.
+    Other processes than the main one wait a moment first. When the main process has the same
+    complaint, its launcher ends them meanwhile, and it is told once.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    head = "cifar_accel:"
+    if not is_main_process():
+        head += f" [rank {os.environ['RANK']}]"
+        # The launcher's SIGTERM ends the wait.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    print(
-        f"cifar_accel: {'' if rank == '0' else f'[rank {rank}] '}{' '.join(message.split())}",
-        file=sys.stderr,
-        flush=True,
-    )
+        time.sleep(WAIT_FOR_MAIN_PROCESS)
+    one_line = " ".join(message.split())
+    print(f"{head} {one_line}", file=sys.stderr, flush=True)
     return code

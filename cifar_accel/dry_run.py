@@ -1,7 +1,8 @@
-"""`--dry-run`: what would be trained, where every value comes from, and what this machine lacks for it. Starts nothing.
+"""`--dry-run`: what would be trained, where each value comes from, and what is amiss here.
 
-Each check is a function of the plan that returns a line, raises Note for what deserves a look, or BadInput for what
-would refuse or spoil the run; both say what to do. A new check is one such function and its name in CHECKS.
+Writes nothing and starts nothing. Each check is a function that returns a line, raises Note for
+what deserves a look, or BadInput for what would refuse or spoil the run; both say what to do. A new
+check is one such function and its name in CHECKS.
 """
 
 import math
@@ -12,35 +13,36 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
+from cifar_accel.console import say
 from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, is_hub_id
 from cifar_accel.data.decode import image_shape
-from cifar_accel.data.order import Order
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
-from cifar_accel.launch import command
-from cifar_accel.machine import memory
-from cifar_accel.machine.memory import sized
-from cifar_accel.machine.processes import check_launch
+from cifar_accel.launch.command import check_launcher, launcher_line
+from cifar_accel.machine.memory import SCRATCH, Estimate, estimate, free_memory, in_bytes
+from cifar_accel.machine.processes import check_device, chosen_device
 from cifar_accel.models.create import build_model, check_model, name_of
 from cifar_accel.network import require_network
-from cifar_accel.optim.optimizers import build_optimizer, check_names
-from cifar_accel.optim.schedules import learning_rate
+from cifar_accel.optim.optimizers import build_optimizer, check_names, moments_per_weight
 from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.plan import Plan, make_plan, micro_batch_sizes
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
-from cifar_accel.run import cut_batch, cut_splits, warmup_steps
+from cifar_accel.run import cut_splits
+from cifar_accel.trial import how_to_cut
 
-# What torchvision's two sets hold, whether they are on this machine or not: training images, test images, classes.
-NOMINAL, HOST = (
-    {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)},
-    "www.cs.toronto.edu",
-)
+# What torchvision's two sets hold, so that a run can be planned before they are downloaded:
+# training images, test images, classes; and the host that they come from.
+TORCHVISION_SIZES = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}
+CIFAR_HOST = "www.cs.toronto.edu"
 
 
 class Note(Exception):
@@ -48,138 +50,131 @@ class Note(Exception):
 
 
 @dataclass
-class Plan:
-    """What the checks look at."""
+class Findings:
+    """What the checks look at, and what earlier checks found for later ones."""
 
     args: TrainingArguments
     precision: str
+    # Of the whole run, and of them on this machine.
     processes: int
-    local: int  # of them on this machine
-    images: tuple[int, int, int] | None = None  # training images, test images, classes
-    stored: int = 0  # images of all splits
-    shape: tuple[int, int] = (0, 0)  # of one, height and width
-    order: Order | None = None
-    weight_bytes: int = 0  # of a float32 copy of the model
+    local_processes: int
+    training_images: int | None = None
+    classes: int | None = None
+    # Bytes of all images of all splits.
+    image_bytes: int = 0
+    plan: Plan | None = None
+    # Bytes of a float32 copy of the model.
+    weight_bytes: int = 0
 
 
-def dry_run(args: TrainingArguments, origin: dict[str, str], say: Callable[[str], None]) -> int:
-    """Print the plan and the checks; 2 when a check says that the run would not work, else 0. Writes nothing."""
-    processes = max(
-        1, int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
-    )
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    plan = Plan(args, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), processes, local)
-    say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
-    for f in fields(args):
-        value = getattr(args, f.name)
-        shown = (
-            "none"
-            if value is None
-            else " ".join(map(str, value))
-            if isinstance(value, tuple)
-            else str(value)
-        )
-        say(f"  {flag(f.name):<22} {shown or '-':<28} {origin[f.name]}")
-    from_launcher = "launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
-    say(f"  {'mixed precision':<22} {plan.precision:<28} {from_launcher}")
-    say(f"  {'processes':<22} {processes:<28} {'launcher' if processes > 1 else 'default'}")
+def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
+    """Print the options and the checks; 2 when a check says that the run would not work, else 0."""
+    # launch.sh tells one process that looks how many it would start.
+    processes = int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    found = Findings(args, precision, max(1, processes), max(1, local))
+    print_options(found, origin)
+
+    # Every check is made, whatever the one before it says.
     say("\nplan and health")
-    bad = 0
+    failed = 0
     for name, check in CHECKS.items():
-        try:
-            mark, text = "ok", check(plan)
-        except Note as e:
-            mark, text = "note", str(e)
-        except (BadInput, OSError, RuntimeError) as e:  # torch, of a device that is not there
-            mark, text, bad = "BAD", " ".join(str(e).split()), bad + 1
+        mark, text = outcome(check, found)
+        failed += mark == "BAD"
         say(f"  {mark:<5} {name:<10} {text}")
-    say(
-        f"\n{bad} of {len(CHECKS)} checks failed"
-        if bad
-        else "\nnothing is in the way; the same command without --dry-run trains"
-    )
-    return 2 if bad else 0
+    if failed:
+        say(f"\n{failed} of {len(CHECKS)} checks failed")
+        return 2
+    say("\nnothing is in the way; the same command without --dry-run trains")
+    return 0
 
 
-def check_device(plan: Plan) -> str:
+def print_options(found: Findings, origin: dict[str, str]) -> None:
+    """Every option with its value and where that comes from."""
+    say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
+    # The command line's.
+    for field in fields(found.args):
+        shown = in_words(getattr(found.args, field.name))
+        say(f"  {flag(field.name):<22} {shown:<28} {origin[field.name]}")
+    # The launcher's.
+    from_launcher = "launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
+    say(f"  {'mixed precision':<22} {found.precision:<28} {from_launcher}")
+    from_launcher = "launcher" if found.processes > 1 else "default"
+    say(f"  {'processes':<22} {found.processes:<28} {from_launcher}")
+
+
+def in_words(value: Any) -> str:
+    """An option's value as it would be written on the command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def outcome(check: Callable[[Findings], str], found: Findings) -> tuple[str, str]:
+    """The mark (ok, note, BAD) and the line of one check."""
+    try:
+        return "ok", check(found)
+    except Note as e:
+        return "note", str(e)
+    # RuntimeError is torch's, of a device that is not there.
+    except (BadInput, OSError, RuntimeError) as e:
+        return "BAD", " ".join(str(e).split())
+
+
+# ---- the checks, in their order
+
+
+def check_the_device(found: Findings) -> str:
     """The device is there."""
-    check_launch(plan.args.device, plan.precision)
-    if device_of(plan).type == "cuda":
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if plan.local > len(names):
-            raise Note(
-                f"{plan.local} processes share {len(names)} GPU: {', '.join(names)}, over gloo: slow, for tests"
-            )
-        return ", ".join(names)
-    return f"{device_of(plan).type}, {os.cpu_count()} cores"
-
-
-def check_precision(plan: Plan) -> str:
-    """The device computes fast at the precision asked for."""
-    if plan.precision == "bf16" and device_of(plan).type == "cpu":
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        if "avx512_bf16" not in flags and "amx_bf16" not in flags:
-            raise Note(
-                "bf16 is slower than fp32 on this processor (neither avx512_bf16 nor amx_bf16): take no"
-            )
-    if (
-        plan.precision == "bf16"
-        and device_of(plan).type == "cuda"
-        and not torch.cuda.is_bf16_supported(False)
-    ):
-        raise Note("bf16 is emulated on this GPU: launch with --mixed_precision fp16 or no")
-    return {"no": "fp32"}.get(plan.precision, plan.precision)
-
-
-def check_launcher(plan: Plan) -> str:
-    """How many processes the user's accelerate config starts."""
-    file, why = command.config_file()
-    config = command.read_launcher_config(file) if file else {}
-    kind, n = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
-    if kind == "MULTI_CPU":
+    check_device(found.args.device, found.precision)
+    device = chosen_device(found.args.device)
+    if device.type != "cuda":
+        return f"{device.type}, {os.cpu_count()} cores"
+    # NCCL takes one process a GPU.
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if found.local_processes > len(names):
         raise Note(
-            f"{file} says MULTI_CPU and {n} processes, but accelerate launch starts ONE with it; ./launch.sh starts "
-            f"{n}, and so does torchrun --standalone --nproc_per_node {n} -m cifar_accel"
+            f"{found.local_processes} processes share {len(names)} GPU: {', '.join(names)}, over "
+            "gloo: slow, for tests"
         )
-    return f"./launch.sh would take {file} ({why})" if file else f"no accelerate config ({why})"
+    return ", ".join(names)
 
 
-def check_port(plan: Plan) -> str:
-    """Several processes of `accelerate launch` find each other through a port that is free."""
-    file, _ = command.config_file()
-    config = command.read_launcher_config(file) if file else {}
-    if plan.processes == 1 or "RANK" in os.environ or config.get("distributed_type") == "MULTI_CPU":
-        return "not needed, or taken by the launcher"
-    port = int(os.environ.get("MASTER_PORT") or config.get("main_process_port") or 29500)
-    with socket.socket() as s:
-        try:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(("", port))
-        except (OSError, OverflowError) as e:
-            raise BadInput(
-                f"{port}: {e}; set MASTER_PORT, or main_process_port in the config"
-            ) from e
-    return f"{port} is free"
+def check_precision(found: Findings) -> str:
+    """The device computes fast at the precision asked for."""
+    device = chosen_device(found.args.device)
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if found.precision == "bf16" and emulated:
+        raise Note("bf16 is emulated on this GPU: launch with --mixed_precision fp16 or no")
+    return found.precision.replace("no", "fp32")
 
 
-def check_data(plan: Plan) -> str:
+def check_the_launcher(found: Findings) -> str:
+    """The user's accelerate config starts what it says; several processes find each other."""
+    check_launcher()
+    line, note = launcher_line()
+    if note:
+        raise Note(line)
+    return line
+
+
+def check_data(found: Findings) -> str:
     """The images are here, or can be had, and can be cut as the options say."""
-    args, root, note = plan.args, home(plan.args.data_dir), ""
-    if not os.access(existing(root), os.W_OK):
-        raise BadInput(f"--data-dir {args.data_dir}: {existing(root)} cannot be written")
-    name = args.dataset
-    if name in NOMINAL:
-        train, test, classes = NOMINAL[name]
-        labels, plan.shape = (np.arange(train) % classes, np.arange(test) % classes), (32, 32)
-        if not any(root.glob("cifar-10-batches-py" if name == "cifar10" else "cifar-100-python")):
-            note = "; to download"
-            try:
-                socket.create_connection((HOST, 443), timeout=5).close()
-            except OSError as e:
-                remedy = "pass --dataset FOLDER in hub parquet layout"
-                raise BadInput(
-                    f"{name} is not in {root}, and {HOST} cannot be reached ({e}); {remedy}"
-                ) from e
+    args, name = found.args, found.args.dataset
+    root = home(args.data_dir)
+    if not os.access(nearest_folder(root), os.W_OK):
+        raise BadInput(f"--data-dir {args.data_dir}: {nearest_folder(root)} cannot be written")
+
+    # Labels of both splits, and the images' size.
+    note = ""
+    if name in TORCHVISION_SIZES:
+        note = check_download(name, root)
+        train, test, classes = TORCHVISION_SIZES[name]
+        labels = {"train": np.arange(train) % classes, "test": np.arange(test) % classes}
+        side = (32, 32)
     elif is_hub_id(name) and not Path(name).is_dir() and not hub_marker(root, name).exists():
         require_network(f"--dataset {name}", "pass a local folder in the same layout")
         raise Note(
@@ -187,90 +182,143 @@ def check_data(plan: Plan) -> str:
         )
     else:
         raws = dict(find_source(name, root, lambda line: None).read())
-        labels = (np.asarray(raws["train"].labels), np.asarray(raws["test"].labels))
-        classes, n = len(raws["train"].classes), len(raws["train"].items)
-        shapes = {image_shape(raws["train"], i) for i in range(0, n, max(1, n // 32))}
-        plan.shape = shapes.pop() if len(shapes) == 1 else (args.image_size, args.image_size)
-    plan.stored = len(labels[0]) + len(labels[1])
-    names = [str(c) for c in range(classes)]
-    both = [Split(np.empty((len(own), 0), np.uint8), own.astype(np.int64), names) for own in labels]
-    data, held_out = cut_splits(args, Dataset(name, both[0], both[1], ""), min(plan.shape))
-    plan.images = (len(data.train), len(data.test), classes)
+        labels = {split: np.asarray(raw.labels) for split, raw in raws.items()}
+        classes = len(raws["train"].classes)
+        side = stored_side(raws["train"], args.image_size)
+    found.image_bytes = 3 * math.prod(side) * sum(map(len, labels.values()))
+
+    # Cut them as a start would; images themselves are not needed for that.
+    splits = {split: labels_alone(values, classes) for split, values in labels.items()}
+    dataset = Dataset(name, splits["train"], splits["test"], "")
+    dataset, held_out = cut_splits(args, dataset, min(side))
+    found.classes = classes
+    found.training_images = len(dataset.train)
     held = f", {len(held_out):,} held out" if args.validation_fraction else ""
-    return f"{name}: {plan.images[0]:,} training{held}, {plan.images[1]:,} test images, {classes} classes{note}"
+    text = f"{name}: {len(dataset.train):,} training{held}, {len(dataset.test):,} test images"
+    return f"{text}, {classes} classes{note}"
 
 
-def check_batch(plan: Plan) -> str:
+def check_download(name: str, root: Path) -> str:
+    """A word where torchvision's set is still to be downloaded. Raises BadInput if it cannot be."""
+    folder = "cifar-10-batches-py" if name == "cifar10" else "cifar-100-python"
+    if any(root.glob(folder)):
+        return ""
+    try:
+        socket.create_connection((CIFAR_HOST, 443), timeout=5).close()
+    except OSError as e:
+        raise BadInput(
+            f"{name} is not in {root}, and {CIFAR_HOST} cannot be reached ({e}); "
+            "pass --dataset FOLDER in hub parquet layout"
+        ) from e
+    return "; to download"
+
+
+def stored_side(raw: Any, image_size: int) -> tuple[int, int]:
+    """Height and width of the images as they will be stored, judged by some of them."""
+    # 32 of them, from the first to the last.
+    n = len(raw.items)
+    shapes = {image_shape(raw, i) for i in range(0, n, max(1, n // 32))}
+    return shapes.pop() if len(shapes) == 1 else (image_size, image_size)
+
+
+def labels_alone(labels: NDArray[Any], classes: int) -> Split:
+    """A split with labels and without pixels, for cutting on paper."""
+    no_pixels = np.empty((len(labels), 0), np.uint8)
+    return Split(no_pixels, labels.astype(np.int64), [str(c) for c in range(classes)])
+
+
+def check_batch(found: Findings) -> str:
     """The global batch can be cut, and an epoch has a step."""
-    if plan.images is None:
+    if found.training_images is None:
         raise Note("not known without the data")
+    # The same plan that a start would train by.
     accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    plan.order = order = cut_batch(plan.args, plan.images[0], plan.processes, 0, accumulation)
-    return f"{order.arithmetic()}; {order.steps_per_epoch:,} steps an epoch"
+    found.plan = make_plan(
+        found.args, found.training_images, found.processes, accumulation=accumulation
+    )
+    return f"{found.plan.lines()['batch']}; {found.plan.steps_per_epoch:,} steps an epoch"
 
 
-def check_schedule(plan: Plan) -> str:
-    """The learning rate by steps."""
-    check_names(plan.args)
-    if plan.order is None:
+def check_schedule(found: Findings) -> str:
+    """The optimizer and the schedule exist; the learning rate by steps."""
+    check_names(found.args)
+    plan = found.plan
+    if plan is None:
         raise Note("not known without the data")
-    args, total = plan.args, plan.args.epochs * plan.order.steps_per_epoch
-    warmup = warmup_steps(args, plan.order)
-    at = sorted({0, warmup, total // 2, total - 1})
-    rates = ", ".join(f"{learning_rate(s, total, warmup, args):.3g} at {s:,}" for s in at)
-    return f"{args.scheduler}, {total:,} steps, {warmup:,} of warm-up: {rates}"
+    steps = f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up"
+    return f"{found.args.scheduler}, {steps}: {plan.rates()}"
 
 
-def check_weights(plan: Plan) -> str:
+def check_weights(found: Findings) -> str:
     """The model exists and its starting weights are here or can be had."""
+    # Of a download it says something; else the weights are here.
     said: list[str] = []
-    check_model(plan.args, said.append)
+    check_model(found.args, said.append)
     if said:
         return said[0].removeprefix("model: ")
-    start = plan.args.checkpoint or ("its own" if plan.args.pretrained else "none: random")
-    return f"{name_of(plan.args)}; starting weights: {start}"
+    start = "its own" if found.args.pretrained else "none: random"
+    return f"{name_of(found.args)}; starting weights: {found.args.checkpoint or start}"
 
 
-def check_memory(plan: Plan) -> str:
+def check_memory(found: Findings) -> str:
     """The device holds a micro-batch; the optimizer and --checkpoint fit the model."""
-    args = plan.args
-    classes = plan.images[2] if plan.images else 100
-    model = build_model(replace(args, pretrained=False), classes, lambda line: None)
+    # Made without its weights, which may still be to download.
+    args = found.args
+    model = build_model(replace(args, pretrained=False), found.classes or 100, lambda line: None)
     build_optimizer(model, args)
-    plan.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    device = device_of(plan)
-    resident = 3 * math.prod(plan.shape) * plan.stored if args.pipeline == "device" else 0
-    autocast = torch.autocast("cpu", torch.bfloat16) if plan.precision != "no" else nullcontext()
-    need = memory.estimate(args, model, resident, lambda: autocast)
-    order = plan.order or Order(0, 1, args.batch_size)
-    free = memory.available(device)
+    found.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    # What one process needs.
+    device = chosen_device(args.device)
+    resident = found.image_bytes if args.pipeline == "device" else 0
+    reduced = torch.autocast("cpu", torch.bfloat16) if found.precision != "no" else nullcontext()
+    # The weights, their gradients, the optimizer's moments, the average.
+    copies = 2 + moments_per_weight(args) + args.model_ema
+    need = estimate(model, args.image_size, copies, resident, lambda: reduced)
+
+    # What each of them can have.
+    free = free_memory(device)
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    sharing = math.ceil(plan.local / devices)
+    room = int(free / (math.ceil(found.local_processes / devices) * SCRATCH))
+
+    plan = found.plan
+    images = plan.order.micro_batch_size if plan else args.batch_size
     text = (
-        f"about {sized(need.total(order.micro_batch_size))} a process: {sized(need.fixed)} weights, gradients, "
-        f"optimizer and images, {sized(need.per_image * order.micro_batch_size)} for {order.micro_batch_size} images "
-        f"at once; {sized(free)} free on {device.type}"
+        f"about {in_bytes(need.total(images))} a process: {in_bytes(need.fixed)} weights, "
+        f"gradients, optimizer and images, {in_bytes(need.per_image * images)} for {images} images "
+        f"at once; {in_bytes(free)} free on {device.type}"
     )
-    text += "; the libraries take nearly 1 GiB more" if device.type == "cpu" else ""
-    remedy = memory.shortage(args, order, need, int(free / (sharing * memory.SCRATCH)))
-    if remedy:
-        raise BadInput(f"{text}. {remedy}")
+    if device.type == "cpu":
+        text += "; the libraries take nearly 1 GiB more"
+    if need.total(images) > room:
+        raise BadInput(f"{text}. {what_would_fit(args, plan, need, room)}")
     return text
 
 
-def check_folder(plan: Plan) -> str:
+def what_would_fit(args: TrainingArguments, plan: Plan | None, need: Estimate, room: int) -> str:
+    """What to change when a step needs more than `room` bytes."""
+    share = args.batch_size // (plan.order.world if plan else 1)
+    for size in micro_batch_sizes(args, share):
+        if need.total(size) <= room:
+            return how_to_cut(plan, size) if plan else f"Give --micro-batch-size {size}"
+    return "Take a smaller --model or --image-size"
+
+
+def check_folder(found: Findings) -> str:
     """The run folder is new, or holds this run."""
-    opened = Opened(folder_of(plan.args))
-    there = existing(opened.path)
+    # It can be written.
+    opened = Opened(folder_of(found.args))
+    there = nearest_folder(opened.path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise BadInput(f"{there} cannot be written; give another --save-dir")
+    # It is new, finished, or what this command would go on with.
     said: list[str] = []
-    look_inside(opened, plan.args, plan.precision, said.append)
+    look_inside(opened, found.args, found.precision, said.append)
     if opened.finished:
         raise Note(said[-1].removeprefix("run: "))
     if opened.resume_from is None:
         return f"{opened.path}, a new run"
-    source = opened.resume_from
+    # Nobody writes it now.
     if (opened.path / ".lock").is_file():
         try:
             FileLock(opened.path / ".lock").acquire(timeout=0).lock.release()
@@ -278,44 +326,46 @@ def check_folder(plan: Plan) -> str:
             raise BadInput(
                 f"{opened.path} is in use by another process; wait, or give another --run-name"
             ) from None
-    found = checkpoint.choose([source, opened.fallback], said.append)
-    passed = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
-    return f"{opened.path} goes on from {found.name if found else 'its beginning: it has no checkpoint'}{passed}"
+    # Which of its checkpoints is whole.
+    chosen = checkpoint.choose([opened.resume_from, opened.fallback], said.append)
+    passed_over = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
+    start = chosen.name if chosen else "its beginning: it has no checkpoint"
+    return f"{opened.path} goes on from {start}{passed_over}"
 
 
-def check_disk(plan: Plan) -> str:
+def check_disk(found: Findings) -> str:
     """There is room for the checkpoints."""
-    args = plan.args
-    moments = memory.MOMENTS.get(args.optimizer, 2) + args.amsgrad
-    one = plan.weight_bytes * (1 + moments + args.model_ema)
-    need = one * (args.keep_checkpoints + 1) + plan.weight_bytes
-    free = shutil.disk_usage(existing(home(args.save_dir))).free
-    text = f"{sized(need)} for {args.keep_checkpoints} checkpoints of {sized(one)} and one being written; "
-    text += f"{sized(free)} free"
+    args = found.args
+    one = found.weight_bytes * (1 + moments_per_weight(args) + args.model_ema)
+    # One more while it is written, and the weights at the end.
+    need = one * (args.keep_checkpoints + 1) + found.weight_bytes
+    free = shutil.disk_usage(nearest_folder(home(args.save_dir))).free
+    text = (
+        f"{in_bytes(need)} for {args.keep_checkpoints} checkpoints of {in_bytes(one)} and one "
+        f"being written; {in_bytes(free)} free"
+    )
     if need > free:
         raise BadInput(f"{text}; make room in {args.save_dir}, or give another --save-dir")
     return text
 
 
-def check_tracker(plan: Plan) -> str:
+def check_tracker(found: Findings) -> str:
     """Where the figures go."""
-    if plan.args.tracker == "none":
+    if found.args.tracker == "none":
         return "none; metrics.jsonl in the run folder"
     try:
         import wandb
     except ImportError as e:
         raise Note("wandb is not installed: metrics.jsonl alone; pip install wandb") from e
     mode = wandb_mode()
-    return f"wandb {wandb.__version__}, {mode}" + (
-        "; wandb login puts it online" if mode == "offline" else ""
-    )
+    hint = "; wandb login puts it online" if mode == "offline" else ""
+    return f"wandb {wandb.__version__}, {mode}{hint}"
 
 
-CHECKS: dict[str, Callable[[Plan], str]] = {
-    "device": check_device,
+CHECKS: dict[str, Callable[[Findings], str]] = {
+    "device": check_the_device,
     "precision": check_precision,
-    "launcher": check_launcher,
-    "port": check_port,
+    "launcher": check_the_launcher,
     "data": check_data,
     "batch": check_batch,
     "schedule": check_schedule,
@@ -327,24 +377,7 @@ CHECKS: dict[str, Callable[[Plan], str]] = {
 }
 
 
-def device_of(plan: Plan) -> torch.device:
-    """The device that the run would take."""
-    kinds = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    wanted = (
-        "cpu"
-        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-        else plan.args.device
-    )
-    return torch.device(
-        wanted if wanted != "auto" else next(kind for kind, there in kinds.items() if there)
-    )
-
-
-def existing(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there."""
     path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,21 +1,21 @@
-"""What ends a command: bad input, failures that are told in one line, and an agreed stop."""
+"""What ends a command early: bad input, failures told in one line, and an agreed stop."""
 
 import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean a, b?` for the names nearest to `name`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
 class BadInput(Exception):
-    """The user's fault: an option, a file or an environment that cannot work. Its message is one line for the user."""
+    """The user's fault: an option, a file or an environment that cannot work (exit code 2).
+
+    The message is one line for the user: what is wrong, where, and what to do.
+    """
 
 
 class TrainingError(RuntimeError):
-    """Ends a training that began; its message is for the user, and a traceback would add nothing."""
+    """Ends a training that had begun (exit code 1).
+
+    The message is one line for the user; a traceback would add nothing.
+    """
 
 
 class Diverged(TrainingError):
@@ -31,4 +31,10 @@ class PeerLost(TrainingError):
 
 
 class Stopped(Exception):
-    """All ranks agreed, between two batches of an evaluation, to stop."""
+    """All ranks agreed to stop, between two steps or two batches of an evaluation."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean a, b?` for the names nearest to `name`; empty when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""

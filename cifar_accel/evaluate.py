@@ -1,4 +1,4 @@
-"""Exact evaluation: counts are summed over all processes and every image counts once."""
+"""Exact evaluation: counts are summed over all processes, and every image counts once."""
 
 from collections.abc import Iterable
 
@@ -15,46 +15,44 @@ def evaluate(
     batches: Iterable[Batch],
     images: int,
     memory_format: torch.memory_format = torch.contiguous_format,
-    fill_to: int = 0,
 ) -> dict[str, float]:
-    """Loss and accuracy of `model` over a split of `images` images; all ranks enter, each with its own share.
+    """Loss and accuracy of `model` over a split of `images` images.
 
-    `model` must not be wrapped: a wrapper's forward may communicate, and the ranks have different numbers of batches.
-    The host waits for the device once, at the end. A last batch shorter than `fill_to` is filled up with images that
-    are not counted, so that a compiled model sees one shape.
+    All ranks enter, each with its own share in equally many batches of one size, filled up with
+    images of label -1, which do not count. The host waits for the device once, at the end.
+
+    Args:
+        model: the bare model; a wrapper's forward would communicate.
+        batches: this rank's batches; images float32 [b, 3, S, S], labels int64 [b].
 
     Returns:
-        loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1]. evaluated_images: how many were counted.
+        loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1].
+        evaluated_images: how many were counted.
     """
+    # Left as it was found.
     was_training = model.training
     model.eval()
-    wide = (
-        torch.float32 if accelerator.device.type == "mps" else torch.float64
-    )  # mps has no float64
-    sums = torch.zeros(
-        3, dtype=wide, device=accelerator.device
-    )  # loss, correct, correct in the first five
-    seen = 0
+    # mps has no float64.
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    # Loss, correct answers, correct among the first five, images.
+    sums = torch.zeros(4, dtype=dtype, device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         for batch in batches:
-            x = batch.images.contiguous(memory_format=memory_format)
-            if len(x) < fill_to:  # the last batch is short
-                x = torch.cat([x, x[:1].expand(fill_to - len(x), -1, -1, -1)]).contiguous(
-                    memory_format=memory_format
-                )
-            logits = model(x)[: len(batch.labels)].float()
-            ranked = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-            sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).to(wide)
-            seen += len(batch.labels)
+            logits = model(batch.images.contiguous(memory_format=memory_format)).float()
+            # A label of -1 is in no ranking, and the loss ignores it.
+            first_five = logits.topk(min(5, logits.shape[1])).indices
+            hits = first_five == batch.labels[:, None]
+            loss = F.cross_entropy(logits, batch.labels, reduction="sum", ignore_index=-1)
+            counted = (batch.labels >= 0).sum()
+            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted]).to(dtype)
     model.train(was_training)
-    loss_sum, correct, correct5, count = accelerator.reduce(
-        torch.cat([sums, sums.new_tensor([seen])])
-    ).tolist()
+
+    # The only wait: the sums of all ranks.
+    loss_sum, correct, correct_in_five, count = accelerator.reduce(sums).tolist()
     assert count == images, f"evaluated {count:.0f} of {images} images"
     return {
         "loss": loss_sum / count,
         "accuracy": correct / count,
-        "top5_accuracy": correct5 / count,
+        "top5_accuracy": correct_in_five / count,
         "evaluated_images": int(count),
     }

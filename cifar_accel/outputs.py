@@ -1,78 +1,233 @@
-"""What a run writes besides its log: checkpoints, weights and summary.json."""
+"""What a run writes: its folder at the start, rows, checkpoints, weights, and how it ended.
+
+Functions here may be entered by all ranks; the main process alone writes.
+"""
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from cifar_accel.console import say
 from cifar_accel.errors import Diverged
 from cifar_accel.files import sync, write_json
+from cifar_accel.machine.speed import Profiler
 from cifar_accel.models.weights import save_model
-from cifar_accel.records import checkpoint
-from cifar_accel.run import Run, State
+from cifar_accel.records import checkpoint, trackers
+from cifar_accel.records.metrics import Metrics
+from cifar_accel.records.progress import Progress
+from cifar_accel.records.state import State
+from cifar_accel.records.summary import read_config
+from cifar_accel.run import Run
 
 
-def save(run: Run, state: State) -> None:
-    """Write a checkpoint. All ranks enter, the main process writes; a failure costs the checkpoint, not the run."""
-    if not torch.isfinite(
-        torch.nn.utils.get_total_norm(list(run.module.parameters()))
-    ):  # the host waits
-        raise Diverged(f"the weights are not finite after step {state.step:,}")
-    if not run.is_main or (run.args.save_every == "none" and not run.stop.asked()):
+def open_folder(run: Run, state: State) -> None:
+    """Write config.json and take away what speaks of an earlier start; the main process alone."""
+    # What an earlier start left to say of its end.
+    path, began_in = run.folder.path, run.folder.began_in
+    for name in ("summary.json", "PREEMPTED", "diverged.json"):
+        (path / name).unlink(missing_ok=True)
+    # Checkpoints after the step that this start goes on from: it may have gone back.
+    for aside in checkpoint.set_later_aside(path, state.step):
+        say(f"resume: a checkpoint after step {state.step:,} is kept as {aside}")
+
+    # A continued run keeps its first start's config.json and adds a line for this one.
+    config = run.folder.config
+    old = read_config(path) or config
+    # Killed before its first checkpoint, a run has its tracker's id in config.json alone.
+    state.tracker_id = state.tracker_id or old.get("tracker_id")
+    if state.step:
+        again = {"step": state.step}
+        again |= {key: config[key] for key in ("command", "versions", "hardware")}
+        config = old | {"resumed": [*old.get("resumed", []), again]}
+    write_json(path / "config.json", config | {"tracker_id": state.tracker_id})
+
+    # A run that begins at another's checkpoint begins with that one's rows.
+    if began_in is None or began_in.resolve() == path.resolve():
         return
-    scaler = run.accelerator.scaler
+    if (began_in / "metrics.jsonl").exists():
+        shutil.copy(began_in / "metrics.jsonl", path)
+
+
+def open_tracker(run: Run, state: State) -> trackers.Tracker:
+    """Open the tracker and remember its run's id in config.json; the main process alone."""
+    tracked = trackers.TrackedRun(
+        project=run.args.project,
+        name=str(run.args.run_name),
+        group=run.args.group,
+        job_type="train",
+        config=run.folder.config["options"],
+        folder=run.folder.path,
+        run_id=state.tracker_id,
+    )
+    tracker = trackers.start_tracker(run.args.tracker, say, tracked)
+    # --tracker none on this start: keep the id for the next.
+    state.tracker_id = tracker.id or state.tracker_id
+    config = read_config(run.folder.path) or run.folder.config
+    write_json(run.folder.path / "config.json", config | {"tracker_id": state.tracker_id})
+    return tracker
+
+
+class Log:
+    """Where the figures of a running training go: metrics.jsonl, the tracker, the progress bar.
+
+    A context manager, entered by all ranks once the run folder may be written.
+    """
+
+    def __init__(self, run: Run, state: State):
+        self.run = run
+        self.state = state
+        file = run.folder.path / "metrics.jsonl"
+        self.metrics = Metrics(file, say, enabled=run.ranks.is_main)
+        self.tracker = trackers.SILENT
+        self.progress: Progress | None = None
+        self.profiler: Profiler | None = None
+
+    def open(self) -> None:
+        """Open the folder and the tracker, and drop the rows that this start will write again."""
+        # The tracker comes after the folder: it lies in it.
+        run, state, plan = self.run, self.state, self.run.plan
+        if run.ranks.is_main:
+            open_folder(run, state)
+            self.tracker = open_tracker(run, state)
+        # A checkpoint is written before the row of its step, which is then settled again. After a
+        # step whose window is empty there is nothing to settle.
+        self.metrics.truncate(state.step - 1 if state.has_trained else state.step)
+        self.progress = Progress(
+            plan.total_steps,
+            plan.steps_per_epoch,
+            state.step,
+            plan.stop_step,
+            enabled=run.ranks.is_main,
+        )
+        if run.args.profile and run.ranks.is_main:
+            self.profiler = Profiler(run.folder.path / "profile", run.args.profile, say)
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self.progress:
+            self.progress.step()
+        if self.profiler:
+            self.profiler.step()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Log one row everywhere."""
+        self.metrics.write(row)
+        self.tracker.log(row)
+        if self.progress:
+            self.progress.log(row)
+
+    def close(self) -> None:
+        """Close the files and the bar; the tracker waits for `finish`."""
+        self.metrics.close()
+        if self.progress:
+            self.progress.close()
+        if self.profiler:
+            self.profiler.close()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def save_checkpoint(run: Run, state: State, log: Log) -> None:
+    """Write a checkpoint of `state`. All ranks enter, and the host waits for the device.
+
+    A failure to write costs the checkpoint, not the run. Raises Diverged when weights, average or
+    buffers are not finite: such a checkpoint would replace a good one.
+    """
+    check_finite(run, state.step)
+    if not run.ranks.is_main:
+        return
+    # Rows that waited for room come first, or a resume would lack them.
+    log.metrics.flush()
+    # Only fp16 has a loss scaler.
+    scaler = run.ranks.accelerator.scaler
     state.scaler = scaler.state_dict() if scaler is not None else None
-    ema = run.ema.module.state_dict() if run.ema else None
-    optimizer = run.optimizer.optimizer.state_dict()
+    average = run.model.average
     try:
         checkpoint.save_checkpoint(
-            run.path,
-            run.module.state_dict(),
-            optimizer,
-            ema,
+            run.folder.path,
+            run.model.module.state_dict(),
+            run.optimizer.optimizer.state_dict(),
+            average.module.state_dict() if average else None,
             asdict(state),
             run.args.keep_checkpoints,
         )
     except OSError as e:
-        run.say(
-            f"warning: no checkpoint at step {state.step:,}: {e.strerror or e}; training goes on"
-        )
+        reason = e.strerror or e
+        say(f"warning: no checkpoint at step {state.step:,}: {reason}; training goes on")
 
 
-def keep_epoch(run: Run, epoch: int) -> None:
-    """Keep the weights of an epoch; a failure costs them, not the run."""
+def check_finite(run: Run, step: int) -> None:
+    """Raise Diverged unless weights, average and buffers are finite. The host waits."""
+    # Batch norm's statistics are buffers, and so is its integer count of batches.
+    tensors = [*run.model.module.parameters(), *run.model.module.buffers()]
+    if run.model.average:
+        tensors += [*run.model.average.module.parameters(), *run.model.average.module.buffers()]
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    # One norm over all: it is finite only when every number is.
+    norm = torch.nn.utils.get_total_norm(floats)
+    if not torch.isfinite(norm):
+        raise Diverged(f"the weights are not finite after step {step:,}")
+
+
+def save_weights(run: Run, name: str) -> None:
+    """Write the weights as a timm model folder `name` of the run folder; the main process does.
+
+    Each file appears whole or not at all, and what else lies in the folder stays. Raises OSError.
+    """
+    if not run.ranks.is_main:
+        return
+    # Written beside the folder, then moved into it file by file.
+    final, scratch = run.folder.path / name, run.folder.path / f"{name}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        keep_weights(run, f"model-epoch-{epoch:04d}")
-    except OSError as e:
-        run.say(
-            f"warning: the weights of epoch {epoch} are not kept: {e.strerror or e}; training goes on"
-        )
+        save_model(run.model.result, scratch, run.args, run.data.train.split.classes)
+        final.mkdir(exist_ok=True)
+        # config.json, then model.safetensors.
+        for file in sorted(scratch.iterdir()):
+            sync(file)
+            os.replace(file, final / file.name)
+    except SafetensorError as e:
+        # How safetensors reports a write that failed.
+        raise OSError(f"{final} cannot be written ({e})") from e
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def keep_weights(run: Run, name: str) -> None:
-    """Write the weights as a timm model folder of the run folder; the main process alone does.
-
-    Each file appears whole or not at all, and what else lies in the folder stays.
-    """
-    if not run.is_main:
-        return
-    final, scratch = run.path / name, run.path / f"{name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    """Keep the weights of an epoch; a failure costs them, not the run."""
     try:
-        save_model(run.result, scratch, run.args, run.train.split.classes)
-        final.mkdir(exist_ok=True)
-        for file in sorted(scratch.iterdir()):  # config.json, then model.safetensors
-            sync(file)
-            os.replace(file, final / file.name)
-        scratch.rmdir()
-    except BaseException as e:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(e, SafetensorError):
-            raise OSError(f"{final} cannot be written ({e})") from e
-        raise
+        save_weights(run, name)
+    except OSError as e:
+        say(f"warning: {name} is not kept: {e.strerror or e}; training goes on")
+
+
+# ---- how it ended
+
+
+@contextmanager
+def no_room_is_a_warning(file: Path) -> Iterator[None]:
+    """Around a file that says how a run ended: a full disk costs the file, not the end."""
+    try:
+        yield
+    except OSError as e:
+        say(f"warning: {file} cannot be written ({e.strerror or e})")
 
 
 def write_summary(
@@ -82,29 +237,67 @@ def write_summary(
     test: dict[str, float] | None = None,
     error: str | None = None,
 ) -> dict[str, Any]:
-    """Write summary.json on the main process and return its content. `test` holds the figures that count."""
-    test = test or (
-        {} if run.args.validation_fraction else state.evaluation
-    )  # the test set is read at the end
+    """Write summary.json on the main process and return its content.
+
+    Args:
+        status: finished, preempted or failed.
+        test: the figures that count, of the test split; unset while it was not read.
+        error: what ended it.
+    """
+    figures = test or {}
+    # Without held-out images the test split is what is evaluated all along.
+    if not test and not run.args.validation_fraction:
+        figures = state.evaluation
+    # Training speed over all starts; a run that took no step has none.
+    images = state.step * run.plan.order.batch_size
     summary = {
         "status": status,
         "train_loss": state.train_loss,
-        "accuracy": test.get("accuracy"),
-        "top5_accuracy": test.get("top5_accuracy"),
-        "test_loss": test.get("loss"),
+        "accuracy": figures.get("accuracy"),
+        "top5_accuracy": figures.get("top5_accuracy"),
+        "test_loss": figures.get("loss"),
         "best_accuracy": state.best_accuracy,
-        "epochs": state.step / run.order.steps_per_epoch,
+        "epochs": state.step / run.plan.steps_per_epoch,
         "steps": state.step,
-        "total_steps": run.total_steps,
-        "images_per_s": state.step * run.order.batch_size / state.time_s if state.time_s else None,
+        "total_steps": run.plan.total_steps,
+        "images_per_s": images / state.time_s if state.time_s else None,
         "time_s": state.time_s,
         "wall_s": state.wall_s,
-        "evaluated_images": test.get("evaluated_images"),
+        "evaluated_images": figures.get("evaluated_images"),
         "error": error,
     }
-    if run.is_main:
-        try:
-            write_json(run.path / "summary.json", summary)
-        except OSError as e:
-            run.say(f"warning: {run.path / 'summary.json'} cannot be written ({e.strerror or e})")
+    if run.ranks.is_main:
+        file = run.folder.path / "summary.json"
+        with no_room_is_a_warning(file):
+            write_json(file, summary)
     return summary
+
+
+def mark_preempted(run: Run, state: State) -> str:
+    """Write PREEMPTED on the main process; returns what it says: why, when, and how to go on."""
+    text = (
+        f"{run.stop.reason} after step {state.step:,}; "
+        f"the same command {next_start(run, state.step)}"
+    )
+    if run.ranks.is_main:
+        file = run.folder.path / "PREEMPTED"
+        with no_room_is_a_warning(file):
+            file.write_text(text + "\n")
+    return text
+
+
+def next_start(run: Run, step: int) -> str:
+    """Where the next start of the same command begins, by the checkpoints that are there."""
+    path, resume = run.folder.path, run.args.resume
+    # By what is on the disk, not by what was to be written: the last save may have found no room.
+    kept = checkpoint.list_checkpoints(path)
+    at = checkpoint.step_of(kept[0]) if kept else 0
+    # --resume PATH: this run's own folder means going back there again, another's only a beginning.
+    if resume not in ("auto", "never"):
+        if path.resolve() in Path(resume).resolve().parents:
+            return f"goes back to {resume}, and one without --resume goes on from step {at:,}"
+        if not kept:
+            return f"goes on from {resume}"
+    if not at:
+        return "begins anew"
+    return "goes on from there" if at == step else f"goes on from step {at:,}"

@@ -1,6 +1,11 @@
-"""What the tests share: decoded data, real CIFAR-100 where the environment names it, and ways to run things."""
+"""What the tests share: data to train on, ways to run the trainer, and ways to read a run.
+
+CIFAR_ACCEL_DATA may name real CIFAR-100 and CIFAR_ACCEL_WEIGHTS a folder of ImageNet weights; the
+tests that need them are skipped where they are not set.
+"""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -8,38 +13,55 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import forked_runs
+import numpy as np
 import pytest
+from PIL import Image
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # bit-equality needs one thread count, and tests share few cores
+# Bit-equality needs one number of threads, and the tests share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# wandb never talks to a server, but in the tests that say so.
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 
+ROOT = Path(__file__).parents[1]
+# Where the console scripts of this environment lie.
 BIN = Path(sys.executable).parent
+
+# Launchers: one process, and two processes by torchrun.
 FRESH = (sys.executable,)
 TWO = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2")
 
-# The smallest real training: 8 optimizer steps an epoch, a second in all once torch is loaded.
+# The smallest real training: 8 optimizer steps an epoch, 32 in all; a second once torch is loaded.
 TINY = (
-    "--dataset digits --model test_nfnet --no-pretrained --recipe digits --limit-train 256 --limit-test 100 "
+    "--dataset digits --model test_nfnet --no-pretrained --recipe digits "
+    "--limit-train 256 --limit-test 100 "
     "--batch-size 32 --epochs 4 --learning-rate 3e-3 --log-every 3"
 ).split()
+
+# The long form of a test: `pytest -m faults` runs it.
+LONG = pytest.mark.faults
+
+
+# ---- data and weights
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> str:
     """One folder of decoded data for all tests, and all test workers."""
     base = tmp_path_factory.getbasetemp()
-    return str((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cache")
+    # Each worker of pytest-xdist has a folder of its own inside the common one.
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    return str(base / "cache")
 
 
 @pytest.fixture(scope="session")
 def cifar() -> str:
-    """Real CIFAR-100 in hub parquet layout; the test is skipped where CIFAR_ACCEL_DATA does not name it."""
+    """Real CIFAR-100 in the hub's parquet layout."""
     path = os.environ.get("CIFAR_ACCEL_DATA", "")
     if not path:
         pytest.skip("CIFAR_ACCEL_DATA is not set")
@@ -48,56 +70,152 @@ def cifar() -> str:
 
 @pytest.fixture(scope="session")
 def weights() -> Path:
-    """Folder of ImageNet-trained local-dir models; the test is skipped where CIFAR_ACCEL_WEIGHTS does not name it."""
+    """A folder of ImageNet-trained `local-dir:` models."""
     path = os.environ.get("CIFAR_ACCEL_WEIGHTS", "")
     if not path:
         pytest.skip("CIFAR_ACCEL_WEIGHTS is not set")
     return Path(path)
 
 
+def picture(seed: int, size=(32, 32), ending="png") -> bytes:
+    """An image file of random pixels; `size` is (height, width)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "jpeg" if ending == "jpg" else ending)
+    return out.getvalue()
+
+
+def image_folder(root: Path, sizes=((32, 32),), per_class=3, splits=("train", "test")) -> Path:
+    """Make a data set of PNG files by class, `cat` and `dog`; sizes are taken in turn."""
+    for split in splits:
+        for class_number, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                seed = 1000 * class_number + i
+                if split == "test":
+                    seed += 500
+                (folder / f"{i}.png").write_bytes(picture(seed, sizes[i % len(sizes)]))
+    return root
+
+
+def folder_with_an_empty_class(root: Path) -> Path:
+    """An image folder that has a third class without an image."""
+    image_folder(root)
+    (root / "train" / "eel").mkdir()
+    return root
+
+
+def folder_with_a_cut_image(root: Path) -> Path:
+    """An image folder with a file that ends too early, train/dog/1.png."""
+    image_folder(root)
+    file = root / "train" / "dog" / "1.png"
+    file.write_bytes(file.read_bytes()[:-1500])
+    return root
+
+
+def parquet_folder(
+    root: Path, rows=12, columns=("img", "fine_label", "coarse_label"), names=True, broken=None
+) -> Path:
+    """Make a data set in the hub's parquet layout, with `rows` images in each split.
+
+    `columns` are those of the files, `names` whether they name their classes, `broken` the row of a
+    training image that ends too early.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root.mkdir(parents=True, exist_ok=True)
+    for split, first_seed in (("train", 0), ("test", rows)):
+        images = [{"bytes": picture(first_seed + i), "path": f"{i}.png"} for i in range(rows)]
+        if broken is not None and split == "train":
+            images[broken]["bytes"] = images[broken]["bytes"][:200]
+        fine_labels = [i % 4 for i in range(rows)]
+        values = {
+            "img": images,
+            "fine_label": fine_labels,
+            "coarse_label": [i % 2 for i in range(rows)],
+            "text": ["x"] * rows,
+            "label": fine_labels,
+        }
+        table = pa.table({column: values[column] for column in columns})
+        if names:
+            # Where the hub's `datasets` library puts the names.
+            label = {"names": ["ant", "bee", "cow", "dog"], "_type": "ClassLabel"}
+            coarse = {"names": ["insect", "mammal"], "_type": "ClassLabel"}
+            features = {"fine_label": label, "label": label, "coarse_label": coarse}
+            metadata = json.dumps({"info": {"features": features}})
+            table = table.replace_schema_metadata({"huggingface": metadata})
+        pq.write_table(table, root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+# ---- running the trainer
+
+
 @pytest.fixture
 def words(tmp_path, cache):
-    """Options of a tiny training in this test's folder."""
+    """Options of a tiny training, with more at the end; its runs go to `tmp_path / "ck"`."""
     return lambda *more: [*TINY, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), *more]
 
 
 @pytest.fixture
 def trainer(tmp_path, cache):
-    """Train as a user does; gives the finished process, with the run folder as `.run`.
+    """Train as a user does, in `tmp_path`; gives the finished process, its run folder as `.run`.
 
-    In a fork of a process that has imported the trainer, unless there is a `launcher` (`FRESH`: a process of its own).
+    Without a `launcher` it is a fork of a process that has imported the trainer. With one it is a
+    process of its own: `FRESH`, `TWO`, or the first words of another command. `base` are options
+    that come first; `check` is the exit code that it must have, None for any. `trainer.command`
+    gives the words of such a command.
     """
 
+    def with_places(*words, base=TINY):
+        return [*base, "--data-dir", cache, "--save-dir", str(tmp_path / "ck"), *words]
+
     def command(*words, launcher=FRESH, base=TINY):
-        where = ["--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
-        return [*launcher, "-m", "cifar_accel", *base, *where, *words]
+        return [*launcher, "-m", "cifar_accel", *with_places(*words, base=base)]
 
     def run(*words, launcher=None, check=0, env=None, timeout=240, base=TINY):
         if launcher:
-            words = command(*words, launcher=launcher, base=base)
-            about = dict(env=os.environ | (env or {}), timeout=timeout, cwd=tmp_path)
-            done = subprocess.run(words, capture_output=True, text=True, **about)
+            done = subprocess.run(
+                command(*words, launcher=launcher, base=base),
+                capture_output=True,
+                text=True,
+                env=os.environ | (env or {}),
+                timeout=timeout,
+                cwd=tmp_path,
+            )
         else:
-            done = forked(command(*words, base=base)[3:], tmp_path, env, timeout)
-        assert check is None or done.returncode == check, (
-            f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        )
-        found = sorted((tmp_path / "ck").rglob("config.json"), key=lambda p: p.stat().st_mtime)
-        done.run = next(
-            (p.parent for p in reversed(found) if not p.parent.name.startswith("model")), None
-        )
+            done = forked(with_places(*words, base=base), tmp_path, env, timeout)
+        if check is not None:
+            output = f"{done.stdout}\n{done.stderr}"
+            assert done.returncode == check, f"exit code {done.returncode}\n{output}"
+        done.run = newest_run(tmp_path / "ck")
         return done
 
     run.command = command
     return run
 
 
+def newest_run(folder: Path) -> Path | None:
+    """The run folder below `folder` that was begun last."""
+    configs = folder.rglob("config.json")
+    # A saved model has a config.json too.
+    own = [config for config in configs if not config.parent.name.startswith("model")]
+    own.sort(key=lambda config: config.stat().st_mtime)
+    return own[-1].parent if own else None
+
+
 def forked(
-    words, folder: Path, env: dict[str, str] | None = None, timeout: float = 240.0
+    words: Sequence[str],
+    folder: Path,
+    env: dict[str, str] | None = None,
+    timeout: float = 240.0,
 ) -> subprocess.CompletedProcess:
-    """What `python -m cifar_accel WORDS` in `folder` gives, from a fork of a process that has imported it."""
-    with tempfile.TemporaryDirectory() as place:
-        out, err = Path(place, "out"), Path(place, "err")
+    """What `python -m cifar_accel WORDS` gives, from a fork of a process that has imported it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "out")
+        err = Path(scratch, "err")
         training = forked_runs.finish(
             words, out, seconds=timeout, environment=env, err=err, cwd=folder
         )
@@ -108,13 +226,15 @@ def forked(
 
 @pytest.fixture
 def in_process(capfd, monkeypatch, tmp_path):
-    """Call the command line in this process: (exit code, stdout, stderr). For what ends before training."""
+    """Call a command in this process: (exit code, stdout, stderr). For what takes little time."""
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    # The command sets handlers of its own.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def call(function, *words):
         try:
-            code = function([str(w) for w in words])
+            code = function([str(word) for word in words])
         except SystemExit as e:
             code = e.code
         return (code, *capfd.readouterr())
@@ -125,51 +245,80 @@ def in_process(capfd, monkeypatch, tmp_path):
 
 
 def heed_signals() -> None:
-    """For a child: a shell that runs the tests in the background has SIGINT ignored, nohup SIGHUP."""
+    """For a child, before it begins: take the signals that a shell or nohup may have ignored.
+
+    A shell that runs the tests in the background ignores SIGINT for them, nohup SIGHUP.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
-def contents(run: Path) -> dict[Path, bytes]:
-    """All files of a run folder but those of its lock."""
-    return {
-        p: p.read_bytes()
-        for p in run.rglob("*")
-        if p.is_file() and p.name not in (".owner", ".lock")
-    }
-
-
-def without_clock(lines: list[dict]) -> list[dict]:
-    timed = ("time_s", "train/images_per_s", "train/input_share", "train/peak_memory_mib")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
-def wait_for(condition, timeout=120.0):
+def wait_for(condition: Callable[[], object], timeout: float = 120.0) -> None:
     """Wait until `condition()` is true; fails after `timeout` seconds."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.02)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"waited {timeout:g} s in vain")
+
+
+# ---- reading a run
+
+
+def rows(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run: Path) -> list[int]:
+    """The step of each row of metrics.jsonl."""
+    return [row["step"] for row in rows(run)]
+
+
+def summary(run: Path) -> dict:
+    """The content of summary.json."""
+    return json.loads((run / "summary.json").read_text())
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """All files of a run folder but its lock."""
+    files = [file for file in run.rglob("*") if file.is_file()]
+    return {file: file.read_bytes() for file in files if file.name != ".lock"}
 
 
 def sha256(run: Path) -> str:
+    """The digest of the final weights."""
     return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
+def without_clock(lines: list[dict]) -> list[dict]:
+    """Rows without the figures that are another each time: times, speeds and peaks of memory."""
+    timed = ("time_s", "train/images_per_s", "train/input_share", "train/peak_memory_mib")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Weights by their bytes, and every logged figure but the clock's, which only ever goes on."""
+    assert sha256(run) == sha256(whole)
+    clock = [row["time_s"] for row in rows(run)]
+    assert clock == sorted(clock)
+    assert without_clock(rows(run)) == without_clock(rows(whole))
+    for key in ("accuracy", "best_accuracy", "train_loss", "steps", "status"):
+        assert summary(run)[key] == summary(whole)[key]
+
+
 def wandb_runs(run: Path) -> list[Path]:
+    """wandb's own files of a run, one for each start of it."""
     return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def wandb_inspect(file: Path, *options: str) -> str:
+    """What wandb itself reads in one of its files, as JSON."""
+    command = [BIN / "wandb", "leet", "inspect", *options, "--json", file]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def wandb_summary(file: Path) -> dict:
-    command = [BIN / "wandb", "leet", "inspect", "--summary", "--json", file]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    """The state, configuration and summary of an offline run."""
+    return json.loads(wandb_inspect(file, "--summary"))

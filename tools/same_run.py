@@ -112,7 +112,8 @@ CASES = {
         precision="bf16",
     ),
     "cifar, plain": Case(
-        "--recipe plain --alternating-flip --color-jitter 0.4 --image-size 48 --interpolation bicubic",
+        "--recipe plain --alternating-flip --color-jitter 0.4 --image-size 48 "
+        "--interpolation bicubic",
         base=CIFAR,
     ),
 }
@@ -247,8 +248,13 @@ class Side:
             name = f"{file.parent.name} weights"
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         if (run / "metrics.jsonl").exists():
-            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            found |= {f"row {i}: {k}": v for i, row in enumerate(rows) for k, v in row.items()}
+            for line in (run / "metrics.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                # A step that is logged twice must not hide the first.
+                step = f"step {row['step']}"
+                while f"{step}: step" in found:
+                    step += " again"
+                found |= {f"{step}: {key}": value for key, value in row.items()}
         if (run / "summary.json").exists():
             summary = json.loads((run / "summary.json").read_text())
             found |= {f"summary: {k}": v for k, v in summary.items()}

@@ -1,8 +1,9 @@
-"""Augmentation of a whole batch on the device, with parameters drawn per sample from (seed, epoch, sample index).
+"""Augmentation of a whole batch on the device, with parameters drawn per sample.
 
-The parameters are drawn on the host (numpy, microseconds), so the host knows the size of every sub-batch and never
-waits for the device. An augmentation is one entry in `draw` and one step in `augment`; RandAugment's operations are in
-`programs.py` (which and how strong) and `pixels.py` (their pixels).
+The parameters follow from (seed, epoch, sample index). They are drawn on the host (numpy,
+microseconds), so the host knows the size of every sub-batch and never waits for the device. An
+augmentation is one entry in `draw` and one step in `augment`. RandAugment's operations are in
+`draws.py` (which and how strong) and `pixels.py` (their pixels).
 """
 
 from dataclasses import dataclass
@@ -13,59 +14,70 @@ from numpy.typing import NDArray
 
 from cifar_accel.data import pixels
 from cifar_accel.data.draws import Floats, Program, draw_jitter, draw_policy
-from cifar_accel.data.order import Mix, uniform
+from cifar_accel.data.order import Mixing, uniform
 from cifar_accel.data.pixels import to_device
 from cifar_accel.options.options import TrainingArguments
-from cifar_accel.options.policy import read_policy
+from cifar_accel.options.policy import Policy
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Parameters of n samples; None where an augmentation is off. Boxes and shifts are in source pixels."""
+    """Parameters of n samples; None where an augmentation is off. Places are in source pixels."""
 
-    box: Floats | None  # [n, 4]: y0, x0, height, width of the random resized crop
-    shift: NDArray[np.int64] | None  # [n, 2]: top-left corner of the crop within the padded image
-    hflip: NDArray[np.bool_] | None  # [n]
-    vflip: NDArray[np.bool_] | None  # [n]
-    program: Program | None  # RandAugment or colour jitter
-    pad: int = 0  # reflected pixels around the image that `shift` moves in
+    # [n, 4]: the random resized crop (y0, x0, height, width).
+    box: Floats | None
+    # [n, 2]: the top left corner (y, x) of the crop within the padded image.
+    shift: NDArray[np.int64] | None
+    # [n]: left-right and upside-down flips.
+    hflip: NDArray[np.bool_] | None
+    vflip: NDArray[np.bool_] | None
+    # RandAugment or colour jitter.
+    program: Program | None
+    # Width of the reflected border around the image that `shift` moves in.
+    pad: int = 0
 
 
 def draw(
     args: TrainingArguments,
+    policy: Policy | None,
     epoch: NDArray[np.int64],
     index: NDArray[np.int64],
     side: tuple[int, int],
 ) -> Draws:
-    """Draw the parameters of samples `index` in epochs `epoch` (int64 [n]); `side` is the source images' (H, W)."""
+    """Draw the parameters of samples `index` in epochs `epoch` (int64 [n] each).
+
+    `policy` is what `--aa` says, None for `none`; `side` is (H, W) of the source images.
+    """
     seed = args.seed
 
-    def one(purpose: str) -> Floats:
-        return uniform(seed, purpose, epoch, index)
+    # Crops: a resized one, or one within the padded image.
+    box = None
+    if args.scale is not None:
+        box = _crop_boxes(seed, epoch, index, side, args.scale, args.ratio)
+    shift = None
+    if args.crop_padding:
+        corners = [uniform(seed, purpose, epoch, index) for purpose in ("crop_y", "crop_x")]
+        places = 2 * args.crop_padding + 1
+        shift = np.floor(np.stack(corners, 1) * places).astype(np.int64)
 
-    def several(*purposes: str) -> Floats:
-        return np.stack([one(p) for p in purposes], 1)
+    # Flips.
+    hflip = None
+    if args.hflip:
+        hflip = uniform(seed, "hflip", epoch, index) < args.hflip
+    if args.alternating_flip:
+        # The coin of the first epoch, turned over in every other epoch.
+        hflip = (uniform(seed, "hflip", 0, index) < 0.5) ^ (epoch % 2 == 1)
+    vflip = None
+    if args.vflip:
+        vflip = uniform(seed, "vflip", epoch, index) < args.vflip
 
-    pad, program = args.crop_padding, None
-    if args.aa != "none":
-        program = draw_policy(
-            read_policy(args.aa), seed, epoch, index, (args.image_size, args.image_size)
-        )
+    # Colours, and for RandAugment moves too.
+    program = None
+    if policy is not None:
+        program = draw_policy(policy, seed, epoch, index, (args.image_size, args.image_size))
     elif args.color_jitter:
         program = draw_jitter(seed, epoch, index, args.color_jitter)
-    hflip = one("hflip") < args.hflip if args.hflip else None
-    if args.alternating_flip:  # the first epoch's coin, turned over in every other epoch
-        hflip = (uniform(seed, "hflip", 0, index) < 0.5) ^ (epoch % 2 == 1)
-    return Draws(
-        box=_crop_boxes(seed, epoch, index, side, args.scale, args.ratio) if args.scale else None,
-        shift=np.floor(several("crop_y", "crop_x") * (2 * pad + 1)).astype(np.int64)
-        if pad
-        else None,
-        hflip=hflip,
-        vflip=one("vflip") < args.vflip if args.vflip else None,
-        program=program,
-        pad=pad,
-    )
+    return Draws(box, shift, hflip, vflip, program, args.crop_padding)
 
 
 def _crop_boxes(
@@ -76,35 +88,42 @@ def _crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Floats:
-    """Boxes [n, 4] (y0, x0, h, w) of timm's RandomResizedCropAndInterpolation.
+    """Boxes [n, 4] (y0, x0, height, width) of timm's RandomResizedCropAndInterpolation, in pixels.
 
-    Up to ten tries of a uniform area and a log-uniform aspect; when none fits, the largest centred box whose aspect
-    lies in `ratio`.
+    Up to ten tries of a uniform area (in `scale`, a share of the image) and a log-uniform aspect
+    (in `ratio`, width over height). Where none fits, the largest centred box whose aspect lies in
+    `ratio`.
     """
     h, w = side
     low, high = np.log(ratio)
-    whole = float(min(h, round(w / ratio[0]))), float(min(w, round(h * ratio[1])))
-    box_h, box_w = np.full(len(index), whole[0]), np.full(len(index), whole[1])
-    left = np.arange(len(index))  # those that have no box yet
+    whole_h = float(min(h, round(w / ratio[0])))
+    whole_w = float(min(w, round(h * ratio[1])))
+
+    # Sizes. Each try is made for the samples whose tries so far did not fit into the image.
+    box_h = np.full(len(index), whole_h)
+    box_w = np.full(len(index), whole_w)
+    without_box = np.arange(len(index))
     for attempt in range(10):
-        at, when = index[left], epoch[left]
-        area = (
-            h
-            * w
-            * (scale[0] + uniform(seed, "crop_area", when, at, attempt) * (scale[1] - scale[0]))
-        )
-        aspect = np.exp(low + uniform(seed, "crop_ratio", when, at, attempt) * (high - low))
-        widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (widths <= w) & (heights <= h) & (widths >= 1) & (heights >= 1)
-        box_h[left[fits]], box_w[left[fits]] = heights[fits], widths[fits]
-        left = left[~fits]
-        if not len(left):
+        sample = index[without_box]
+        sample_epoch = epoch[without_box]
+        share = uniform(seed, "crop_area", sample_epoch, sample, attempt)
+        area = h * w * (scale[0] + share * (scale[1] - scale[0]))
+        share = uniform(seed, "crop_ratio", sample_epoch, sample, attempt)
+        aspect = np.exp(low + share * (high - low))
+        heights = np.rint(np.sqrt(area / aspect))
+        widths = np.rint(np.sqrt(area * aspect))
+        fits = (heights >= 1) & (heights <= h) & (widths >= 1) & (widths <= w)
+        box_h[without_box[fits]] = heights[fits]
+        box_w[without_box[fits]] = widths[fits]
+        without_box = without_box[~fits]
+        if not len(without_box):
             break
-    y0, x0 = (
-        np.floor(uniform(seed, purpose, epoch, index) * (full - length + 1))
-        for purpose, full, length in (("crop_y", h, box_h), ("crop_x", w, box_w))
-    )
-    y0[left], x0[left] = (h - whole[0]) // 2, (w - whole[1]) // 2
+
+    # Places: uniform, but the box that stands in for ten failed tries is centred.
+    y0 = np.floor(uniform(seed, "crop_y", epoch, index) * (h - box_h + 1))
+    x0 = np.floor(uniform(seed, "crop_x", epoch, index) * (w - box_w + 1))
+    y0[without_box] = (h - whole_h) // 2
+    x0[without_box] = (w - whole_w) // 2
     return np.stack([y0, x0, box_h, box_w], 1)
 
 
@@ -115,105 +134,122 @@ def augment(
     interpolation: str,
     fill: tuple[int, ...] = (128, 128, 128),
 ) -> torch.Tensor:
-    """Apply `draws` to images uint8 [n, 3, H, W] on any device; `fill` is the colour (0..255) outside a moved image.
+    """Apply `draws` to images uint8 [n, 3, H, W] on any device.
 
-    Returns whole numbers in 0..255 [n, 3, size, size]: uint8 if pixels were only moved about, else float32.
+    `fill` is the colour outside a moved image, one number in 0..255 a channel. Returns whole
+    numbers in 0..255 [n, 3, size, size]: uint8 if pixels were only moved about, else float32.
     """
     if draws.box is not None:
+        # Crop, resize and flips in one go.
         images = pixels.resize(
             images, (size, size), interpolation, draws.box, draws.hflip, draws.vflip
         )
     else:
-        if draws.shift is not None or draws.hflip is not None or draws.vflip is not None:
-            images = _rearrange(images, draws)
+        images = _crop_and_flip(images, draws)
         if images.shape[-2:] != (size, size):
             images = pixels.resize(images, (size, size), interpolation)
-    return (
-        images
-        if draws.program is None
-        else pixels.run_program(images.float(), draws.program, fill, interpolation)
-    )
+    if draws.program is None:
+        return images
+    return pixels.run_program(images.float(), draws.program, fill, interpolation)
 
 
-def _rearrange(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Padded crop and flips, which only move pixels: one gather through a map of rows and one of columns."""
+def _crop_and_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Padded crop and flips, which only move pixels: one gather for all of them."""
+    if draws.shift is None and draws.hflip is None and draws.vflip is None:
+        return images
     n, c, h, w = images.shape
-
-    def source(size: int, axis: int, flips: NDArray[np.bool_] | None) -> torch.Tensor:
-        """For each sample and output row (or column), the source row: int64 [n, size]."""
-        at = np.arange(size)[None].repeat(n, 0)
-        if draws.shift is not None:
-            at = np.abs(
-                at + draws.shift[:, axis, None] - draws.pad
-            )  # reflection at the first pixel,
-            at = size - 1 - np.abs(size - 1 - at)  # and at the last
-        if flips is not None:
-            at = np.where(flips[:, None], at[:, ::-1], at)
-        return to_device(at, images.device)
-
-    rows, columns = source(h, 0, draws.vflip), source(w, 1, draws.hflip)
+    shift_y = None if draws.shift is None else draws.shift[:, 0]
+    shift_x = None if draws.shift is None else draws.shift[:, 1]
+    rows = to_device(_source_lines(n, h, shift_y, draws.pad, draws.vflip), images.device)
+    columns = to_device(_source_lines(n, w, shift_x, draws.pad, draws.hflip), images.device)
+    # Places in the flattened image [n, 1, h * w], the same for each channel.
     places = (rows[:, :, None] * w + columns[:, None, :]).view(n, 1, h * w).expand(n, c, h * w)
     return images.view(n, c, h * w).gather(2, places).view(n, c, h, w)
 
 
+def _source_lines(
+    n: int,
+    size: int,
+    shift: NDArray[np.int64] | None,
+    pad: int,
+    flips: NDArray[np.bool_] | None,
+) -> NDArray[np.int64]:
+    """For each of n samples and each output row (or column), the source row: int64 [n, size]."""
+    at = np.arange(size)[None].repeat(n, 0)
+    if shift is not None:
+        # Reflection at the first pixel, then at the last.
+        at = np.abs(at + shift[:, None] - pad)
+        at = size - 1 - np.abs(size - 1 - at)
+    if flips is not None:
+        at = np.where(flips[:, None], at[:, ::-1], at)
+    return at
+
+
 def erase(
-    images: torch.Tensor, prob: float, seed: int, epoch: NDArray[np.int64], index: NDArray[np.int64]
+    images: torch.Tensor, prob: float, seed: int, epoch: int, index: NDArray[np.int64]
 ) -> torch.Tensor:
-    """Random erasing (Zhong et al. 2017) with timm's ranges, on normalised images [n, 3, S, S], in place.
+    """Random erasing (Zhong et al. 2017) of images [n, 3, S, S] with probability `prob`, in place.
 
-    A rectangle of 2 % to a third of the area and an aspect of 0.3 to 3.3 is set to 0, the mean.
+    With timm's ranges: a rectangle of 2 % to a third of the area and an aspect of 0.3 to 3.3.
+    Images are normalised, so the rectangle's 0 is the mean. `index` int64 [n] are the samples.
     """
-    size, tries = images.shape[-1], np.arange(10)
-    area = (
-        size
-        * size
-        * (
-            0.02
-            + uniform(seed, "erase_area", epoch[:, None], index[:, None], tries) * (1 / 3 - 0.02)
-        )
-    )
-    aspect = np.exp(
-        (2 * uniform(seed, "erase_ratio", epoch[:, None], index[:, None], tries) - 1)
-        * np.log(10 / 3)
-    )
-    heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (heights < size) & (widths < size)
-    rows, first = np.arange(len(index)), fits.argmax(1)
-    chosen = fits.any(1) & (uniform(seed, "erase", epoch, index) < prob)
-
-    def inside(lengths: Floats, purpose: str) -> torch.Tensor:
-        """Which rows (or columns) of each image are erased: bool [n, S]."""
-        length = np.where(chosen, lengths[rows, first], 0)
-        start = np.floor(uniform(seed, purpose, epoch, index) * (size - length + 1))
-        at = np.arange(size)
-        hit = (at >= start[:, None]) & (at < (start + length)[:, None])
-        return to_device(hit, images.device)
-
-    mask = (
-        inside(heights, "erase_y")[:, None, :, None] & inside(widths, "erase_x")[:, None, None, :]
-    )
-    return images.masked_fill_(mask, 0)
-
-
-def mix(images: torch.Tensor, partners: torch.Tensor, how: Mix) -> tuple[torch.Tensor, float]:
-    """Mix the first len(partners) images [n, 3, S, S] with `images[partners]`.
-
-    Returns the mixed images and the share of itself that each kept (1 when nothing was mixed).
-    """
-    m = len(partners)
-    if how.lam == 1.0:
-        return images[:m], 1.0
-    if how.centre is None:
-        other = images[
-            partners
-        ]  # one rounding at a time (lerp may fuse two), so that a batch's size changes nothing
-        return (images[:m] - other).mul_(how.lam).add_(other), how.lam
+    # Ten tries for each image, of which the first that fits counts: [n, 10].
     size = images.shape[-1]
-    side = int(size * (1 - how.lam) ** 0.5)  # timm's rounding of Yun et al.'s square
-    (y0, y1), (x0, x1) = (
-        (max(0, c - side // 2), min(size, c + (side + 1) // 2))
-        for c in (int(v * size) for v in how.centre)
-    )
-    mixed = images[:m].clone()
-    mixed[:, :, y0:y1, x0:x1] = images[partners, :, y0:y1, x0:x1]
+    tries = np.arange(10)
+    share = uniform(seed, "erase_area", epoch, index[:, None], tries)
+    area = size * size * (0.02 + share * (1 / 3 - 0.02))
+    share = uniform(seed, "erase_ratio", epoch, index[:, None], tries)
+    aspect = np.exp((2 * share - 1) * np.log(10 / 3))
+    heights = np.rint(np.sqrt(area * aspect))
+    widths = np.rint(np.sqrt(area / aspect))
+    fits = (heights < size) & (widths < size)
+
+    # The rectangles' sizes; 0 where none fits or the image is not chosen: [n].
+    chosen = fits.any(1) & (uniform(seed, "erase", epoch, index) < prob)
+    first = (np.arange(len(index)), fits.argmax(1))
+    height = np.where(chosen, heights[first], 0)
+    width = np.where(chosen, widths[first], 0)
+
+    # Their places.
+    y0 = np.floor(uniform(seed, "erase_y", epoch, index) * (size - height + 1))
+    x0 = np.floor(uniform(seed, "erase_x", epoch, index) * (size - width + 1))
+    rows = to_device(_covered(y0, height, size), images.device)
+    columns = to_device(_covered(x0, width, size), images.device)
+    return images.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0)
+
+
+def _covered(start: Floats, length: Floats, size: int) -> NDArray[np.bool_]:
+    """Which of `size` pixels lie in start..start+length-1: bool [n, size]."""
+    at = np.arange(size)
+    return (at >= start[:, None]) & (at < (start + length)[:, None])
+
+
+def swap_neighbours(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` [n, ...] with neighbours swapped: 0 with 1, 2 with 3, ...; n must be even."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def mix(images: torch.Tensor, mixing: Mixing) -> tuple[torch.Tensor, float]:
+    """Mix each of images [n, 3, S, S] with its neighbour; n must be even.
+
+    Micro-batches begin at even places of the global batch, so an image's partner does not depend on
+    how that is cut. Returns the mixed images, and the share of itself that each kept (1: nothing
+    was mixed).
+    """
+    assert len(images) % 2 == 0, "the partner is within the micro-batch"
+    if mixing.lam == 1.0:
+        return images, 1.0
+    if mixing.centre is None:
+        # One rounding at a time (lerp may fuse two), so that a batch's size changes nothing.
+        other = swap_neighbours(images)
+        return (images - other).mul_(mixing.lam).add_(other), mixing.lam
+
+    # CutMix's square, with timm's rounding, and cut off at the image's border.
+    size = images.shape[-1]
+    side = int(size * (1 - mixing.lam) ** 0.5)
+    y, x = (int(fraction * size) for fraction in mixing.centre)
+    y0, y1 = max(0, y - side // 2), min(size, y + (side + 1) // 2)
+    x0, x1 = max(0, x - side // 2), min(size, x + (side + 1) // 2)
+    mixed = images.clone()
+    mixed[:, :, y0:y1, x0:x1] = swap_neighbours(images[:, :, y0:y1, x0:x1])
     return mixed, 1 - (y1 - y0) * (x1 - x0) / size**2

@@ -1,4 +1,4 @@
-"""From encoded images to uint8 arrays: decoded once, by one process, and memory-mapped ever after."""
+"""From encoded images to uint8 arrays: decoded once, by one process, then memory-mapped."""
 
 import io
 import json
@@ -6,6 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from cifar_accel.data.datasets import Dataset, Raw, Source, Split, find_source
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home, sync
 
-CACHE_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
+# Part of every cache key: raise it when the arrays' meaning changes.
+CACHE_FORMAT = 1
+
+# Images decoded ahead of the disk: a pool that maps over all of them would hold all of them.
+IMAGES_IN_FLIGHT = 2048
 
 
 def load_dataset(
@@ -27,136 +33,165 @@ def load_dataset(
 ) -> Dataset:
     """Load data set `name`, decoding it only if that was not done before.
 
-    The first process to take the lock downloads and decodes; the others wait and then map the same files.
+    The first process to take the lock downloads and decodes; the others wait and then map the same
+    files.
 
     Args:
         name: see `--dataset`.
         data_dir: folder for downloads and the decoded arrays; made when missing.
-        image_size: the side that images of unequal size are brought to (images of one size stay as they are).
+        image_size: the side that images of unequal size are brought to; those of one size stay as
+            they are.
         say: called with a line before anything slow.
 
     Raises:
-        BadInput: unknown name, missing or malformed data, no network, or a data_dir that cannot be written.
+        BadInput: unknown name, missing or malformed data, no network, or a data_dir that cannot be
+            written.
     """
     root = home(data_dir)
-    try:
+    with _disk_failures_named(data_dir):
         root.mkdir(parents=True, exist_ok=True)
         source = find_source(name, root, say)
-        key = blake2b(f"{CACHE_FORMAT} {source.identity()}".encode(), digest_size=12).hexdigest()
-        folders = (
-            root / f"decoded-{key}",
-            root / f"decoded-{key}-{image_size}px",
-        )  # the second: of unequal sizes
+        key_text = f"{CACHE_FORMAT} {source.identity()}"
+        key = blake2b(key_text.encode(), digest_size=12).hexdigest()
         with FileLock(root / f"decoded-{key}.lock"):
-            data = next(
-                (d for d in (_open_cache(f, name, key, say) for f in folders if f.exists()) if d),
-                None,
-            )
-            if data is None:
-                say(f"data: decoding {name} into {folders[0]} (once)")
-                try:
-                    folder = _decode(source, name, folders[0], None)
-                except _UnequalSizes:
-                    say(
-                        f"data: the images are of unequal size; each is brought to {image_size}x{image_size}"
-                    )
-                    folder = _decode(source, name, folders[1], image_size)
-                data = _open_cache(folder, name, key, say)
-                assert data is not None, "what was just written can be read"
+            return _open_or_decode(source, name, root, key, image_size, say)
+
+
+@contextmanager
+def _disk_failures_named(data_dir: str) -> Iterator[None]:
+    """Turn what the system says of a file or folder into BadInput."""
+    try:
+        yield
     except OSError as e:
         raise BadInput(f"--data-dir {data_dir}: {e.strerror or e}") from e
+
+
+def _open_or_decode(
+    source: Source, name: str, root: Path, key: str, image_size: int, say: Callable[[str], None]
+) -> Dataset:
+    """The data set from its decoded arrays, which are made where they are missing or damaged."""
+    # Images of unequal size have a folder for each size that they were brought to.
+    folder = root / f"decoded-{key}"
+    resized_folder = root / f"decoded-{key}-{image_size}px"
+    for made in (folder, resized_folder):
+        data = _open_cache(made, name, key, say) if made.exists() else None
+        if data is not None:
+            return data
+
+    say(f"data: decoding {name} into {folder} (once)")
+    if not _decode(source, name, folder, None):
+        say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
+        folder = resized_folder
+        _decode(source, name, folder, image_size)
+    data = _open_cache(folder, name, key, say)
+    assert data is not None, "what was just written can be read"
     return data
+
+
+# ---- the decoded arrays on disk
 
 
 def _open_cache(folder: Path, name: str, key: str, say: Callable[[str], None]) -> Dataset | None:
     """Map the arrays in `folder`; a damaged folder is removed, and None returned."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        return Dataset(
-            name, _map_split(folder, "train", meta), _map_split(folder, "test", meta), key
-        )
+        classes = meta["classes"]
+        train = _map_split(folder, "train", classes)
+        test = _map_split(folder, "test", classes)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
         say(f"data: {folder} is damaged ({e}) and is made anew")
         shutil.rmtree(folder)
         return None
+    return Dataset(name, train, test, key)
 
 
-def _map_split(folder: Path, split: str, meta: dict[str, Any]) -> Split:
-    def array(kind: str) -> Any:  # copy-on-write: torch wants writable memory, and nobody writes
-        return np.load(folder / f"{split}_{kind}.npy", mmap_mode="c")
-
-    coarse = np.array(array("coarse")) if meta["coarse_classes"] else None
-    images, labels = array("images"), np.array(array("labels"))
+def _map_split(folder: Path, split: str, classes: list[str]) -> Split:
+    """Map the images of one split and read its labels. Raises ValueError where they do not fit."""
+    # Copy-on-write, because torch wants writable memory; nobody writes.
+    images = np.load(folder / f"{split}_images.npy", mmap_mode="c")
+    labels = np.load(folder / f"{split}_labels.npy")
     if images.dtype != np.uint8 or labels.dtype != np.int64 or len(images) != len(labels):
-        raise BadInput(f"the {split} images and labels do not belong together")
-    return Split(images, labels, meta["classes"], coarse, meta["coarse_classes"])
+        raise ValueError(f"the {split} images and labels do not belong together")
+    return Split(images, labels, classes)
 
 
-class _UnequalSizes(Exception):
-    """The images of a data set are not all of one size."""
+def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
+    """Write the arrays of `source` to `folder`, which appears only once it is whole.
 
-
-def _decode(source: Source, name: str, folder: Path, side: int | None) -> Path:
-    """Write the arrays of `source` to `folder`, which appears only once it is whole; returns it.
-
-    Without `side` the images must all be of one size (raises _UnequalSizes), else each is brought to side x side.
+    Without `side` the images must all be of one size, else nothing is written and False returned.
+    With it, each is brought to side x side pixels.
     """
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        shape = (side, side) if side else None
-        classes: list[str] = []
-        coarse_classes: list[str] = []
-        for split, raw in source.read():
-            if not len(raw.items):
-                raise BadInput(f"--dataset {name}: the {split} split holds no image")
-            classes, coarse_classes = max(classes, raw.classes, key=len), raw.coarse_classes
-            shape = _write_images(raw, scratch / f"{split}_images.npy", shape, resize=bool(side))
-            np.save(scratch / f"{split}_labels.npy", np.asarray(raw.labels, np.int64))
-            if raw.coarse_labels is not None:
-                np.save(scratch / f"{split}_coarse.npy", np.asarray(raw.coarse_labels, np.int64))
-        for split in ("train", "test"):
-            labels = np.load(scratch / f"{split}_labels.npy")
-            if labels.min() < 0 or labels.max() >= len(classes):
-                raise BadInput(
-                    f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}"
-                )
-        meta = {"name": name, "classes": classes, "coarse_classes": coarse_classes}
-        (scratch / "meta.json").write_text(json.dumps(meta))
+        if not _write_arrays(source, name, scratch, side):
+            return False
+        # Files reach the disk before the folder has its name, or a power cut could leave parts.
         for file in scratch.iterdir():
             sync(file)
         os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    return True
+
+
+def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> bool:
+    """Write images, labels and meta.json to `folder`; False as soon as sizes turn out unequal."""
+    # Images and labels. A split may lack names of the last classes, so the longer list counts.
+    shape = (side, side) if side else None
+    classes: list[str] = []
+    labels: dict[str, NDArray[np.int64]] = {}
+    for split, raw in source.read():
+        if not len(raw.items):
+            raise BadInput(f"--dataset {name}: the {split} split holds no image")
+        if len(raw.classes) > len(classes):
+            classes = raw.classes
+        shape = _write_images(raw, folder / f"{split}_images.npy", shape, resizes=bool(side))
+        if shape is None:
+            return False
+        labels[split] = np.asarray(raw.labels, np.int64)
+        np.save(folder / f"{split}_labels.npy", labels[split])
+
+    # Each label has a class.
+    for split, own in labels.items():
+        if own.min() < 0 or own.max() >= len(classes):
+            raise BadInput(
+                f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}"
+            )
+    (folder / "meta.json").write_text(json.dumps({"name": name, "classes": classes}))
+    return True
 
 
 def _write_images(
-    raw: Raw, path: Path, shape: tuple[int, int] | None, resize: bool
-) -> tuple[int, int]:
-    """Decode `raw` into a .npy file uint8 [N, 3, H, W], a chunk at a time; returns (H, W).
+    raw: Raw, path: Path, shape: tuple[int, int] | None, resizes: bool
+) -> tuple[int, int] | None:
+    """Decode `raw` into a .npy file uint8 [N, 3, H, W] and return (H, W).
 
-    `shape` is the (H, W) to keep to, that of the first image when None. Images of another size are resized on their
-    shorter side and cut to the centre if `resize`, else _UnequalSizes is raised.
+    `shape` is the (H, W) to keep to; None: that of the first image. Images of another size are
+    resized on their shorter side and cut to the centre if `resizes`, else None is returned.
     """
     if isinstance(raw.items, np.ndarray):
         np.save(path, raw.items)
         return raw.items.shape[2:]
 
-    def pixels(i: int) -> NDArray[np.uint8]:
-        rgb = _open_image(raw, i)
-        return np.asarray(_fit(rgb, side[0]) if resize else rgb)
-
-    side = shape or image_shape(raw, 0)
+    shape = shape or image_shape(raw, 0)
+    decode = partial(_decoded, raw, shape[0] if resizes else None)
+    n = len(raw.items)
+    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, *shape))
+    # Pillow decodes without Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        out = np.lib.format.open_memmap(path, "w+", np.uint8, (len(raw.items), 3, *side))
-        for i, image in enumerate(_in_chunks(pool, pixels, len(raw.items))):
-            if image.shape[:2] != side:
-                raise _UnequalSizes
-            out[i] = image.transpose(2, 0, 1)
-        out.flush()
-    return side
+        for start in range(0, n, IMAGES_IN_FLIGHT):
+            rows = range(start, min(start + IMAGES_IN_FLIGHT, n))
+            for i, image in zip(rows, pool.map(decode, rows), strict=True):
+                if image.shape[:2] != shape:
+                    return None
+                out[i] = image.transpose(2, 0, 1)
+    out.flush()
+    return shape
+
+
+# ---- single images
 
 
 def image_shape(raw: Raw, i: int) -> tuple[int, int]:
@@ -167,33 +202,39 @@ def image_shape(raw: Raw, i: int) -> tuple[int, int]:
     return height, width
 
 
+def _decoded(raw: Raw, side: int | None, i: int) -> NDArray[np.uint8]:
+    """Image `i` as uint8 [H, W, 3], brought to side x side pixels if there is a `side`."""
+    image = _open_image(raw, i)
+    if side is not None:
+        image = _resize_and_cut(image, side)
+    return np.asarray(image)
+
+
 def _open_image(raw: Raw, i: int) -> Image.Image:
-    item = raw.items[i]
+    """Image `i`, upright and in RGB. Raises BadInput when it is not whole."""
+    item: Any = raw.items[i]
+    # A path, or a cell of a parquet column, which may be empty.
     encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
     try:
         with Image.open(encoded) as image:
             return _as_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise BadInput(f"--dataset: {raw.names(i)} is not a whole image ({e})") from e
-
-
-def _in_chunks(
-    pool: ThreadPoolExecutor, f: Callable[[int], Any], n: int, chunk: int = 2048
-) -> Iterator[Any]:
-    for start in range(0, n, chunk):  # pool.map alone would hold every decoded image at once
-        yield from pool.map(f, range(start, min(start + chunk, n)))
+        raise BadInput(f"--dataset: {raw.item_name(i)} is not a whole image ({e})") from e
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, three channels; 16-bit grey is scaled, which PIL's own conversion would clip."""
+    """Eight bits a channel, three channels."""
     if image.mode.startswith("I;16"):
+        # 16-bit grey is scaled; Pillow's own conversion would clip it.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
+def _resize_and_cut(image: Image.Image, side: int) -> Image.Image:
     """Resize the shorter side to `side` (bicubic, antialiased) and cut to the centre."""
     scale = side / min(image.size)
     w, h = (max(side, round(v * scale)) for v in image.size)
-    left, top = (w - side) // 2, (h - side) // 2
-    return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    left = (w - side) // 2
+    top = (h - side) // 2
+    resized = image.resize((w, h), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + side, top + side))

@@ -1,10 +1,12 @@
 """Which sample when: pure functions of (seed, epoch or step, sample index).
 
-Nothing here has state. A random number is a hash of what it is for, so any process can compute any other's, a run goes
-on at any step, and the number of processes changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", 2014), applied once per word.
+Nothing here has state. A random number is a hash of what it is for. So any process can compute what
+any other draws, a run can go on at any step, and the number of processes changes nothing. The hash
+is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", 2014), applied once per word.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,24 +14,28 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# What a random number is for. The place in this list enters the hash: append, never reorder.
+# What a random number is for. A name's place in this list enters the hash: append, never reorder.
 PURPOSES = (
-    "permutation subset crop_area crop_ratio crop_y crop_x hflip vflip brightness contrast saturation erase erase_area "
-    "erase_ratio erase_y erase_x mix mix_kind mix_lambda mix_y mix_x sample_seed dropout layer_operation layer_on "
-    "layer_sign layer_magnitude layer_magnitude_angle jitter_order"
+    "permutation subset crop_area crop_ratio crop_y crop_x hflip vflip brightness contrast "
+    "saturation erase erase_area erase_ratio erase_y erase_x mix mix_kind mix_lambda mix_y mix_x "
+    "sample_seed dropout layer_operation layer_on layer_sign layer_magnitude "
+    "layer_magnitude_angle jitter_order"
 ).split()
 
 
+# ---- random numbers
+
+
 def random_bits(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.uint64]:
-    """Hash (seed, purpose, *words) to 64 random bits; integer `words` broadcast against each other like arrays."""
-    with np.errstate(over="ignore"):  # unsigned arithmetic modulo 2**64 is meant
+    """Hash (seed, purpose, *words) to 64 random bits; integer `words` broadcast like arrays."""
+    # Overflow is meant: the arithmetic is modulo 2**64.
+    with np.errstate(over="ignore"):
         h = np.full((1,), seed, np.uint64)
         for word in (PURPOSES.index(purpose), *words):
-            h = (
-                h
-                + np.asarray(word).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
-                + np.uint64(0x9E3779B97F4A7C15)
-            )
+            # The word enters with a multiplier of its own, or (1, 2) and (2, 1) could collide.
+            entering = np.asarray(word).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+            h = h + entering + np.uint64(0x9E3779B97F4A7C15)
+            # SplitMix64's finaliser.
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             h = h ^ (h >> np.uint64(31))
@@ -42,39 +48,64 @@ def uniform(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.float64]:
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of epoch `epoch` over `n` samples: int64 [n]. The same on every machine and numpy version."""
+    """The order of epoch `epoch` over `n` samples: int64 [n].
+
+    It is the same on every machine and with every version of numpy.
+    """
     return np.argsort(random_bits(seed, "permutation", epoch, np.arange(n)), kind="stable")
 
 
 def stratified_subset(labels: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """`n` sorted indices into `labels`, each class in proportion to its share (largest remainders get the odd ones)."""
+    """`n` sorted indices into `labels`, each class in proportion to its share of them.
+
+    Shares are rounded down; the classes with the largest remainders get one sample more.
+    """
+    # How many of each class.
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * (n / len(labels))
     take = np.floor(exact).astype(int)
-    take[np.argsort(take - exact, kind="stable")[: n - take.sum()]] += 1
+    by_remainder = np.argsort(take - exact, kind="stable")
+    take[by_remainder[: n - take.sum()]] += 1
+    # Which ones: the first of each class in a random order of all samples.
     shuffled = np.argsort(random_bits(seed, "subset", np.arange(len(labels))), kind="stable")
-    chosen = [shuffled[labels[shuffled] == c][:k] for c, k in zip(classes, take, strict=True)]
+    chosen = []
+    for label, count in zip(classes, take, strict=True):
+        members = shuffled[labels[shuffled] == label]
+        chosen.append(members[:count])
     return np.sort(np.concatenate(chosen))
 
 
+# ---- training
+
+
 @dataclass(frozen=True)
-class Mix:
+class Mixing:
     """How the images of one global batch are mixed with their partners.
 
-    `lam` is the share that an image itself keeps; `centre` is that of CutMix's pasted square (y, x) as fractions of the
-    image's sides (what the square leaves of the image, in whole pixels, then replaces `lam`), or None for Mixup.
+    `lam` is the share that an image keeps of itself. `centre` is None for Mixup. For CutMix it is
+    the centre (y, x) of the pasted square, as fractions of the image's sides; the square covers
+    whole pixels within the image, so the share that is really kept differs a little from `lam`.
     """
 
     lam: float
     centre: tuple[float, float] | None = None
 
 
+class MicroBatch(NamedTuple):
+    """The samples that one process takes at once."""
+
+    step: int
+    epoch: int
+    samples: NDArray[np.int64]  # [micro_batch_size]
+
+
 @dataclass(frozen=True)
 class Order:
-    """The plan of a run over `samples` images in global batches of `batch_size`, as seen by one of `world` processes.
+    """The order of a run over `samples` images, as seen by process `rank` of `world`.
 
-    A global batch is cut into accumulation * world micro-batches of equal size; micro-batch `micro` of process `rank`
-    is number micro * world + rank. The last, incomplete batch of an epoch is dropped, as timm does.
+    Each optimizer step takes a global batch of `batch_size` images. It is cut into accumulation *
+    world micro-batches of equal size; micro-batch `micro` of process `rank` is number micro * world
+    + rank. The last, incomplete batch of an epoch is dropped, as timm does.
     """
 
     seed: int
@@ -85,9 +116,8 @@ class Order:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        assert self.batch_size % (self.world * self.accumulation) == 0, (
-            "a global batch is cut into equal parts"
-        )
+        parts = self.world * self.accumulation
+        assert self.batch_size % parts == 0, "a global batch is cut into equal parts"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,59 +136,87 @@ class Order:
         return f"{self.batch_size} = {processes} x {self.micro_batch_size} images x {steps}"
 
     def positions(self, micro: int) -> NDArray[np.int64]:
-        """Places in the global batch that this process takes in micro-batch `micro`: int64 [micro_batch_size]."""
+        """Places in the global batch that this process takes in micro-batch `micro`.
+
+        int64 [micro_batch_size].
+        """
         start = (micro * self.world + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size)
 
-    def partners(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place each image is mixed with: its neighbour (0 with 1, 2 with 3, ...), the odd last with itself."""
-        return np.minimum(positions ^ 1, self.batch_size - 1)
-
     def global_batch(self, step: int, epoch_order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples of optimizer step `step` (from 0), given its epoch's permutation: int64 [batch_size]."""
+        """The samples of optimizer step `step` (from 0), given its epoch's permutation.
+
+        int64 [batch_size].
+        """
         start = step % self.steps_per_epoch * self.batch_size
         return epoch_order[start : start + self.batch_size]
 
     def samples_of(self, step: int) -> NDArray[np.int64]:
-        """The samples of optimizer step `step` alone (see `global_batch`): int64 [batch_size]."""
-        return self.global_batch(
-            step, permutation(self.seed, step // self.steps_per_epoch, self.samples)
-        )
+        """The samples of optimizer step `step` (from 0): int64 [batch_size].
 
-    def mix(self, step: int, mixup: float, cutmix: float, prob: float) -> Mix:
-        """Mixing of step `step`: Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), Beta(a, a) per batch."""
-        if not (mixup or cutmix) or uniform(self.seed, "mix", step)[0] >= prob:
-            return Mix(1.0)
-        cut = bool(cutmix) and (not mixup or uniform(self.seed, "mix_kind", step)[0] < 0.5)
-        alpha, seed = cutmix if cut else mixup, int(random_bits(self.seed, "mix_lambda", step)[0])
-        lam = np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha)
-        y, x = (float(uniform(self.seed, f"mix_{axis}", step)[0]) for axis in "yx")
-        return Mix(lam, (y, x) if cut else None)
+        It makes the whole epoch's permutation; `global_batch` takes one that was made before.
+        """
+        epoch = step // self.steps_per_epoch
+        return self.global_batch(step, permutation(self.seed, epoch, self.samples))
+
+    def mixing_of_step(self, step: int, mixup: float, cutmix: float, prob: float) -> Mixing:
+        """How step `step` is mixed: with probability `prob`, by one share from Beta(alpha, alpha).
+
+        Mixup (Zhang et al. 2018) with alpha `mixup`, or CutMix (Yun et al. 2019) with alpha
+        `cutmix`; 0 turns one off, and with both on a step takes either, half and half.
+        """
+        if not mixup and not cutmix:
+            return Mixing(1.0)
+        if uniform(self.seed, "mix", step)[0] >= prob:
+            return Mixing(1.0)
+        # Mixup or CutMix.
+        cuts = cutmix > 0
+        if mixup and cutmix:
+            cuts = bool(uniform(self.seed, "mix_kind", step)[0] < 0.5)
+        # The share that an image keeps of itself; numpy has the Beta distribution.
+        alpha = cutmix if cuts else mixup
+        bits = int(random_bits(self.seed, "mix_lambda", step)[0])
+        lam = np.random.Generator(np.random.PCG64(bits)).beta(alpha, alpha)
+        if not cuts:
+            return Mixing(lam)
+        y = float(uniform(self.seed, "mix_y", step)[0])
+        x = float(uniform(self.seed, "mix_x", step)[0])
+        return Mixing(lam, (y, x))
 
 
-class Rows(NamedTuple):
-    """What a micro-batch is made of."""
-
-    step: int
-    epoch: int
-    samples: NDArray[
-        np.int64
-    ]  # [n]: the m of the micro-batch itself, then partners that are not among them
-    partners: NDArray[np.int64]  # [m]: for each of the m, where in `samples` its mixing partner is
-
-
-def plan(order: Order, start: int, stop: int, mixing: bool) -> Iterator[Rows]:
-    """The micro-batches of one process over optimizer steps start..stop-1."""
-    epoch, epoch_order = -1, np.empty(0, np.int64)
+def micro_batches(order: Order, start: int, stop: int) -> Iterator[MicroBatch]:
+    """The micro-batches of one process over optimizer steps start..stop-1, over epoch borders."""
+    epoch = -1
     for step in range(start, stop):
+        # One permutation an epoch: it costs milliseconds.
         if step // order.steps_per_epoch != epoch:
             epoch = step // order.steps_per_epoch
             epoch_order = permutation(order.seed, epoch, order.samples)
         samples = order.global_batch(step, epoch_order)
         for micro in range(order.accumulation):
-            own = order.positions(micro)
-            partners = order.partners(own)
-            places = np.concatenate([own, np.setdiff1d(partners, own)]) if mixing else own
-            by_place = np.argsort(places)
-            partners = by_place[np.searchsorted(places[by_place], partners)] if mixing else own
-            yield Rows(step, epoch, samples[places], partners)
+            yield MicroBatch(step, epoch, samples[order.positions(micro)])
+
+
+# ---- evaluation
+
+
+def evaluation_shares(n: int, batch_size: int, world: int) -> tuple[int, int]:
+    """How `n` images are evaluated by `world` processes: (batches of a process, images in a batch).
+
+    The fewest batches of at most `batch_size` images, and then the smallest size that will do.
+    Every process has as many batches, all of one size; together they hold `n` images or slightly
+    more.
+    """
+    batches = math.ceil(n / (world * batch_size))
+    size = math.ceil(n / (world * batches))
+    return batches, size
+
+
+def evaluation_places(n: int, batch_size: int, world: int, rank: int) -> NDArray[np.int64]:
+    """Places in the split that process `rank` evaluates, batch by batch: int64 [batches, size].
+
+    Ranks take contiguous parts. Places from `n` on fill up the last batches; no image is there.
+    """
+    batches, size = evaluation_shares(n, batch_size, world)
+    first = rank * batches * size
+    return np.arange(first, first + batches * size).reshape(batches, size)

@@ -1,36 +1,123 @@
-"""timm's transforms in worker processes: the other way to make pixels."""
+"""Pixels made by timm's transforms in worker processes: the other way to make them."""
 
 import random
 import signal
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar_accel.data.order import Rows, random_bits
+from cifar_accel.data.order import MicroBatch, random_bits
 from cifar_accel.errors import BadInput
 from cifar_accel.options.options import TrainingArguments
 
+# What one item of the loader is asked for: a MicroBatch, or the samples of an evaluation batch.
+Request = TypeVar("Request")
 
-class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
-    """timm's transforms over an array of images; an index is one `Rows`, an item its pixels uint8 [n, 3, S, S]."""
+
+class TimmImages:
+    """A source of pixels (see `batches.PixelSource`) with `--workers` processes that make them."""
 
     def __init__(
         self,
         args: TrainingArguments,
         images: NDArray[np.uint8],
+        device: torch.device,
         mean: tuple[float, ...],
-        training: bool,
     ):
-        from timm.data import auto_augment, create_transform
+        self.args = args
+        self.images = images
+        self.device = device
+        self.training_transform = _training_transform(args, mean)
+        self.evaluation_transform = _transform(args, mean, is_training=False)
 
-        for name, operation in auto_augment.NAME_TO_OP.items():
-            if operation is auto_augment.posterize:
-                auto_augment.NAME_TO_OP[name] = _posterize
-        self.images, self.seed, self.training = images, args.seed, training
-        augmentation: dict[str, Any] = dict(
+    def training(
+        self, micro_batches: Iterator[MicroBatch]
+    ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+        """Each micro-batch with its augmented pixels: uint8 [n, 3, S, S]."""
+        return self._in_workers(self._augmented, micro_batches)
+
+    def evaluation(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[torch.Tensor]:
+        """Pixels of each batch of samples: uint8 [n, 3, S, S]."""
+        for _, pixels in self._in_workers(self._centred, batches):
+            yield pixels
+
+    def _in_workers(
+        self, make_pixels: Callable[[Request], torch.Tensor], requests: Iterable[Request]
+    ) -> Iterator[tuple[Request, torch.Tensor]]:
+        """(request, its pixels) for each of `requests`, in order; they are read ahead of time."""
+        loader: Iterable[Any] = torch.utils.data.DataLoader(
+            _Items(make_pixels),
+            # Any iterable of indices will do; ours are whole batches, so none are put together.
+            sampler=requests,  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.args.workers or 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            # Its own generator, so that it draws nothing from the global one.
+            generator=torch.Generator(),
+        )
+        yield from loader
+
+    def _augmented(self, micro_batch: MicroBatch) -> torch.Tensor:
+        seeds = random_bits(
+            self.args.seed, "sample_seed", micro_batch.epoch, micro_batch.samples
+        ).tolist()
+        made = []
+        for index, seed in zip(micro_batch.samples, seeds, strict=True):
+            # timm draws from all three generators.
+            random.seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+            torch.default_generator.manual_seed(seed >> 1)
+            made.append(self.training_transform(self._pillow_image(index)))
+        return torch.stack(made)
+
+    def _centred(self, samples: NDArray[np.int64]) -> torch.Tensor:
+        return torch.stack([self.evaluation_transform(self._pillow_image(i)) for i in samples])
+
+    def _pillow_image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index].transpose(1, 2, 0))
+
+
+class _Items(torch.utils.data.Dataset[Any]):
+    """What the loader's workers hold: an index is a request, its item (request, pixels)."""
+
+    def __init__(self, make_pixels: Callable[[Any], torch.Tensor]):
+        self.make_pixels = make_pixels
+
+    def __getitem__(self, request: Any) -> tuple[Any, torch.Tensor]:
+        return request, self.make_pixels(request)
+
+
+def _unchanged(item: Any) -> Any:
+    """In place of the loader's own conversion, which would make tensors of a request's numbers."""
+    return item
+
+
+def _ignore_signals(worker: int) -> None:
+    """Let workers live until the training process dismisses them.
+
+    A signal may reach the whole process group, but the training process ends in its own time.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---- the transforms
+
+
+def _training_transform(args: TrainingArguments, mean: tuple[float, ...]) -> Any:
+    """timm's training transform as the options say. Raises BadInput for a policy it cannot read."""
+    _mend_posterize()
+    try:
+        transform = _transform(
+            args,
+            mean,
+            is_training=True,
             scale=args.scale,
             ratio=args.ratio,
             hflip=args.hflip,
@@ -38,67 +125,68 @@ class _TimmImages(torch.utils.data.Dataset[torch.Tensor]):
             auto_augment=None if args.aa == "none" else args.aa,
             color_jitter=args.color_jitter or None,
         )
-        try:  # use_prefetcher leaves the image uint8; mean is the colour that geometric operations fill with
-            self.transform: Any = create_transform(
-                args.image_size,
-                is_training=training,
-                use_prefetcher=True,
-                interpolation=args.interpolation,
-                mean=mean,
-                crop_pct=args.crop_pct,
-                **(augmentation if training else {}),
-            )
-        except (AssertionError, ValueError, KeyError, TypeError) as e:
-            raise BadInput(f"--aa {args.aa}: timm cannot read this policy ({e!r})") from e
-        if (
-            training and args.scale is None
-        ):  # timm always crops and resizes here: put ours in its place
-            self.transform.transforms[0] = _PilCrop(
-                args.crop_padding, args.image_size, args.interpolation
-            )
+    except (AssertionError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"--aa {args.aa}: timm cannot read this policy ({e!r})") from e
+    if args.scale is None:
+        # timm always crops and resizes at first: put our own crop in its place.
+        transform.transforms[0] = _PillowCrop(
+            args.crop_padding, args.image_size, args.interpolation
+        )
+    return transform
 
-    def __getitem__(self, rows: Rows) -> torch.Tensor:
-        seeds = random_bits(self.seed, "sample_seed", rows.epoch, rows.samples)
-        return torch.stack([self._one(i, int(s)) for i, s in zip(rows.samples, seeds, strict=True)])
 
-    def _one(self, index: int, seed: int) -> torch.Tensor:
-        if self.training:  # timm draws from all three generators
-            random.seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)
-            torch.default_generator.manual_seed(seed >> 1)
-        return self.transform(Image.fromarray(self.images[index].transpose(1, 2, 0)))
+def _transform(
+    args: TrainingArguments, mean: tuple[float, ...], is_training: bool, **augmentation: Any
+) -> Any:
+    """timm's transform from a Pillow image to uint8 [3, S, S]."""
+    from timm.data import create_transform
+
+    return create_transform(
+        args.image_size,
+        is_training=is_training,
+        # Leaves the image uint8: `Pipeline` normalises.
+        use_prefetcher=True,
+        interpolation=args.interpolation,
+        # The colour that appears outside a moved image.
+        mean=mean,
+        crop_pct=args.crop_pct,
+        **augmentation,
+    )
+
+
+def _mend_posterize() -> None:
+    """Put our `_posterize` in the place of timm's."""
+    from timm.data import auto_augment
+
+    for name, operation in auto_augment.NAME_TO_OP.items():
+        if operation is auto_augment.posterize:
+            auto_augment.NAME_TO_OP[name] = _posterize
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
-    """timm's, also for the 0 bits that its policies ask for and Pillow 13 refuses: a black image."""
-    keep = 256 - 2 ** (8 - min(max(bits_to_keep, 0), 8))
-    return image.point([value & keep for value in range(256)] * len(image.getbands()))
+    """timm's posterize, also for the 0 bits that its policies ask for and Pillow 13 refuses."""
+    bits = min(max(bits_to_keep, 0), 8)
+    mask = 256 - 2 ** (8 - bits)
+    table = [value & mask for value in range(256)]
+    return image.point(table * len(image.getbands()))
 
 
-class _PilCrop:
-    """Padded random crop (torchvision's, by reflection) and resize to the model's input."""
+class _PillowCrop:
+    """torchvision's random crop of an image padded by reflection, resized to the model's input."""
 
     def __init__(self, padding: int, size: int, interpolation: str):
-        self.padding, self.size, self.resample = (
-            padding,
-            size,
-            Image.Resampling[interpolation.upper()],
-        )
+        self.padding = padding
+        self.size = (size, size)
+        self.resample = Image.Resampling[interpolation.upper()]
 
     def __call__(self, image: Image.Image) -> Image.Image:
         from torchvision.transforms import RandomCrop
 
         if self.padding:
-            crop = RandomCrop(image.size[::-1], padding=self.padding, padding_mode="reflect")
+            # torchvision takes (height, width).
+            height_and_width = image.size[::-1]
+            crop = RandomCrop(height_and_width, padding=self.padding, padding_mode="reflect")
             image = crop(image)
-        return (
-            image
-            if image.size == (self.size, self.size)
-            else image.resize((self.size, self.size), self.resample)
-        )
-
-
-def _ignore_signals(worker: int) -> None:
-    """Workers live until the training process dismisses them, also when a signal reaches the whole process group."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+        if image.size != self.size:
+            image = image.resize(self.size, self.resample)
+        return image

@@ -1,58 +1,76 @@
-"""`python -m cifar_accel.launch OPTIONS`: start a training as fits this machine; without options, the tour."""
+"""Starts a training as fits this machine: `python -m cifar_accel.launch [WORDS]`.
+
+Words are a training's options, or a command of `cifar-accel` and its options. Without any it runs
+the tour.
+"""
 
 import os
 import sys
-from pathlib import Path
+from typing import NoReturn
 
-from cifar_accel.errors import BadInput
+from cifar_accel.cli import guarded, main, report_command, study_command
 from cifar_accel.files import home
 from cifar_accel.launch.child import run_child
-from cifar_accel.launch.command import command_for, dry_environment
+from cifar_accel.launch.command import check_launcher, command_for, dry_environment
+from cifar_accel.launch.yaml_files import shipped_folder
+from cifar_accel.options.parsing import parse_training
+
+
+def launch(words: list[str]) -> int:
+    """Do what `words` say; returns the exit code, if this process is not replaced by another."""
+    if not words:
+        return tour()
+    first, *rest = words
+    if first == "train":
+        return guarded(lambda: train(rest))
+    # No option of a training stands without a dash, so this is the name of a command.
+    if not first.startswith("-"):
+        return main(words)
+    return guarded(lambda: train(words))
 
 
 def tour() -> int:
-    """The report's study in miniature, its tables, and the command for the real thing; returns the exit code."""
-    from cifar_accel.cli import report_command, study_command
-
-    code = study_command([str(Path(__file__).parent.parent.parent / "studies" / "tour.yaml")])
-    if code in (0, 1):
-        print()
-        code = report_command(["checkpoint/tour"]) or code
-        print("\nThe real thing on CIFAR-100 (downloads the images and NFNet-F0's weights):")
-        print("    ./launch.sh --model nfnet")
+    """The report's study in miniature, its tables, and the command for the real thing."""
+    code = study_command([str(shipped_folder("studies") / "tour.yaml")])
+    # 1 is a study of which some runs failed: the tables of the others are worth having.
+    if code not in (0, 1):
+        return code
+    print()
+    code = report_command(["checkpoint/tour"]) or code
+    print("\nThe real thing on CIFAR-100 (downloads the images and NFNet-F0's weights):")
+    print("    ./launch.sh --model nfnet")
     return code
 
 
-def main() -> int:
-    """Replace this process by the training; without options, run the tour."""
-    if not sys.argv[1:]:
-        return tour()
-    try:
-        command, environment, why = command_for(sys.argv[1:])
-    except BadInput as e:
-        print(f"cifar_accel: {e}", file=sys.stderr)
-        return 2
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        command, environment = [sys.executable, "-m", "cifar_accel", *sys.argv[1:]], {}
-    elif "--dry-run" in sys.argv[1:]:
-        print(why, flush=True)
-        command, environment = (
-            [sys.executable, "-m", "cifar_accel", *sys.argv[1:]],
-            dry_environment(),
-        )
-    else:
-        print(why, flush=True)
-    if command[1:3] == ["-m", "cifar_accel"]:
-        os.execvpe(command[0], command, os.environ | environment)
-    from cifar_accel.console import fail
-    from cifar_accel.options.parsing import parse_training
+def train(words: list[str]) -> int:
+    """Start a training with the options `words`.
 
-    try:  # here, because the launcher would turn a 2 into a 1
-        args, _ = parse_training(sys.argv[1:])
-    except BadInput as e:
-        return fail(str(e))
-    return run_child(command, environment, home(args.save_dir) / str(args.run_name))
+    A single process takes the place of this one. Several are children of a launcher that is a child
+    of this process. Raises BadInput for what is known to be wrong before anything is started.
+    """
+    start = command_for(words)
+    directly = [sys.executable, "-m", "cifar_accel", *words]
+    if "-h" in words or "--help" in words:
+        replace_this_process(directly, {})
+    if "--dry-run" in words:
+        print(start.reason, flush=True)
+        replace_this_process(directly, dry_environment())
+
+    check_launcher()
+    print(start.reason, flush=True)
+    if start.command == directly:
+        replace_this_process(start.command, start.environment)
+
+    # The options are looked at here, because a launcher would turn the exit code 2 into 1.
+    args, _ = parse_training(words)
+    run_folder = home(args.save_dir) / str(args.run_name)
+    return run_child(start.command, start.environment, run_folder)
+
+
+def replace_this_process(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Run `command` in the place of this process, with `environment` added."""
+    os.execvpe(command[0], command, os.environ | environment)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launch(sys.argv[1:]))

@@ -3,50 +3,85 @@
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cifar_accel.records.summary import read_summary
 
+# The exit code of a training that a signal stopped, after a checkpoint.
+STOPPED = 143
+
 
 def run_child(command: list[str], environment: dict[str, str], run_folder: Path) -> int:
-    """Run `command` as a child, pass signals on to it, and return the exit code of the training in it.
+    """Run a training as a child, pass signals on to it, and return its exit code.
 
-    A launcher between us and the training turns every code into 1; the run folder says when it was stopped by a signal.
-    The child has a session of its own, so that a Ctrl-C of the terminal reaches it once, through us.
+    Args:
+        command: the command that trains, itself or through a launcher.
+        environment: variables to add to this process's own.
+        run_folder: the run folder that the training will write.
     """
-    marker, forwarded = run_folder / "PREEMPTED", False
-    before, summary_before = _changed_at(marker), _changed_at(run_folder / "summary.json")
-    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
-    direct = command[1:3] == ["-m", "cifar_accel"]
+    # A launcher between us and the training turns every exit code into 1. How the training ended is
+    # told by two files of its run folder, but only if it wrote them during this start: they may
+    # also be left from an earlier one. So remember when they were written.
+    marker = run_folder / "PREEMPTED"
+    summary_file = run_folder / "summary.json"
+    marker_before = _written_at(marker)
+    summary_before = _written_at(summary_file)
 
-    def forward(number: int, frame: Any) -> None:
-        nonlocal forwarded
-        forwarded = True
-        # SIGUSR1 would kill a launcher and leave its workers; SIGHUP (the terminal went away) stops in order too.
-        process.send_signal(number if direct and number != signal.SIGHUP else signal.SIGTERM)
+    # By this variable the training knows that the end of its parent is the end of its launcher.
+    child_environment = {**os.environ, **environment, "CIFAR_ACCEL_LAUNCHED": "1"}
+    # In a session of its own a Ctrl-C of the terminal reaches the child once, through us.
+    process = subprocess.Popen(command, env=child_environment, start_new_session=True)
+    is_training_itself = command[1:3] == ["-m", "cifar_accel"]
+    with _signals_passed_on(process, is_training_itself) as passed_on:
+        code = process.wait()
+    if code == 0:
+        return 0
+
+    # A training that failed after it was asked to stop has failed.
+    summary_is_new = _written_at(summary_file) != summary_before
+    if summary_is_new and read_summary(run_folder).get("status") == "failed":
+        return _shell_code(code)
+    marker_is_new = _written_at(marker) not in (marker_before, None)
+    if passed_on or marker_is_new:
+        return STOPPED
+    return _shell_code(code)
+
+
+@contextmanager
+def _signals_passed_on(process: subprocess.Popen[bytes], is_training: bool) -> Iterator[list[int]]:
+    """While this is open, signals to us go to `process`; yields the growing list of them."""
+    passed_on: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        passed_on.append(number)
+        # A launcher takes SIGTERM only: SIGUSR1 would kill it and leave its workers. A SIGHUP (the
+        # terminal went away) becomes one too, which stops a training in order just as well.
+        if not is_training or number == signal.SIGHUP:
+            number = signal.SIGTERM
+        process.send_signal(number)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if (
-        signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    ):  # else nohup asked to outlive the terminal
+    # A SIGHUP that is ignored already is nohup's, which asked to outlive the terminal.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         numbers.append(signal.SIGHUP)
-    handlers = {number: signal.signal(number, forward) for number in numbers}
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        code = process.wait()
+        yield passed_on
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    failed = read_summary(run_folder).get("status") == "failed"
-    failed &= _changed_at(run_folder / "summary.json") != summary_before
-    if code and not failed and (forwarded or _changed_at(marker) not in (before, None)):
-        return 143
+
+
+def _shell_code(code: int) -> int:
+    """The exit code as a shell gives it: 128 + N for a process that signal N ended."""
     return code if code >= 0 else 128 - code
 
 
-def _changed_at(file: Path) -> int | None:
-    """When `file` was written, in nanoseconds, or None where it is not there."""
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
+def _written_at(file: Path) -> int | None:
+    """When `file` was written last, in nanoseconds, or None where it is not there."""
+    if not os.path.exists(file):
         return None
+    return file.stat().st_mtime_ns

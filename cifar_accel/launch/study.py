@@ -1,133 +1,199 @@
-"""Studies: many runs from one file, each in its own process, going on after a failure and skipping what is finished.
+"""Studies: many runs from one file, each in a process of its own.
 
-The file is in wandb's sweep format (`method: grid`, `parameters` with `value` or `values`), so `wandb sweep` reads it
-too. A file may instead list its runs: `runs`, each a set of options laid over `parameters`.
+A study skips what is finished and goes on after a failure. Its file is in wandb's sweep format
+(`method: grid`, `parameters` with `value` or `values`), so `wandb sweep` reads it too. A file may
+instead list its runs: `runs`, each a table of options laid over `parameters`.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cifar_accel.errors import BadInput, did_you_mean
 from cifar_accel.files import home
-from cifar_accel.launch.child import run_child
-from cifar_accel.launch.command import command_for
+from cifar_accel.launch.child import STOPPED, run_child
+from cifar_accel.launch.command import check_launcher, command_for
+from cifar_accel.launch.yaml_files import read_yaml
 from cifar_accel.options.options import StudyArguments, TrainingArguments
+from cifar_accel.options.parsing import parse_training
 from cifar_accel.records.summary import read_config, read_summary
 
-
-def read_study(path: str) -> tuple[str, list[dict[str, Any]]]:
-    """The name of the study in `path` and the options of each of its runs. Raises BadInput naming what is wrong."""
-    try:
-        study = yaml.safe_load(home(path).read_text())
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}") from e
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: is not YAML ({' '.join(str(e).split())})") from e
-    if not isinstance(study, dict) or not (study.get("parameters") or study.get("runs")):
-        raise BadInput(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
-    if study.get("method", "grid") != "grid":
-        raise BadInput(
-            f"{path}: method {study['method']} needs wandb's agent (wandb sweep {path}); here only grid runs"
-        )
-    parameters, rows = study.get("parameters") or {}, study.get("runs") or [{}]
-    if not isinstance(parameters, dict) or not (
-        isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    ):
-        raise BadInput(
-            f"{path}: `parameters` must be a table, and `runs` a list of tables of options"
-        )
-    known = {f.name for f in fields(TrainingArguments)}
-    common: dict[str, list[Any]] = {}
-    for name, choice in parameters.items():
-        if not isinstance(choice, dict) or not (
-            "value" in choice or isinstance(choice.get("values"), list)
-        ):
-            raise BadInput(f"{path}: parameter {name} needs `value` or a list `values`")
-        common[name] = choice["values"] if "values" in choice else [choice["value"]]
-    for name in [*common, *(n for row in rows for n in row)]:
-        if name not in known:
-            raise BadInput(f"{path}: there is no option {name}{did_you_mean(str(name), known)}")
-    grid = [
-        dict(zip(common, values, strict=True)) for values in itertools.product(*common.values())
-    ]
-    name = str(study.get("name") or Path(path).stem)
-    return name, [{"group": name, **point, **row} for row in rows for point in grid]
+# Options of one run by name, as a study file gives them.
+Options = dict[str, Any]
 
 
-def name_runs(runs: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """Run names that differ: where several runs would have one name, the options in which they differ are appended."""
-    out = []
-    for run, name in zip(runs, names, strict=True):
-        same = [other for other, n in zip(runs, names, strict=True) if n == name]
-        varied = [
-            k for k in run if any(other.get(k) != run[k] for other in same) and k != "run_name"
-        ]
-        out.append(name + "".join(f"-{k}={run[k]}".replace("/", "_") for k in varied))
-    return out
+@dataclass(frozen=True)
+class Study:
+    """What a study file says: its name, and the options of each of its runs."""
+
+    name: str
+    runs: list[Options]
 
 
-def as_flags(options: dict[str, Any]) -> Iterator[str]:
-    """Options as command-line words."""
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            yield flag if value else "--no-" + flag[2:]
-        elif isinstance(value, list):
-            yield from (flag, *map(str, value))
-        else:
-            yield f"{flag}={'none' if value is None else value}"
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study: its folder, and the command-line words that train it."""
+
+    folder: Path
+    words: list[str]
 
 
 def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]) -> int:
-    """Run what is not finished; returns 0 when all runs are, 1 when one failed, 143 when a signal stopped the study.
+    """Run what is not finished, with the words `extra` added to those of every run.
 
+    Returns 0 when all runs are finished, 1 when one failed, 143 when a signal stopped the study.
     Raises BadInput before the first run when the file or the options of any run are wrong.
     """
-    from cifar_accel.options.parsing import parse_training
+    # All that can be wrong with any run is found here.
+    study = read_study(args.file)
+    runs = study.runs
+    if args.save_dir:
+        runs = [{**options, "save_dir": args.save_dir} for options in runs]
+    planned = plan_runs(args.file, runs, extra)
+    check_launcher()
 
-    name, runs = read_study(args.file)
-    words = [
-        [*as_flags(run | ({"save_dir": args.save_dir} if args.save_dir else {})), *extra]
-        for run in runs
-    ]
-    resolved = [parse_training(w)[0] for w in words]
-    if any(r.dry_run for r in resolved):
+    # One run after the other. Only a signal ends the study early.
+    failed = []
+    for number, run in enumerate(planned, 1):
+        say(f"\nstudy {study.name}, run {number} of {len(planned)}: {run.folder}")
+        if is_finished(run):
+            accuracy = read_summary(run.folder)["accuracy"]
+            say(f"finished before: accuracy {accuracy:.2%}")
+            continue
+        start = command_for(run.words)
+        say(start.reason)
+        code = run_child(start.command, start.environment, run.folder)
+        if code == STOPPED:
+            say("study: stopped; the same command goes on from here")
+            return STOPPED
+        if code != 0:
+            say(f"study: this run failed (exit code {code}); going on with the next")
+            failed.append(run)
+
+    say(f"\nstudy {study.name}: {len(planned) - len(failed)} of {len(planned)} runs finished")
+    for run in failed:
+        say(f"  failed: {run.folder} (the same command tries it again)")
+    return 1 if failed else 0
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether the folder holds this very run, finished: the command that made it had its words."""
+    if read_summary(run.folder).get("status") != "finished":
+        return False
+    config = read_config(run.folder) or {}
+    command = config.get("command", [])
+    return command[1:] == run.words
+
+
+# ---- the file
+
+
+def read_study(path: str) -> Study:
+    """The study in the file `path`. Raises BadInput for what is wrong in the file."""
+    content = read_yaml(home(path), "is not YAML")
+    if not isinstance(content, dict) or not (content.get("parameters") or content.get("runs")):
+        raise BadInput(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
+    method = content.get("method", "grid")
+    if method != "grid":
+        raise BadInput(
+            f"{path}: method {method} needs wandb's agent (wandb sweep {path}); here only grid runs"
+        )
+
+    # Either may be left out: no parameters are one empty point of a grid, no runs one empty run.
+    parameters = content.get("parameters") or {}
+    rows = content.get("runs") or [{}]
+    if not isinstance(parameters, dict) or not _is_list_of_tables(rows):
+        raise BadInput(
+            f"{path}: `parameters` must be a table, and `runs` a list of tables of options"
+        )
+    values = {name: _values_of(path, name, choice) for name, choice in parameters.items()}
+    _check_names(path, [*values, *itertools.chain.from_iterable(rows)])
+
+    # Every run of the list, at every point of the grid; what a run says itself wins.
+    name = str(content.get("name") or Path(path).stem)
+    grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    runs = [{"group": name, **point, **row} for row in rows for point in grid]
+    return Study(name, runs)
+
+
+def _is_list_of_tables(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _values_of(path: str, name: str, choice: Any) -> list[Any]:
+    """The values that a parameter of a sweep takes, one after the other."""
+    if isinstance(choice, dict):
+        if isinstance(choice.get("values"), list):
+            return choice["values"]
+        if "value" in choice:
+            return [choice["value"]]
+    raise BadInput(f"{path}: parameter {name} needs `value` or a list `values`")
+
+
+def _check_names(path: str, names: list[Any]) -> None:
+    """Raise BadInput for the first of `names` that is no option."""
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"{path}: there is no option {name}{did_you_mean(str(name), known)}")
+
+
+# ---- its runs
+
+
+def plan_runs(path: str, runs: list[Options], extra: list[str]) -> list[PlannedRun]:
+    """The folder and the words of each run, no two in one folder.
+
+    Raises BadInput when the options of a run are wrong, or when two runs are the same.
+    """
+    words = [[*as_flags(options), *extra] for options in runs]
+    resolved = [parse_training(of_run)[0] for of_run in words]
+    if any(args.dry_run for args in resolved):
         raise BadInput(
             "--dry-run looks at one run, not at a study: give it to python -m cifar_accel"
         )
-    commands = []
-    names = name_runs(runs, [str(r.run_name) for r in resolved])
-    for w, r, run_name in zip(words, resolved, names, strict=True):
-        given = [] if run_name == r.run_name else [f"--run-name={run_name}"]
-        commands.append((home(r.save_dir) / run_name, [*w, *given]))
-    paths = [path for path, _ in commands]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice:
-        raise BadInput(f"{args.file}: two runs are the same and would both write {twice}")
-    results = []
-    for i, (path, options) in enumerate(commands, 1):
-        say(f"\nstudy {name}, run {i} of {len(commands)}: {path}")
-        summary, config = read_summary(path), read_config(path) or {}
-        if summary.get("status") == "finished" and config.get("command", [])[1:] == options:
-            say(f"finished before: accuracy {summary['accuracy']:.2%}")
-            results.append((path, 0))
-            continue
-        command, environment, reason = command_for(options)
-        say(reason)
-        code = run_child(command, environment, path)
-        results.append((path, code))
-        if code == 143:
-            say("study: stopped; the same command goes on from here")
-            return 143
-        if code:
-            say(f"study: this run failed (exit code {code}); going on with the next")
-    failed = [path for path, code in results if code]
-    say(f"\nstudy {name}: {len(results) - len(failed)} of {len(results)} runs finished")
-    for path in failed:
-        say(f"  failed: {path} (the same command tries it again)")
-    return 1 if failed else 0
+
+    # A run says its name in its words only where it is not the name that it has by itself.
+    planned = []
+    names = name_runs(runs, [str(args.run_name) for args in resolved])
+    for of_run, args, name in zip(words, resolved, names, strict=True):
+        if name != args.run_name:
+            of_run = [*of_run, f"--run-name={name}"]
+        planned.append(PlannedRun(home(args.save_dir) / name, of_run))
+
+    taken = set()
+    for run in planned:
+        if run.folder in taken:
+            raise BadInput(f"{path}: two runs are the same and would both write {run.folder}")
+        taken.add(run.folder)
+    return planned
+
+
+def name_runs(runs: list[Options], names: list[str]) -> list[str]:
+    """Names that differ: where several runs would have one, what differs between them is added."""
+    longer = []
+    for run, name in zip(runs, names, strict=True):
+        same_name = [other for other, its in zip(runs, names, strict=True) if its == name]
+        varied = [key for key in run if any(other.get(key) != run[key] for other in same_name)]
+        parts = [f"-{key}={run[key]}".replace("/", "_") for key in varied if key != "run_name"]
+        longer.append(name + "".join(parts))
+    return longer
+
+
+def as_flags(options: Options) -> Iterator[str]:
+    """Options as command-line words."""
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            yield flag
+        elif value is False:
+            yield "--no-" + flag.removeprefix("--")
+        elif value is None:
+            yield f"{flag}=none"
+        elif isinstance(value, list):
+            yield flag
+            yield from map(str, value)
+        else:
+            yield f"{flag}={value}"

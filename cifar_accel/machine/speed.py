@@ -1,6 +1,7 @@
-"""What is known of the device's speed and memory, and what only changes speed."""
+"""What is known of a device's speed and memory, what only changes speed, and traces."""
 
 import ctypes
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import torch
 
-# Dense peak of one device in FLOP/s by a part of its name, in bf16 or fp16 with fp32 sums, from the makers' data
-# sheets (without sparsity). A device that is not here gets no MFU.
+# Dense peak of one device in FLOP/s by a part of its name, in bf16 or fp16 with fp32 sums, from the
+# makers' data sheets (without sparsity). A device that is not here gets no MFU.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 80GB HBM3": 989e12,
@@ -26,67 +27,84 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    for part, peak in PEAK_FLOPS.items():
+        if part in name:
+            return peak
+    return None
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far in MiB: by tensors on a CUDA device, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:  # getrusage would count what the parent process held when it started this one
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-    except (OSError, IndexError, ValueError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage, which counts what the parent process held when it started this one.
+        words = status.read_text().partition("VmHWM:")[2].split()
+        return int(words[0]) / 2**10
+    # Bytes on a Mac, KiB elsewhere.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks of up to 32 MiB, for training on a CPU; does nothing where there is no glibc.
+    """Tell glibc to keep freed blocks of up to 32 MiB, for training on a CPU.
 
-    Every step allocates the same activations again. By default glibc returns large ones to the kernel, which then
-    clears each page anew: a third of a small model's step on a virtual machine (benchmarks/RESULTS.md).
+    Every step allocates the same activations again. By default glibc returns large ones to the
+    kernel, which then clears each page anew: a third of a small model's step on a virtual machine
+    (benchmarks/RESULTS.md). Does nothing where there is no glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc takes
-        mallopt(m_trim_threshold, 2**31 - 1)
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # From glibc's malloc.h.
+    m_trim_threshold = -1
+    m_mmap_threshold = -3
+    # 32 MiB is the most that glibc takes.
+    mallopt(m_mmap_threshold, 32 * 2**20)
+    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def compile_model(
     model: torch.nn.Module, mode: str, device: torch.device, say: Callable[[str], None]
 ) -> bool:
-    """Compile `model` in place for static shapes; False, after a warning, where torch.compile's backend is missing."""
+    """Compile `model` in place for static shapes.
+
+    Returns False, after a warning, where torch.compile's backend is missing.
+    """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as e:  # whatever the missing compiler or triton raises
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    # Whatever the missing compiler or triton raises.
+    except Exception as e:
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(e).__name__
         say(f"warning: --compile does not work here and is left out ({reason[:150]})")
         return False
     if mode == "reduce-overhead" and device.type != "cuda":
         say(
-            "warning: --compile-mode reduce-overhead makes CUDA graphs, which this device has not; the default is taken"
+            "warning: --compile-mode reduce-overhead makes CUDA graphs, which this device has not; "
+            "the default is taken"
         )
         mode = "default"
-    torch._dynamo.utils.counters.clear()  # the trial is not counted
+    # The trial's own graph is not counted.
+    torch._dynamo.utils.counters.clear()
     model.compile(mode=mode, dynamic=False)
     return True
 
 
 def compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far: two (training and evaluation) when every batch has one shape."""
+    """Graphs that torch.compile has made: two, for training and evaluation, is what it takes."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 class Profiler:
-    """A trace of `steps` optimizer steps, after 3 of warm-up, for Perfetto or chrome://tracing; and a table."""
+    """A trace of `steps` optimizer steps, after 3 of warm-up, for ui.perfetto.dev; and a table."""
 
     def __init__(self, folder: Path, steps: int, say: Callable[[str], None]):
-        self.folder, self.say = folder, say
+        self.folder = folder
+        self.say = say
         self.profile: Any = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=0, warmup=3, active=steps, repeat=1),
             on_trace_ready=self._write,
@@ -102,16 +120,14 @@ class Profiler:
         self.profile.stop()
 
     def _write(self, profile: Any) -> None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        trace = self.folder / "trace.json.gz"
         try:
             self.folder.mkdir(exist_ok=True)
-            profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
-            cuda = torch.cuda.is_available()
-            table = profile.key_averages().table(
-                f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=40
-            )
+            profile.export_chrome_trace(str(trace))
+            table = profile.key_averages().table(f"self_{kind}_time_total", row_limit=40)
             (self.folder / "operators.txt").write_text(table)
-            self.say(
-                f"profile: {self.folder / 'trace.json.gz'} (open it in ui.perfetto.dev) and operators.txt beside it"
-            )
         except OSError as e:
             self.say(f"warning: no profile in {self.folder} ({e.strerror or e}); training goes on")
+        else:
+            self.say(f"profile: {trace} (open it in ui.perfetto.dev) and operators.txt beside it")

@@ -1,130 +1,220 @@
-"""Models: aliases, timm.create_model, local weights, starting checkpoints, and the saved form."""
+"""Models by name: what --model may be, and how one is made."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import timm.optim
 import torch
 from safetensors import SafetensorError
 
 from cifar_accel.errors import BadInput, did_you_mean
-from cifar_accel.files import alike, read_json
-from cifar_accel.models.surgery import shorten_convolutions
+from cifar_accel.files import read_as
+from cifar_accel.models import surgery
 from cifar_accel.models.weights import load_weights
 from cifar_accel.network import require_network
-from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD, TrainingArguments
 from cifar_accel.options.values import parse_keywords
 
 # The report's two models. Another short name is one line here.
 ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
 
-
-# Families (timm's module) that train faster in channels-last layout, by device; benchmarks/step.py measures it. Those
-# that are not here stay contiguous.
+# Families (the last word of timm's module) that train faster in channels-last layout, by device, as
+# benchmarks/step.py measures it. All others stay contiguous.
 CHANNELS_LAST = {
     "cpu": {"efficientnet", "nfnet", "resnet"},
 }
 
 
-def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
-    """Raise BadInput for a model that does not exist or whose weights cannot be had; comes before the data.
+def name_of(args: TrainingArguments) -> str:
+    """The model's full name in timm, or local-dir:PATH."""
+    return ALIASES.get(args.model, args.model)
 
-    Announces a download of weights with `say`.
+
+# ---- checks before anything is made or downloaded
+
+
+def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
+    """Raise BadInput for a model that does not exist or whose weights cannot be had.
+
+    It takes a moment and comes before the data. A download of weights is announced with `say`.
     """
-    name = ALIASES.get(args.model, args.model)
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        if not (folder / "config.json").is_file():
-            raise BadInput(
-                f"--model {args.model}: {folder} holds no config.json; give a folder in timm's local-dir form"
-            )
-        if args.pretrained and not (folder / "model.safetensors").is_file():
-            raise BadInput(
-                f"--model {args.model}: {folder} holds no model.safetensors (--no-pretrained does without)"
-            )
-        _read_local_config(args.model, folder)
+    name = name_of(args)
+    folder = _local_folder(name)
+    if folder:
+        _check_local_model(args, folder)
         return
+    _check_timm_name(args, name)
+    if args.pretrained:
+        _check_published_weights(name, say)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that local-dir:PATH names; None for a name of timm's."""
+    if not name.startswith("local-dir:"):
+        return None
+    return Path(name.removeprefix("local-dir:"))
+
+
+def _check_local_model(args: TrainingArguments, folder: Path) -> None:
+    """Raise BadInput for a folder that is none in timm's local-dir form."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"--model {args.model}: {folder} holds no config.json; give a folder in timm's "
+            "local-dir form"
+        )
+    if args.pretrained and not (folder / "model.safetensors").is_file():
+        raise BadInput(
+            f"--model {args.model}: {folder} holds no model.safetensors "
+            "(--no-pretrained does without)"
+        )
+    _read_local_config(args.model, folder)
+
+
+def _check_timm_name(args: TrainingArguments, name: str) -> None:
+    """Raise BadInput for an architecture, or a tag of its weights, that timm does not have."""
+    # "resnet18.a1_in1k" is an architecture and which of its weights; without a tag timm chooses.
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         if Path(name).is_dir():
             raise BadInput(
                 f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?"
             )
-        known = [*ALIASES, *timm.list_models()]
-        raise BadInput(
-            f"--model {args.model}: timm {timm.__version__} has no such model{did_you_mean(architecture, known)}"
-        )
-    tags = [m.partition(".")[2] for m in timm.list_pretrained(architecture + ".*")]
+        near = did_you_mean(architecture, [*ALIASES, *timm.list_models()])
+        raise BadInput(f"--model {args.model}: timm {timm.__version__} has no such model{near}")
+
+    published = timm.list_pretrained(architecture + ".*")
+    tags = [full_name.partition(".")[2] for full_name in published]
     if tag and tag not in tags:
+        known = ", ".join(tags) or "none"
         raise BadInput(
-            f"--model {args.model}: {architecture} has no weights '{tag}'; there are {', '.join(tags) or 'none'}"
+            f"--model {args.model}: {architecture} has no weights '{tag}'; there are {known}"
         )
-    if args.pretrained:
-        _announce_download(name, say)
+
+
+def _check_published_weights(name: str, say: Callable[[str], None]) -> None:
+    """Raise BadInput when timm has no weights for `name`, or they are on a hub out of reach.
+
+    Says so where a download is to come.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not (config.has_weights or config.hf_hub_id):
+        raise BadInput(
+            f"--model {name}: timm has no weights for it; pass --no-pretrained or --checkpoint PATH"
+        )
+    # Weights from elsewhere than the hub are timm's to fetch.
+    if not config.hf_hub_id:
+        return
+    for file in ("model.safetensors", "pytorch_model.bin", config.hf_hub_filename):
+        # The answer is a path, None for unknown, or a mark for a file known not to exist.
+        if file and isinstance(try_to_load_from_cache(config.hf_hub_id, file), str):
+            return
+    say(f"model: downloading the weights {config.hf_hub_id} from the Hugging Face hub")
+    require_network(
+        f"--model {name}: its weights {config.hf_hub_id}",
+        "pass --checkpoint PATH, --model local-dir:PATH, or --no-pretrained",
+    )
+
+
+# ---- a local model's config.json, as far as it is read here
+
+
+@dataclass(frozen=True)
+class _PretrainedConfig:
+    """timm's `pretrained_cfg`."""
+
+    fixed_input_size: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class _LocalConfig:
+    """timm's config.json of a model folder."""
+
+    architecture: str
+    num_classes: int
+    pretrained_cfg: _PretrainedConfig
+    model_args: dict[str, Any] | None = None
+
+
+def _read_local_config(name: str, folder: Path) -> _LocalConfig:
+    """The config.json of local-dir model `name`. Raises BadInput when it is none in timm's form."""
+    config = read_as(_LocalConfig, folder / "config.json")
+    if config is None:
+        raise BadInput(
+            f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg "
+            "in timm's form"
+        )
+    return config
+
+
+# ---- making one
 
 
 def build_model(
-    args: TrainingArguments, num_classes: int, say: Callable[[str], None] = print
+    args: TrainingArguments, num_classes: int, say: Callable[[str], None]
 ) -> torch.nn.Module:
     """Create the model with `num_classes` outputs, on the CPU, in float32.
 
+    Says with `say` what --checkpoint matched.
+
     Raises:
-        BadInput: unknown name or arguments, weights that cannot be had or do not fit.
+        BadInput: unknown name or arguments, weights that cannot be had or do not fit, an image size
+            that the model cannot take.
     """
-    name = ALIASES.get(args.model, args.model)
-    local = name.startswith("local-dir:")
+    name = name_of(args)
     keywords = parse_keywords(args.model_kwargs)
-    if _fixed_input_size(name):
+    # Without it a ViT takes images of the size of its published weights only.
+    if _takes_image_size(name):
         keywords.setdefault("img_size", args.image_size)
-    torch.manual_seed(args.seed)  # the initial values of what is not loaded
-    try:
-        model = timm.create_model(
-            name, pretrained=args.pretrained, num_classes=num_classes, **keywords
-        )
-    except TypeError as e:  # an argument that the architecture does not take
-        raise BadInput(
-            f"--model {args.model}: {str(e).splitlines()[0]} (see --model-kwargs)"
-        ) from e
-    except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
-        reason = " ".join(str(e).split())[:300]
-        hint = (
-            ""
-            if local or not args.pretrained
-            else "; --no-pretrained or --checkpoint PATH starts without these weights"
-        )
-        raise BadInput(f"--model {args.model}: cannot be made: {reason}{hint}") from e
+    # The initial values of all that is not loaded follow from the seed.
+    torch.manual_seed(args.seed)
+    model = _create(args, num_classes, keywords)
     if args.checkpoint:
         say(load_weights(model, args.checkpoint))
-    _check_input_size(model, args)
-    shorten_convolutions(model)
+    # A CNN may fail at a small size when its maps run out of pixels.
+    _check_image_size(model, args)
+    surgery.apply(model)
     return model
 
 
-def use_channels_last(
-    args: TrainingArguments, model: torch.nn.Module, device: torch.device
-) -> bool:
-    """Whether images and weights are kept in channels-last layout: as the options say, else by `CHANNELS_LAST`."""
-    if args.memory_format == "auto":
-        return type(model).__module__.rpartition(".")[2] in CHANNELS_LAST.get(device.type, ())
-    return args.memory_format == "channels_last"
-
-
-def forward_flops(model: torch.nn.Module, image_size: int) -> int:
-    """Floating-point operations of one image's forward pass (a multiplication and an addition are two)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 3, image_size, image_size))
-    return int(counter.get_total_flops())
-
-
-def _check_input_size(model: torch.nn.Module, args: TrainingArguments) -> None:
-    """Raise BadInput when the model cannot take an image of --image-size; one image on the CPU tells."""
+def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any]) -> torch.nn.Module:
+    """Call timm.create_model; its complaints become BadInput."""
+    name = name_of(args)
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+        model: torch.nn.Module = timm.create_model(
+            name, pretrained=args.pretrained, num_classes=num_classes, **keywords
+        )
+        return model
+    # An argument that the architecture does not take.
+    except TypeError as e:
+        reason = str(e).splitlines()[0]
+        raise BadInput(f"--model {args.model}: {reason} (see --model-kwargs)") from e
+    # Values that it cannot work with; weights that are damaged, out of reach or do not fit.
+    except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
+        reason = " ".join(str(e).split())[:300]
+        hint = ""
+        if args.pretrained and not _local_folder(name):
+            hint = "; --no-pretrained or --checkpoint PATH starts without these weights"
+        raise BadInput(f"--model {args.model}: cannot be made: {reason}{hint}") from e
+
+
+def _takes_image_size(name: str) -> bool:
+    """Whether the architecture takes `img_size`: a ViT does, a CNN does not."""
+    folder = _local_folder(name)
+    if folder:
+        return _read_local_config(name, folder).pretrained_cfg.fixed_input_size
+    return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+
+
+def _check_image_size(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raise BadInput when the model cannot take an image of --image-size; one image tells."""
+    try:
+        _forward_one_image(model, args.image_size)
     except (RuntimeError, AssertionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise BadInput(
@@ -132,47 +222,37 @@ def _check_input_size(model: torch.nn.Module, args: TrainingArguments) -> None:
         ) from e
 
 
-def _fixed_input_size(name: str) -> bool:
-    """Whether the architecture takes `img_size` (a ViT does, a CNN does not)."""
-    if name.startswith("local-dir:"):
-        config = _read_local_config(name, Path(name.removeprefix("local-dir:")))
-        return bool(config["pretrained_cfg"].get("fixed_input_size"))
-    return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+@torch.no_grad()
+def _forward_one_image(model: torch.nn.Module, image_size: int) -> None:
+    """One forward pass on the CPU; leaves `model` in evaluation mode, so no statistics change."""
+    model.eval()
+    model(torch.zeros(1, 3, image_size, image_size))
 
 
-def _read_local_config(name: str, folder: Path) -> dict[str, Any]:
-    """The config.json of a local-dir model. Raises BadInput when it is none in timm's form."""
-    config = read_json(folder / "config.json")
-    kinds = {"architecture": "", "num_classes": 0, "pretrained_cfg": {}}
-    sound = alike(config, {}) and all(alike(config.get(key), kind) for key, kind in kinds.items())
-    sound = sound and alike(config.get("model_args") or {}, {})
-    if not sound or not all(
-        alike(config["pretrained_cfg"].get(key, [0.5] * 3), [0.5] * 3) for key in ("mean", "std")
-    ):
-        raise BadInput(
-            f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg in timm's form"
-        )
-    return dict(config)
+# ---- its layout and its cost
 
 
-def _announce_download(name: str, say: Callable[[str], None]) -> None:
-    """Say where the weights come from; raise BadInput when there are none or the hub is out of reach."""
-    from huggingface_hub import try_to_load_from_cache
+def use_channels_last(
+    args: TrainingArguments, model: torch.nn.Module, device: torch.device
+) -> bool:
+    """Whether images and weights are kept in channels-last layout on `device`.
 
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not (cfg.has_weights or cfg.hf_hub_id):
-        raise BadInput(
-            f"--model {name}: timm has no weights for it; pass --no-pretrained or --checkpoint PATH"
-        )
-    files = ("model.safetensors", "pytorch_model.bin", cfg.hf_hub_filename)
-    if cfg.hf_hub_id and not any(
-        isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files if f
-    ):
-        remedy = "pass --checkpoint PATH, --model local-dir:PATH, or --no-pretrained"
-        say(f"model: downloading the weights {cfg.hf_hub_id} from the Hugging Face hub")
-        require_network(f"--model {name}: its weights {cfg.hf_hub_id}", remedy)
+    As --memory-format says, else as `CHANNELS_LAST` has it for the model's family.
+    """
+    if args.memory_format != "auto":
+        return args.memory_format == "channels_last"
+    # timm.models.resnet.ResNet is of the family "resnet".
+    family = type(model).__module__.rpartition(".")[2]
+    return family in CHANNELS_LAST.get(device.type, ())
 
 
-def name_of(args: TrainingArguments) -> str:
-    """The model's full name in timm."""
-    return ALIASES.get(args.model, args.model)
+def forward_flops(model: torch.nn.Module, image_size: int) -> int:
+    """Floating-point operations of one image's forward pass on the CPU.
+
+    A multiplication and an addition are two. Leaves `model` in evaluation mode.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        _forward_one_image(model, image_size)
+    return int(counter.get_total_flops())

@@ -1,29 +1,52 @@
-"""Changes to a model in place that leave what it computes as it is."""
+"""Changes to a model in place that leave its function and its state dict as they are."""
 
 import torch
 
 
+def apply(model: torch.nn.Module) -> None:
+    """Change `model` in place as every model of this package is changed, new or loaded.
+
+    All that makes or loads a model calls this once, so that a figure computed again from a run
+    folder is equal to the last digit.
+    """
+    shorten_convolutions(model)
+
+
 class _CentreConv2d(torch.nn.Conv2d):
-    """A convolution that, on a map of one pixel, multiplies with its kernel's centre alone: the rest meets padding."""
+    """A convolution that multiplies a map of one pixel by its kernel's centre alone.
+
+    The rest of the kernel would meet padding only.
+    """
 
     def _conv_forward(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         if input.shape[-2:] != (1, 1):
             return super()._conv_forward(input, weight, bias)
-        centre = weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
-        return torch.nn.functional.linear(input.flatten(1), centre, bias)[:, :, None, None]
+        _, _, height, width = weight.shape
+        # [out, in]: a convolution of one pixel is a matrix product.
+        centre = weight[:, :, height // 2, width // 2]
+        output = torch.nn.functional.linear(input.flatten(1), centre, bias)
+        return output[:, :, None, None]
 
 
 def shorten_convolutions(model: torch.nn.Module) -> None:
-    """Let every dense convolution that keeps a map's size skip the padding around a map of one pixel, in place.
+    """Let dense convolutions that keep a map's size skip the padding around one pixel, in place.
 
-    A network of stride 32 has such maps at 32 pixels, and 8 of 9 products of its last 3x3 kernels are with zeros.
+    A network of stride 32 has maps of one pixel at an image size of 32, where 8 of 9 products of a
+    3x3 kernel are with zeros.
     """
     for layer in model.modules():
-        if type(layer) is torch.nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
-            around = tuple(
-                d * (k - 1) / 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
-            )
-            if layer.padding == around != (0, 0):
-                layer.__class__ = _CentreConv2d
+        # Subclasses have a forward of their own.
+        if type(layer) is not torch.nn.Conv2d:
+            continue
+        if layer.groups != 1 or layer.padding_mode != "zeros":
+            continue
+        same_padding = tuple(
+            dilation * (size - 1) / 2
+            for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
+        )
+        # A 1x1 kernel is its centre already.
+        is_pointwise = same_padding == (0, 0)
+        if layer.padding == same_padding and not is_pointwise:
+            layer.__class__ = _CentreConv2d

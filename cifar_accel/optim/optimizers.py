@@ -1,79 +1,111 @@
-"""Optimizers by name, and their parameter groups."""
+"""Optimizers by name, their parameter groups, and what they keep for each weight."""
 
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import timm.optim
 import torch
+from torch.utils._pytree import tree_leaves
 
 from cifar_accel.errors import BadInput, did_you_mean
-from cifar_accel.optim.schedules import SCHEDULES
+from cifar_accel.optim.schedules import check_schedule
 from cifar_accel.options.options import TrainingArguments
 
-# A new optimizer is one line here: a function of the parameter groups and the options.
+# A new optimizer is one line here: a function of the parameter groups and the options. Those of
+# timm need none. The loop sets the rate before each step, and the groups hold the weight decay.
 OPTIMIZERS: dict[str, Callable[[Any, TrainingArguments], torch.optim.Optimizer]] = {
-    "adamw": lambda groups, a: torch.optim.AdamW(
-        groups, a.learning_rate, amsgrad=a.amsgrad, fused=True
+    "adamw": lambda groups, args: torch.optim.AdamW(
+        groups, args.learning_rate, amsgrad=args.amsgrad, fused=True
     ),
-    "sgdm": lambda groups, a: torch.optim.SGD(
-        groups, a.learning_rate, momentum=a.momentum, fused=True
+    "sgdm": lambda groups, args: torch.optim.SGD(
+        groups, args.learning_rate, momentum=args.momentum, fused=True
     ),
 }
 
 
 def check_names(args: TrainingArguments) -> None:
     """Raise BadInput for an optimizer or schedule that does not exist, naming the nearest."""
-    if args.scheduler not in SCHEDULES:
-        there = ", ".join(SCHEDULES)
-        raise BadInput(
-            f"--scheduler {args.scheduler}: unknown; there are {there}{did_you_mean(args.scheduler, SCHEDULES)}"
-        )
+    check_schedule(args)
+    check_optimizer(args)
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raise BadInput for an optimizer that does not exist or that the loop cannot drive."""
     if args.optimizer in OPTIMIZERS:
         return
-    if args.optimizer in timm.optim.list_optimizers():
-        if timm.optim.get_optimizer_info(args.optimizer).second_order:
-            raise BadInput(
-                f"--optimizer {args.optimizer}: needs second derivatives, which this loop does not compute"
-            )
-    else:
-        near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(
-            args.optimizer, timm.optim.list_optimizers()
-        )
+    of_timm = timm.optim.list_optimizers()
+    if args.optimizer not in of_timm:
+        near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(args.optimizer, of_timm)
         raise BadInput(
             f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}"
+        )
+    if timm.optim.get_optimizer_info(args.optimizer).second_order:
+        raise BadInput(
+            f"--optimizer {args.optimizer}: needs second derivatives, which this loop does not "
+            "compute"
         )
 
 
 def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]]:
-    """Parameter groups of `model`: one, or with --no-decay-all a second, undecayed one.
+    """Parameter groups of `model`: one, or with --no-decay-all a second one that is not decayed.
 
-    Spared are biases, norms and gains (NFNet's four-dimensional `gain` and scalar `skipinit_gain` too) and what the
-    model itself lists, such as position embeddings.
+    Not decayed are biases, norms, gains (NFNet's four-dimensional `gain` and scalar `skipinit_gain`
+    too) and what the model itself lists, such as position embeddings.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # The report's way.
     if args.decay_all:
-        return [{"params": [p for _, p in named], "weight_decay": args.weight_decay}]
+        return [{"params": list(named.values()), "weight_decay": args.weight_decay}]
+
     listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    spared = {
-        n for n, p in named if p.ndim <= 1 or n in listed or n.rpartition(".")[2].endswith("gain")
-    }
+    decayed = []
+    undecayed = []
+    for name, parameter in named.items():
+        # A name ends with its module's own word for the parameter: stages.0.0.conv1.gain.
+        is_gain = name.rpartition(".")[2].endswith("gain")
+        if parameter.ndim <= 1 or is_gain or name in listed:
+            undecayed.append(parameter)
+        else:
+            decayed.append(parameter)
     return [
-        {"params": [p for n, p in named if n not in spared], "weight_decay": args.weight_decay},
-        {"params": [p for n, p in named if n in spared], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
 
 
 def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
-    """The optimizer named by the options. Raises BadInput when timm's cannot be made with them."""
-    groups = [g for g in parameter_groups(model, args) if g["params"]]
+    """The optimizer named by the options, over the parameters of `model` that are trained.
+
+    Raises BadInput when timm's cannot be made with them, or not on this machine.
+    """
+    # An empty group is refused by some optimizers.
+    groups = [group for group in parameter_groups(model, args) if group["params"]]
     if args.optimizer in OPTIMIZERS:
         return OPTIMIZERS[args.optimizer](groups, args)
     try:
         return timm.optim.create_optimizer_v2(
             groups, args.optimizer, lr=args.learning_rate, momentum=args.momentum
         )
+    # Some need a GPU or a package, others refuse values.
     except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as e:
-        raise BadInput(
-            f"--optimizer {args.optimizer}: cannot be made: {str(e).splitlines()[0]}"
-        ) from e
+        reason = str(e).splitlines()[0]
+        raise BadInput(f"--optimizer {args.optimizer}: cannot be made: {reason}") from e
+
+
+def moments_per_weight(args: TrainingArguments, device: torch.device | None = None) -> int:
+    """How many numbers the optimizer keeps for each weight, such as adamw's two moments.
+
+    Counted after one step on a small matrix on `device` (unset: the CPU), whatever the optimizer.
+    Numbers of a row or column, as adafactor keeps, are not counted. Raises BadInput like
+    `build_optimizer`.
+    """
+    # Large enough for those that keep rows and columns in place of a matrix.
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
+    # Most make what they keep in their first step.
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), args)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    # An optimizer may keep tensors by name or in lists.
+    kept = tree_leaves(optimizer.state[weight])
+    numbers = sum(value.numel() for value in kept if torch.is_tensor(value))
+    return numbers // weight.numel()

@@ -1,1 +1,1 @@
-"""Every option once: its type, default and meaning, what words and recipes make of it, and its checks."""
+"""Every option once: type, default, meaning, checks, and what words and recipes make of it."""

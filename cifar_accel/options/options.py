@@ -1,162 +1,191 @@
-"""Every option once: typed, with its doc line, default and unit.
+"""Every option once: its type with its bounds, its default, and what it means.
 
-`TrainingArguments` is the command line, the help text, the documentation and `config.json` at once.
+`TrainingArguments` is the command line, the help text, docs/options.md and `config.json` at once.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
+from pydantic import Field
 from tyro.conf import Positional
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Channel means and deviations of ImageNet's training images, on a scale from 0 to 1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Numbers with their bounds. tyro, which reads the words, passes over the bounds; pydantic checks
+# them afterwards, all at once (`check_bounds` in parsing.py).
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+# Counts stay far from the end of 64-bit integers, since products of two of them are formed.
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+NotNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# The bounds stand around the None: tyro would print those of a part of a union in its complaints.
+NotNegativeOrNone = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+PositiveIntOrNone = Annotated[int | None, Field(gt=0, le=10**9)]
+NotNegativeIntOrNone = Annotated[int | None, Field(ge=0, le=10**9)]
+
+# `Volatile[int]` is an int that may differ between a run and its continuation: it changes where or
+# how the run goes, not what it computes.
+_VOLATILE = "volatile"
+T = TypeVar("T")
+Volatile = Annotated[T, _VOLATILE]
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """Fine-tune or train a timm model on CIFAR-100 (or another image set) on one or more devices."""
+    """Fine-tune or train a timm model on CIFAR-100, or other images, on one or more devices."""
+
+    # A comment after an empty line heads a section of docs/options.md; its further lines are the
+    # prose of that section.
 
     # What is trained
     model: str = "nfnet"
-    """nfnet, vit, any timm model name, or local-dir:PATH (a folder with config.json and model.safetensors)."""
+    """nfnet, vit, any timm model, or local-dir:PATH (with config.json and model.safetensors)."""
     pretrained: bool = True
     """Start from the model's published weights (a download, unless the model is a local-dir)."""
     checkpoint: str | None = None
-    """Weights to start from: a run folder, a .safetensors or a .pth file; replaces the published weights."""
+    """Weights to start from instead: a run folder, a .safetensors or a .pth file."""
     model_kwargs: tuple[str, ...] = ()
-    """Further arguments of the timm model, as name=value, for example patch_size=4 drop_path_rate=0.1."""
-    image_size: int = 32
+    """More arguments of the timm model, as in patch_size=4 drop_path_rate=0.1."""
+    image_size: PositiveInt = 32
     """Side of the square model input in pixels; images are resized to it."""
 
     # Data
     dataset: str = "cifar100"
-    """cifar100, cifar10, digits, a folder (hub parquet layout, or train/CLASS/*.png), or a hub id."""
-    data_dir: str = "~/.cache/cifar_accel"
+    """cifar100, cifar10, digits, a folder (hub parquet, or train/CLASS/*.png), or a hub id."""
+    data_dir: Volatile[str] = "~/.cache/cifar_accel"
     """Where downloads and the decoded arrays are kept."""
-    limit_train: int = 0
+    limit_train: NotNegativeInt = 0
     """Use this many training images, a seeded stratified subset (0: all)."""
-    limit_test: int = 0
+    limit_test: NotNegativeInt = 0
     """Use this many test images, a seeded stratified subset (0: all)."""
-    validation_fraction: float = 0.0
-    """Share of the training images held out, by class, for the evaluations; the test set is read once, at the end."""
+    validation_fraction: ShareBelowOne = 0.0
+    """Share of each class's training images held out; the test set is read once, at the end."""
     pipeline: Literal["device", "timm"] = "device"
-    """Input: device (images live on the device, augmented there in batches) or timm (PIL transforms in workers)."""
-    workers: int | None = None
-    """Worker processes of the timm pipeline per training process (unset: 8, or fewer where there are fewer cores)."""
+    """device: images live and are augmented on the device; timm: PIL in worker processes."""
+    workers: Volatile[NotNegativeIntOrNone] = None
+    """Worker processes of the timm pipeline per training process (unset: 8, or fewer cores)."""
 
-    # Augmentation, loss: timm's flag names; none or 0 turns one off
+    # Augmentation and loss
+    # The names are timm's. Where a value turns the option off, it is none or 0.
     aa: str = "none"
     """AutoAugment policy in timm's notation, for example rand-m15-n2."""
     scale: tuple[float, float] | None = None
-    """Area range of the random resized crop, as a share of the image; none: no such crop."""
+    """Least and largest area of the random resized crop, as shares; none: no such crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect range of the random resized crop."""
-    crop_padding: int = 0
-    """Random crop of the image padded by this many reflected pixels (in place of the random resized crop)."""
-    hflip: float = 0.0
+    """Least and largest aspect ratio of the random resized crop."""
+    crop_padding: NotNegativeInt = 0
+    """Random crop after reflecting this many pixels (instead of the random resized crop)."""
+    hflip: Share = 0.0
     """Probability of a left-right flip."""
-    vflip: float = 0.0
+    vflip: Share = 0.0
     """Probability of an upside-down flip."""
     alternating_flip: bool = False
-    """Flip every image left-right in every other epoch, at random in the first, in place of --hflip's coin."""
-    color_jitter: float = 0.0
-    """Range of random brightness, contrast and saturation (0.4 means a factor of 0.6 to 1.4)."""
+    """Flip each image left-right in every other epoch, not at random in every epoch as --hflip."""
+    color_jitter: NotNegative = 0.0
+    """Range of random brightness, contrast and saturation (0.4: factors from 0.6 to 1.4)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling when an image is resized."""
-    crop_pct: float = 1.0
-    """Test images are resized to image_size / crop_pct and cut to the centre (1: nothing is cut)."""
+    crop_pct: PositiveShare = 1.0
+    """Test images are resized to image_size / crop_pct and their centre is taken (1: all of it)."""
     mean: tuple[float, float, float] | None = None
     """Channel means subtracted from images scaled to [0, 1]; none: the model's own."""
     std: tuple[float, float, float] | None = None
-    """Channel deviations divided by; none: the model's own."""
-    reprob: float = 0.0
+    """Channel deviations that images are divided by; none: the model's own."""
+    reprob: Share = 0.0
     """Probability that a random rectangle of an image is erased (set to the mean)."""
-    mixup: float = 0.0
+    mixup: NotNegative = 0.0
     """Mixup alpha."""
-    cutmix: float = 0.0
-    """CutMix alpha; with Mixup too, each batch takes one of them, half and half."""
-    mixup_prob: float = 1.0
+    cutmix: NotNegative = 0.0
+    """CutMix alpha; with Mixup too, each batch takes one of them, with equal chances."""
+    mixup_prob: Share = 1.0
     """Probability that a batch is mixed."""
-    smoothing: float = 0.0
+    smoothing: ShareBelowOne = 0.0
     """Label smoothing."""
     bce_loss: bool = False
     """Binary cross-entropy over the classes in place of softmax cross-entropy."""
 
     # Optimization
-    epochs: int = 25
+    epochs: PositiveInt = 25
     """Passes over the training set."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Images in one optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Volatile[PositiveIntOrNone] = None
     """Most images that one device takes at once; accumulation follows from it (unset: no limit)."""
     optimizer: str = "adamw"
     """adamw, sgdm, or another optimizer of timm by name."""
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """Peak learning rate."""
-    weight_decay: float = 1e-2
+    weight_decay: NotNegative = 1e-2
     """Weight decay."""
     decay_all: bool = True
     """Decay every parameter; else gains, biases, norms and position embeddings are spared."""
-    momentum: float = 0.9
+    momentum: NotNegative = 0.9
     """Momentum of sgdm (and of timm's optimizers that have one)."""
     amsgrad: bool = False
     """The amsgrad form of adamw."""
     scheduler: str = "cosine"
     """cosine, linear_decay, constant or one_cycle; a function of the optimizer step."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up (unset: epochs / 5; 0 for linear_decay and constant; 0.3 epochs for one_cycle)."""
-    warmup_lr: float = 1e-5
+    warmup_epochs: NotNegativeOrNone = None
+    """Epochs of linear warm-up (unset: a fifth; one_cycle 3/10; linear_decay and constant 0)."""
+    warmup_lr: NotNegative = 1e-5
     """Learning rate at the first step of a warm-up."""
-    min_lr: float = 1e-6
+    min_lr: NotNegative = 1e-6
     """Learning rate at the end of cosine."""
-    clip_grad: float = 0.0
+    clip_grad: NotNegative = 0.0
     """Gradient clipping: the largest norm, value, or (agc) ratio to the weights' norm; 0: none."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """How gradients are clipped; agc is NFNet's adaptive clipping (0.01 is usual), which spares the classifier."""
+    """How gradients are clipped; agc is NFNet's adaptive way (0.01 is usual), classifier spared."""
     model_ema: bool = False
     """Keep an exponential moving average of the weights; it is what is evaluated and saved."""
-    model_ema_decay: float = 0.9998
+    model_ema_decay: Share = 0.9998
     """Decay of that average per step."""
 
     # Run
-    seed: int = 3407
+    seed: Seed = 3407
     """Everything random follows from it."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Volatile[Literal["auto", "cpu", "cuda", "mps"]] = "auto"
     """auto takes cuda, else mps, else cpu."""
     compile: bool = False
     """Compile the model with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """torch.compile's mode; reduce-overhead replays the step as a CUDA graph."""
-    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Layout of images and weights; auto takes what was measured to be faster for the model's family and device."""
-    max_steps: int = 0
+    memory_format: Volatile[Literal["auto", "contiguous", "channels_last"]] = "auto"
+    """Layout of images and weights; auto: what was measured faster for model family and device."""
+    max_steps: Volatile[NotNegativeInt] = 0
     """Stop after this many optimizer steps (0: no limit); the schedule is not rescaled."""
-    max_time: str | None = None
-    """Stop in order, with a checkpoint, at the first step after so long since the start: 90m, 2h, 1h30m."""
-    log_every: int = 50
+    max_time: Volatile[str | None] = None
+    """Stop in order, with a checkpoint, at the first step after this long: 90m, 2h, 1h30m."""
+    log_every: Volatile[PositiveInt] = 50
     """Optimizer steps between two log lines."""
-    dry_run: bool = False
-    """Print what would be trained, where every value comes from, and what is amiss on this machine; train nothing."""
-    profile: int = 0
-    """Trace this many optimizer steps, after 3 of warm-up, with torch's profiler into profile/ of the run folder."""
+    dry_run: Volatile[bool] = False
+    """Print what would be trained, the origin of every value and what is amiss; train nothing."""
+    profile: Volatile[NotNegativeInt] = 0
+    """Trace this many steps, after 3 of warm-up, with torch's profiler into RUN/profile."""
 
     # Saving and tracking
-    save_dir: str = "checkpoint"
+    save_dir: Volatile[str] = "checkpoint"
     """Parent of the run folders."""
-    run_name: str | None = None
+    run_name: Volatile[str | None] = None
     """Run folder below save_dir (unset: MODEL/OPTIMIZER-SCHEDULER-sSEED)."""
-    save_every: str = "1epoch"
+    save_every: Volatile[str] = "1epoch"
     """How often a resumable checkpoint is written: 1epoch, 500steps, 10m (minutes), or none."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Volatile[PositiveInt] = 2
     """Resumable checkpoints kept; older ones are removed once a new one is safe."""
-    save_epochs: int = -1
+    save_epochs: Volatile[int] = -1
     """Keep the weights of every so many epochs as model-epoch-XXXX (-1: of the last only)."""
-    resume: str = "auto"
-    """auto (go on with the run in its folder), never (a fresh folder), or a run or checkpoint folder to go on from."""
-    tracker: Literal["wandb", "none"] = "wandb"
-    """Experiment tracker beside metrics.jsonl; wandb works offline by itself without a key or a network."""
-    project: str = "cifar_accel"
+    resume: Volatile[str] = "auto"
+    """auto (go on with the run in its folder), never (fresh folder), or a folder to go on from."""
+    tracker: Volatile[Literal["wandb", "none"]] = "wandb"
+    """Tracker beside metrics.jsonl; wandb goes offline by itself without a key or a network."""
+    project: Volatile[str] = "cifar_accel"
     """wandb project."""
-    group: str | None = None
+    group: Volatile[str | None] = None
     """wandb group (a study's name)."""
     recipe: str = "report"
     """Set of defaults: report, plain or digits; every flag overrides it."""
@@ -172,7 +201,7 @@ class EvaluateArguments:
     """Another data set than the run's, or the place where it lies now."""
     data_dir: str | None = None
     """Where downloads and decoded arrays are kept (unset: as in the run)."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Images at once on one device."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda, else mps, else cpu."""
@@ -192,17 +221,21 @@ class StudyArguments:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write report.md and report.html with the tables and plots of all runs below a folder, and print the tables."""
+    """Print tables of all runs below a folder; write report.md and report.html there."""
 
     folder: Positional[str]
     """A folder with run folders at any depth below it."""
 
 
-# Options that may differ between a run and its continuation: they change where or how it runs, not what it computes.
-VOLATILE = frozenset(
-    "data_dir workers micro_batch_size device memory_format max_steps max_time dry_run log_every profile save_dir "
-    "run_name save_every keep_checkpoints save_epochs resume tracker project group".split()
-)
+def _volatile_options() -> frozenset[str]:
+    hints = get_type_hints(TrainingArguments, include_extras=True)
+    return frozenset(
+        name for name, hint in hints.items() if _VOLATILE in getattr(hint, "__metadata__", ())
+    )
+
+
+# The options that may differ between a run and its continuation.
+VOLATILE = _volatile_options()
 
 
 def flag(field: str) -> str:

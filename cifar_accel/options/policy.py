@@ -1,90 +1,121 @@
-"""timm's RandAugment policies, as read from their strings. Imports nothing heavy: `config.py` checks `--aa` with it.
+"""timm's RandAugment policies, read from their strings. Imports nothing heavy.
 
-RandAugment: Cubuk et al. 2020, with the rules of timm's auto_augment. `programs.py` draws from a policy, and
-`operations.py` holds the operations' pixels.
+RandAugment: Cubuk et al. 2020, with the rules of timm's auto_augment. `data/draws.py` draws from a
+policy, and `data/pixels.py` holds the operations' pixels.
 """
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cifar_accel.errors import BadInput
 
 # What a layer may do, in timm's order.
 NAMES = (
-    "autocontrast equalize invert rotate posterize solarize solarize_add color contrast brightness sharpness "
-    "shear_x shear_y translate_x translate_y"
+    "autocontrast equalize invert rotate posterize solarize solarize_add color contrast brightness "
+    "sharpness shear_x shear_y translate_x translate_y"
 ).split()
+
+# One part of a policy, such as `m15` or `mstd0.5`: a key and its value, which may be a fraction, a
+# whole number or a word.
+_PART = re.compile(r"(mstd|p)(\d+\.?\d*|\.\d+|inf)|(mmax|m|n|inc)(\d+)|(t)(weights|3a|3aw)")
+
+# The parts as an error message lists them.
+_PARTS = "mM, nN, pP, mstdS, mmaxM, inc1, tweights, t3a, t3aw"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """timm's `rand-...` string: `layers` operations, each applied with probability `prob` at `magnitude`."""
+    """What timm's `rand-...` string says."""
 
+    # How strong an operation is, on a scale that usually ends at 10.
     magnitude: int = 10
+    # Operations applied to an image, one after the other.
     layers: int = 2
+    # Probability with which each of them is applied.
     prob: float = 0.5
-    std: float = 0.0  # of the magnitude; infinite: uniform from 0 to the magnitude
-    ceiling: int = 10  # magnitudes above are lowered to it
-    increasing: bool = False  # whether every operation grows stronger with the magnitude
-    choice: str = (
-        ""  # "weights": chosen by WEIGHTS, without repetition; "3a", "3aw": sets that only timm has
-    )
+    # Standard deviation of the magnitude; infinite: it is uniform from 0 to `magnitude`.
+    std: float = 0.0
+    # Magnitudes above are lowered to it.
+    ceiling: int = 10
+    # Whether every operation grows stronger with the magnitude; timm's older ones do not.
+    increasing: bool = False
+    # "weights": chosen by `draws.WEIGHTS` without repetition; "3a" and "3aw": sets of operations
+    # that only the timm pipeline has; empty: all operations alike.
+    choice: str = ""
 
 
 def read_policy(text: str) -> Policy:
-    """Read `rand-m9-n2-mstd0.5-inc1`. Raises BadInput naming the part that timm refuses or would pass over."""
+    """Read `rand-m9-n2-mstd0.5-inc1`.
+
+    Raises BadInput naming the part that timm refuses, or that it would pass over.
+    """
     kind, *parts = text.split("-")
     if kind != "rand":
         raise BadInput(
             f"--aa {text}: '{kind}' is no RandAugment; the device pipeline has rand-... policies"
         )
-    policy, seen = Policy(), set()
-    fields = {
-        "m": "magnitude",
-        "n": "layers",
-        "p": "prob",
-        "mstd": "std",
-        "mmax": "ceiling",
-        "inc": "increasing",
-    }
+
+    # Part by part, each at most once and within its range.
+    policy = Policy()
+    seen = set()
     for part in parts:
-        match = re.fullmatch(
-            r"(mstd|p)(\d+\.?\d*|\.\d+|inf)|(mmax|m|n|inc)(\d+)|(t)(weights|3a|3aw)", part
-        )
-        key, value = [group for group in match.groups() if group] if match else ("", "")
-        if key in seen or not match:
-            wrong = (
-                "is given twice"
-                if match
-                else "is not one of mM, nN, pP, mstdS, mmaxM, inc1, tweights, t3a, t3aw"
-            )
-            raise BadInput(f"--aa {text}: '{part}' {wrong}")
+        match = _PART.fullmatch(part)
+        if match is None:
+            raise BadInput(f"--aa {text}: '{part}' is not one of {_PARTS}")
+        # The groups of the alternative that matched.
+        key, value = [group for group in match.groups() if group is not None]
+        if key in seen:
+            raise BadInput(f"--aa {text}: '{part}' is given twice")
         seen.add(key)
-        if key == "t":
-            policy = replace(policy, choice=value, increasing=True)
-            continue
-        number = float(value)
-        if {"n": number < 1, "p": not 0 < number <= 1, "mmax": number < 1, "inc": number > 1}.get(
-            key, False
-        ):
-            low = {"inc": "0 or 1", "p": "above 0 and at most 1"}.get(key, "1 or greater")
-            raise BadInput(f"--aa {text}: '{part}' must be {low}")
-        if key == "mstd":
-            number = float("inf") if number > 100 else number  # timm's word for a uniform magnitude
-        kinds: dict[str, Any] = {"p": float, "mstd": float, "inc": bool}
-        policy = replace(policy, **{fields[key]: kinds.get(key, int)(number)})
-    if "t" in seen:
+        fault = _out_of_range(key, value)
+        if fault:
+            raise BadInput(f"--aa {text}: '{part}' must be {fault}")
+        policy = _with_part(policy, key, value)
+
+    # What follows from the parts together.
+    if policy.choice:
+        # timm's sets with a name hold the increasing operations, whatever `inc` says.
         policy = replace(policy, increasing=True)
     if policy.choice == "weights" and policy.layers > len(NAMES):
         raise BadInput(
-            f"--aa {text}: 'n{policy.layers}' is more than the {len(NAMES)} operations to choose from"
+            f"--aa {text}: 'n{policy.layers}' is more than the {len(NAMES)} operations "
+            "to choose from"
         )
     return policy
 
 
+def _out_of_range(key: str, value: str) -> str:
+    """What the value of `key` must be, where it is not; otherwise an empty string."""
+    if key in ("n", "mmax") and int(value) < 1:
+        return "1 or greater"
+    if key == "p" and not 0 < float(value) <= 1:
+        return "above 0 and at most 1"
+    if key == "inc" and int(value) > 1:
+        return "0 or 1"
+    return ""
+
+
+def _with_part(policy: Policy, key: str, value: str) -> Policy:
+    """`policy` with one part of the string read into it."""
+    if key == "m":
+        return replace(policy, magnitude=int(value))
+    if key == "n":
+        return replace(policy, layers=int(value))
+    if key == "p":
+        return replace(policy, prob=float(value))
+    if key == "mmax":
+        return replace(policy, ceiling=int(value))
+    if key == "inc":
+        return replace(policy, increasing=int(value) == 1)
+    if key == "t":
+        return replace(policy, choice=value)
+    # mstd, of which timm takes more than 100 to mean a uniform magnitude.
+    std = float(value)
+    return replace(policy, std=float("inf") if std > 100 else std)
+
+
 def strength(policy: Policy) -> str:
-    """What the magnitude comes to, as an addition to the policy's name, where timm's ceiling lowers it."""
+    """What timm's ceiling makes of the magnitude, as an addition to the policy's name."""
     if policy.magnitude <= policy.ceiling:
         return ""
     return f" (m{policy.magnitude} acts as m{policy.ceiling}, timm's ceiling unless mmax raises it)"

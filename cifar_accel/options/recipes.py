@@ -7,9 +7,10 @@ from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD, TrainingArg
 
 # What each recipe changes in the defaults of TrainingArguments. A new recipe is one entry here.
 RECIPES: dict[str, dict[str, Any]] = {
-    # The course report's setting (AdamW with amsgrad, timm's m15 augmentation, both flips, batch Mixup, a test border
-    # cut away). Two slips of its scheduler are mended: the warm-up there repeated its first epoch and its peak stayed
-    # at 4.52e-4; here the rate warms up to --learning-rate and falls from there, step by step.
+    # The course report's setting: AdamW with amsgrad, timm's m15 augmentation, both flips, Mixup by
+    # batches, a border of the test images cut away. Two slips of its scheduler are mended. Its
+    # warm-up repeated the first epoch and its rate peaked at 4.52e-4; here the rate warms up to
+    # --learning-rate and falls from there, step by step.
     "report": dict(
         aa="rand-m15-n2",
         scale=(0.08, 1.0),
@@ -24,17 +25,25 @@ RECIPES: dict[str, dict[str, Any]] = {
         smoothing=0.1,
         amsgrad=True,
     ),
-    # What most CIFAR papers do: reflect-padded crop, horizontal flip, label smoothing, decay on weights only.
-    "plain": dict(crop_padding=4, hflip=0.5, smoothing=0.1, decay_all=False),
+    # What most CIFAR papers do: a crop of the image padded by reflection, a horizontal flip, label
+    # smoothing, weight decay on weights only.
+    "plain": dict(
+        crop_padding=4,
+        hflip=0.5,
+        smoothing=0.1,
+        decay_all=False,
+    ),
     # Small pictures of signs, where a flip changes the meaning.
-    "digits": dict(smoothing=0.1, decay_all=False),
+    "digits": dict(
+        smoothing=0.1,
+        decay_all=False,
+    ),
 }
 
 
 def recipe_defaults(name: str) -> TrainingArguments:
     """The defaults under recipe `name`. Raises BadInput when there is none of that name."""
     if name not in RECIPES:
-        raise BadInput(
-            f"--recipe {name}: unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}"
-        )
+        known = ", ".join(RECIPES)
+        raise BadInput(f"--recipe {name}: unknown; there are {known}{did_you_mean(name, RECIPES)}")
     return TrainingArguments(recipe=name, **RECIPES[name])

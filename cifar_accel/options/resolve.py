@@ -1,38 +1,63 @@
-"""What follows from options for others, and what contradicts: parsed options -> resolved ones with their origin."""
+"""Options as given -> options as they hold: what follows from others, and what contradicts."""
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.options.policy import read_policy
 from cifar_accel.options.recipes import RECIPES
 from cifar_accel.options.values import parse_duration, parse_interval, parse_keywords
 
-# Options that do nothing by themselves: what each needs, and whether it is there. Given in vain, it is an error.
-NEEDS: dict[str, tuple[str, Callable[[TrainingArguments], bool]]] = {
-    "amsgrad": ("--optimizer adamw", lambda a: a.optimizer == "adamw"),
-    "color_jitter": (
+# The policies of --aa, by the first part of their names in timm.
+POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+
+# Warm-up where none is given, as a share of the epochs: of cosine and others, and of these.
+USUAL_WARMUP_SHARE = 0.2
+WARMUP_SHARES = {"linear_decay": 0.0, "constant": 0.0, "one_cycle": 0.3}
+
+# Most bytes in a part of a run's name: file systems take 255, and some files beside it are longer.
+LONGEST_NAME = 250
+
+# What a rule makes of the options: new values by field.
+Derived = dict[str, Any]
+
+
+class Need(NamedTuple):
+    """What an option needs to have an effect, in words and as a question to the options."""
+
+    words: str
+    is_met: Callable[[TrainingArguments], bool]
+
+
+# Options that do nothing by themselves. To give one in vain is an error.
+NEEDS = {
+    "amsgrad": Need("--optimizer adamw", lambda args: args.optimizer == "adamw"),
+    # Beside most policies timm leaves colour jitter out, but not beside its set of three (3a).
+    "color_jitter": Need(
         "--aa none (timm leaves it out beside a policy)",
-        lambda a: a.aa == "none" or "3a" in a.aa,
+        lambda args: args.aa == "none" or "3a" in args.aa,
     ),
-    "alternating_flip": (
+    "alternating_flip": Need(
         "--hflip 0.5 and --pipeline device",
-        lambda a: a.hflip == 0.5 and a.pipeline == "device",
+        lambda args: args.hflip == 0.5 and args.pipeline == "device",
     ),
-    "compile_mode": ("--compile", lambda a: a.compile),
-    "momentum": ("an optimizer that has one", lambda a: a.optimizer != "adamw"),
-    "mixup_prob": ("--mixup or --cutmix", lambda a: bool(a.mixup or a.cutmix)),
-    "clip_mode": ("--clip-grad", lambda a: a.clip_grad > 0),
-    "model_ema_decay": ("--model-ema", lambda a: a.model_ema),
-    "ratio": ("--scale", lambda a: a.scale is not None),
-    "workers": ("--pipeline timm", lambda a: a.pipeline == "timm"),
-    "min_lr": ("--scheduler cosine", lambda a: a.scheduler == "cosine"),
-    "warmup_lr": ("a warm-up", lambda a: a.warmup_epochs != 0 and a.scheduler != "one_cycle"),
+    "compile_mode": Need("--compile", lambda args: args.compile),
+    "momentum": Need("an optimizer that has one", lambda args: args.optimizer != "adamw"),
+    "mixup_prob": Need("--mixup or --cutmix", lambda args: args.mixup > 0 or args.cutmix > 0),
+    "clip_mode": Need("--clip-grad", lambda args: args.clip_grad > 0),
+    "model_ema_decay": Need("--model-ema", lambda args: args.model_ema),
+    "ratio": Need("--scale", lambda args: args.scale is not None),
+    "workers": Need("--pipeline timm", lambda args: args.pipeline == "timm"),
+    "min_lr": Need("--scheduler cosine", lambda args: args.scheduler == "cosine"),
+    # one_cycle has a start of its own.
+    "warmup_lr": Need(
+        "a warm-up", lambda args: args.warmup_epochs != 0 and args.scheduler != "one_cycle"
+    ),
 }
 
 
@@ -40,156 +65,169 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
     """Fill in what follows from other options and check the whole.
 
     Args:
-        args: the options as parsed, with the recipe's defaults underneath.
+        args: the options as parsed, with the recipe's defaults underneath, within their bounds.
         given: the fields that the user set by a flag.
 
     Returns:
-        The resolved options and, by field, where each value comes from: default, recipe, flag or derived.
+        The resolved options and, by field, where each value comes from: default, recipe, flag or
+        derived.
 
     Raises:
-        BadInput: an option is out of range, or two contradict each other; the message names the flags.
+        BadInput: an option cannot be read, or two contradict each other; the message names the
+            flags.
     """
-    recipe = RECIPES[args.recipe]
-    origin = {
-        f.name: "flag" if f.name in given else "recipe" if f.name in recipe else "default"
-        for f in fields(args)
-    }
+    check_values(args)
+    origin = {}
+    for field in fields(args):
+        if field.name in given:
+            origin[field.name] = "flag"
+        elif field.name in RECIPES[args.recipe]:
+            origin[field.name] = "recipe"
+        else:
+            origin[field.name] = "default"
 
-    def derive(**values: Any) -> None:
-        nonlocal args
-        args = replace(args, **values)
-        origin.update(dict.fromkeys(values, "derived"))
-
-    check_ranges(args)
-    # A path means the same from wherever the run is continued or evaluated.
-    if os.path.isdir(home(args.dataset)):
-        args = replace(args, dataset=os.path.abspath(home(args.dataset)))
-    if args.model.startswith("local-dir:"):
-        args = replace(
-            args, model="local-dir:" + os.path.abspath(home(args.model.removeprefix("local-dir:")))
-        )
-    if args.checkpoint:
-        args = replace(args, checkpoint=os.path.abspath(home(args.checkpoint)))
-    if args.resume not in ("auto", "never"):
-        args = replace(args, resume=os.path.abspath(home(args.resume)))
-    if args.warmup_epochs is None:
-        share = {"linear_decay": 0.0, "constant": 0.0, "one_cycle": 0.3}.get(args.scheduler, 0.2)
-        derive(warmup_epochs=round(args.epochs * share, 4))
-    elif args.warmup_epochs > args.epochs:
-        raise BadInput(
-            f"--warmup-epochs {args.warmup_epochs:g}: longer than the run (--epochs {args.epochs})"
-        )
-    if args.crop_padding and args.scale:
-        if {"crop_padding", "scale"} <= given:
-            raise BadInput(
-                "--crop-padding and --scale are two kinds of random crop: give one of them"
-            )
-        derive(**({"scale": None} if "crop_padding" in given else {"crop_padding": 0}))
-    if args.checkpoint and args.pretrained and not args.model.startswith("local-dir:"):
-        if "pretrained" in given:
-            raise BadInput(
-                "--pretrained and --checkpoint both name weights to start from: give one of them"
-            )
-        derive(pretrained=False)
-    if args.aa != "none":
-        derive(**check_policy(args, given))
-    for name, (needed, has_effect) in NEEDS.items():
-        if not has_effect(args):
-            if name in given:
-                raise BadInput(f"{flag(name)} has no effect without {needed}")
-            if getattr(args, name) != getattr(
-                TrainingArguments, name
-            ):  # the recipe set it for another choice
-                derive(**{name: getattr(TrainingArguments, name)})
-    if args.run_name is None:
-        slug = os.path.basename(args.model.removeprefix("local-dir:").rstrip("/")) or "model"
-        derive(run_name=f"{slug}/{args.optimizer}-{args.scheduler}-s{args.seed}")
+    args = replace(args, **absolute_paths(args))
+    # Each rule sees what those before it have derived.
+    rules = (warmup, one_kind_of_crop, one_source_of_weights, pipeline, without_effect, run_name)
+    for rule in rules:
+        derived = rule(args, given)
+        args = replace(args, **derived)
+        origin.update(dict.fromkeys(derived, "derived"))
     return args, origin
 
 
-def check_policy(args: TrainingArguments, given: set[str]) -> dict[str, Any]:
-    """Read --aa; returns {"pipeline": "timm"} for a policy that only timm has, unless the user chose a pipeline.
-
-    Raises BadInput for a policy that cannot be read, or that the chosen pipeline lacks.
-    """
-    from cifar_accel.options.policy import read_policy
-
-    kind = args.aa.split("-")[0]
-    if kind not in ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a"):
-        raise BadInput(
-            f"--aa {args.aa}: unknown; timm has rand-..., augmix-..., original, originalr, v0, v0r and 3a"
-        )
-    if kind == "rand" and read_policy(args.aa).choice in ("", "weights"):
-        return {}
-    if args.pipeline == "device" and "pipeline" in given:
-        raise BadInput(
-            f"--aa {args.aa} needs --pipeline timm (the device pipeline has rand-... without t3a and t3aw)"
-        )
-    return {"pipeline": "timm"} if args.pipeline == "device" else {}
-
-
-def check_ranges(args: TrainingArguments) -> None:
-    """Raise BadInput for the first option outside its range; the message is one line that names the flag."""
-    positive = "epochs batch_size micro_batch_size learning_rate image_size log_every keep_checkpoints crop_pct"
-    not_negative = (
-        "warmup_epochs workers limit_train limit_test max_steps profile seed weight_decay momentum warmup_lr "
-        "min_lr clip_grad crop_padding mixup cutmix color_jitter"
-    )
-    for name in [*positive.split(), *not_negative.split()]:
-        value = getattr(args, name)
-        largest = (
-            2**63 - 1 if name == "seed" else 10**9 if isinstance(value, int) else sys.float_info.max
-        )
-        if value is not None and not value <= largest:
-            raise BadInput(f"{flag(name)} {str(value)[:20]}: is no number that this can mean")
-    for name in positive.split():
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise BadInput(f"{flag(name)} {value:g}: must be greater than 0")
-    for name in not_negative.split():
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise BadInput(f"{flag(name)} {value:g}: must be 0 or greater")
-    for name in [
-        "hflip",
-        "vflip",
-        "reprob",
-        "mixup_prob",
-        "smoothing",
-        "model_ema_decay",
-        "crop_pct",
-    ]:
-        if not 0 <= getattr(args, name) <= 1:
-            raise BadInput(f"{flag(name)} {getattr(args, name):g}: must lie between 0 and 1")
-    if not 0 <= args.validation_fraction < 1:
-        raise BadInput(
-            f"--validation-fraction {args.validation_fraction:g}: must be at least 0 and below 1"
-        )
-    if args.smoothing == 1:
-        raise BadInput("--smoothing 1: must be below 1")
+def check_values(args: TrainingArguments) -> None:
+    """Raise BadInput for the first option that is wrong by itself and that no bound describes."""
     if args.save_epochs == 0 or args.save_epochs < -1:
         raise BadInput(
             f"--save-epochs {args.save_epochs}: must be -1 (the last epoch only) or greater than 0"
         )
-    for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, float("inf"))):
-        pair, bound = getattr(args, name), " and at most 1" if high == 1 else ""
-        if (pair and not low < pair[0] <= pair[1] <= high) or (pair and pair[1] == float("inf")):
-            raise BadInput(
-                f"{flag(name)} {pair[0]:g} {pair[1]:g}: must be an increasing pair above 0{bound}"
-            )
-    if args.std and not all(0 < value < float("inf") for value in args.std):
-        raise BadInput(f"--std {args.std}: every deviation must be greater than 0")
-    if args.mean and not all(map(math.isfinite, args.mean)):
+    if args.scale:
+        check_pair("--scale", args.scale, largest=1.0)
+    check_pair("--ratio", args.ratio, largest=math.inf)
+    if args.mean and not all(math.isfinite(mean) for mean in args.mean):
         raise BadInput(f"--mean {args.mean}: every mean must be finite")
+    if args.std and not all(0 < deviation < math.inf for deviation in args.std):
+        raise BadInput(f"--std {args.std}: every deviation must be greater than 0")
     parse_interval(args.save_every)
-    parse_duration(args.max_time or "1s")
+    if args.max_time is not None:
+        parse_duration(args.max_time)
     parse_keywords(args.model_kwargs)
-    run = args.run_name
-    if run is not None and max(map(len, os.fsencode(run).split(b"/"))) > 250:
-        raise BadInput(f"--run-name {run[:40]}...: File name too long")
-    if run is not None and (
-        os.path.isabs(run) or ".." in run.split("/") or os.path.normpath(run) == "."
-    ):
+    if args.run_name is not None:
+        check_run_name(args.run_name)
+
+
+def check_pair(name: str, pair: tuple[float, float], largest: float) -> None:
+    """Raise BadInput unless `pair` is a finite range above 0 and up to `largest`."""
+    low, high = pair
+    if 0 < low <= high <= largest and math.isfinite(high):
+        return
+    bound = "" if largest == math.inf else f" and at most {largest:g}"
+    raise BadInput(f"{name} {low:g} {high:g}: must be an increasing pair above 0{bound}")
+
+
+def check_run_name(name: str) -> None:
+    """Raise BadInput unless `name` is that of a folder below --save-dir."""
+    parts = name.split("/")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        raise BadInput(f"--run-name {name[:40]}...: File name too long")
+    is_save_dir_itself = os.path.normpath(name) == "."
+    if os.path.isabs(name) or ".." in parts or is_save_dir_itself:
         raise BadInput(
-            f"--run-name {run}: must be a relative path without '..' (it lies below --save-dir)"
+            f"--run-name {name}: must be a relative path without '..' (it lies below --save-dir)"
         )
+
+
+def absolute_paths(args: TrainingArguments) -> Derived:
+    """Paths that mean the same from wherever the run is continued or evaluated."""
+    paths: Derived = {}
+    # Any other data set is a name.
+    if os.path.isdir(home(args.dataset)):
+        paths["dataset"] = os.path.abspath(home(args.dataset))
+    if args.model.startswith("local-dir:"):
+        folder = home(args.model.removeprefix("local-dir:"))
+        paths["model"] = "local-dir:" + os.path.abspath(folder)
+    if args.checkpoint:
+        paths["checkpoint"] = os.path.abspath(home(args.checkpoint))
+    if args.resume not in ("auto", "never"):
+        paths["resume"] = os.path.abspath(home(args.resume))
+    return paths
+
+
+def warmup(args: TrainingArguments, given: set[str]) -> Derived:
+    """The length of the warm-up, where it is not given: a share of the epochs by schedule."""
+    if args.warmup_epochs is None:
+        share = WARMUP_SHARES.get(args.scheduler, USUAL_WARMUP_SHARE)
+        return {"warmup_epochs": round(args.epochs * share, 4)}
+    if args.warmup_epochs > args.epochs:
+        raise BadInput(
+            f"--warmup-epochs {args.warmup_epochs:g}: longer than the run (--epochs {args.epochs})"
+        )
+    return {}
+
+
+def one_kind_of_crop(args: TrainingArguments, given: set[str]) -> Derived:
+    """The recipe's kind of random crop yields to the other kind when the user asks for that."""
+    if not args.crop_padding or not args.scale:
+        return {}
+    if {"crop_padding", "scale"} <= given:
+        raise BadInput("--crop-padding and --scale are two kinds of random crop: give one of them")
+    if "crop_padding" in given:
+        return {"scale": None}
+    return {"crop_padding": 0}
+
+
+def one_source_of_weights(args: TrainingArguments, given: set[str]) -> Derived:
+    """The published weights are not downloaded when --checkpoint replaces them."""
+    if not args.checkpoint or not args.pretrained or args.model.startswith("local-dir:"):
+        return {}
+    if "pretrained" in given:
+        raise BadInput(
+            "--pretrained and --checkpoint both name weights to start from: give one of them"
+        )
+    return {"pretrained": False}
+
+
+def pipeline(args: TrainingArguments, given: set[str]) -> Derived:
+    """A policy that only timm has takes the timm pipeline, unless the user chose the other."""
+    if args.aa == "none":
+        return {}
+    kind = args.aa.split("-")[0]
+    if kind not in POLICIES:
+        raise BadInput(
+            f"--aa {args.aa}: unknown; "
+            "timm has rand-..., augmix-..., original, originalr, v0, v0r and 3a"
+        )
+    # Of the rand-... policies, timm alone has those that choose from its sets of three (t3a, t3aw).
+    if kind == "rand" and read_policy(args.aa).choice in ("", "weights"):
+        return {}
+    if args.pipeline == "timm":
+        return {}
+    if "pipeline" in given:
+        raise BadInput(
+            f"--aa {args.aa} needs --pipeline timm "
+            "(the device pipeline has rand-... without t3a and t3aw)"
+        )
+    return {"pipeline": "timm"}
+
+
+def without_effect(args: TrainingArguments, given: set[str]) -> Derived:
+    """An option without what it needs is an error; set by the recipe, it yields to its default."""
+    derived = {}
+    for name, need in NEEDS.items():
+        if need.is_met(args):
+            continue
+        if name in given:
+            raise BadInput(f"{flag(name)} has no effect without {need.words}")
+        default = getattr(TrainingArguments, name)
+        if getattr(args, name) != default:
+            derived[name] = default
+    return derived
+
+
+def run_name(args: TrainingArguments, given: set[str]) -> Derived:
+    """The name of the run folder, where it is not given: MODEL/OPTIMIZER-SCHEDULER-sSEED."""
+    if args.run_name is not None:
+        return {}
+    model = os.path.basename(args.model.removeprefix("local-dir:").rstrip("/")) or "model"
+    return {"run_name": f"{model}/{args.optimizer}-{args.scheduler}-s{args.seed}"}

@@ -1,25 +1,34 @@
 """Values that an option writes as text: intervals, durations, keyword arguments."""
 
+import ast
+import contextlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from cifar_accel.errors import BadInput
 
+# What may follow the number of --save-every, and the unit that it names.
+INTERVAL_UNITS = {
+    "epoch": "epoch",
+    "epochs": "epoch",
+    "step": "step",
+    "steps": "step",
+    "m": "minute",
+    "min": "minute",
+}
+
 
 def parse_interval(text: str) -> tuple[int, str]:
-    """`1epoch`, `500steps`, `10m` or `none` -> (count, "epoch" | "step" | "minute" | "never"). Raises BadInput."""
+    """`1epoch`, `500steps`, `10m` or `none` -> (count, "epoch" | "step" | "minute" | "never").
+
+    Raises BadInput.
+    """
     if text == "none":
         return 0, "never"
-    for unit, endings in (
-        ("epoch", ("epochs", "epoch")),
-        ("step", ("steps", "step")),
-        ("minute", ("m", "min")),
-    ):
-        for ending in endings:
-            count = text.removesuffix(ending)
-            if count != text and count.isdecimal() and int(count) > 0:
-                return int(count), unit
+    match = re.fullmatch(r"(\d{1,9})(\D+)", text)
+    if match and int(match[1]) > 0 and match[2] in INTERVAL_UNITS:
+        return int(match[1]), INTERVAL_UNITS[match[2]]
     raise BadInput(
         f"--save-every {text}: write a number and a unit, as in 1epoch, 500steps or 10m, or none"
     )
@@ -27,12 +36,12 @@ def parse_interval(text: str) -> tuple[int, str]:
 
 def parse_duration(text: str) -> float:
     """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises BadInput."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    seconds = (
-        sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-        if match
-        else 0
-    )
+    match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text)
+    seconds = 0
+    if match:
+        hours, minutes, rest = (int(part or 0) for part in match.groups())
+        seconds = 3600 * hours + 60 * minutes + rest
+    # An empty text matches too, and 30 years are a slip of the keyboard.
     if not 0 < seconds < 1e9:
         raise BadInput(
             f"--max-time {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m"
@@ -41,16 +50,18 @@ def parse_duration(text: str) -> float:
 
 
 def parse_keywords(pairs: Iterable[str]) -> dict[str, Any]:
-    """`("patch_size=4", "act_layer=gelu")` -> keyword arguments; values read as Python literals, else as text."""
-    import ast
+    """`("patch_size=4", "act_layer=gelu")` -> keyword arguments of a timm model.
 
+    A value is read as a Python literal, and where it is none it is the text itself. Raises BadInput
+    for a word that is not name=value.
+    """
     keywords: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise BadInput(f"--model-kwargs {pair}: must be name=value")
-        try:
+        keywords[name] = value
+        # The last two are what Python raises for a literal that is nested too deeply.
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             keywords[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            keywords[name] = value
     return keywords

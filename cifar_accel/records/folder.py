@@ -1,4 +1,4 @@
-"""The run folder: whether a command starts, continues or refuses, its lock, config.json and summary.json.
+"""The run folder: whether a command starts, continues or refuses a run, and the folder's lock.
 
 Imports nothing heavy, so that a refusal comes before torch is loaded.
 """
@@ -11,42 +11,45 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import VOLATILE, TrainingArguments, flag
 from cifar_accel.records.summary import read_config, read_summary
 
+# The file that is locked while a run writes its folder; it says which process that is.
+LOCK = ".lock"
+
 
 @dataclass
 class Opened:
-    """What to do with the run folder `path`.
-
-    `resume_from` is a run or checkpoint folder to go on from, or None, and `fallback` another for where it holds no
-    whole checkpoint; `finished` holds the summary of a run that has nothing left to do; `stale` says that it holds
-    another run, which did nothing yet; `lock` is held as long as this object lives; `created` are the folders made for
-    it.
-    """
+    """What to do with the run folder `path`: start anew (nothing is set), go on, or leave it."""
 
     path: Path
+    # A run or checkpoint folder to go on from.
     resume_from: Path | None = None
+    # Another one, for where `resume_from` holds no whole checkpoint.
     fallback: Path | None = None
+    # The summary of a run that has nothing left to do.
     finished: dict[str, Any] | None = None
-    stale: bool = False
+    # Held as long as this object lives.
     lock: FileLock | None = None
+    # Folders that were made for the run, innermost first.
     created: list[Path] = field(default_factory=list)
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the run begins at step 0."""
+        return self.resume_from is None and self.finished is None
 
     def discard(self) -> None:
         """Leave no trace of a run that was refused before it began."""
         if (self.path / "config.json").exists():
             return
         if self.lock is not None:
-            for name in (
-                ".owner",
-                ".lock",
-            ):  # before the release: a lock that another process waits for must stay
-                (self.path / name).unlink(missing_ok=True)
+            # Before the release: a lock that another process waits for must stay.
+            (self.path / LOCK).unlink(missing_ok=True)
             self.lock.release()
         for folder in self.created:
             if folder.is_dir() and not any(folder.iterdir()):
@@ -56,144 +59,145 @@ class Opened:
 def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]) -> Opened:
     """Decide what to do with SAVE_DIR/RUN_NAME and take its lock; only the main process calls it.
 
-    Raises:
-        BadInput: the folder cannot be written, is in use, holds a run of another configuration, or --resume PATH
-            holds no checkpoint.
+    Raises BadInput when the folder cannot be written, is in use, or holds another run, or when
+    --resume PATH holds no checkpoint.
     """
     path = folder_of(args)
-    opened = Opened(path, created=[f for f in (path, *path.parents) if not f.exists()])
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    opened = Opened(path, created=missing)
     try:
-        _make(path, args)
-        opened.lock = _lock(path)
+        opened.lock = _make_and_lock(path, args)
         look_inside(opened, args, precision, say)
-        if opened.stale:
-            (path / "config.json").unlink()
     except BaseException:
         opened.discard()
         raise
+    if opened.starts_anew and read_config(path) is not None:
+        # It is of another run, that did nothing: this one must not go on with its tracker's id.
+        (path / "config.json").unlink()
     return opened
-
-
-def look_inside(
-    opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]
-) -> None:
-    """Set `resume_from`, `finished` or `stale` of `opened` by what the folder, or --resume PATH, holds; writes nothing.
-
-    Raises BadInput as `open_run` does.
-    """
-    path, explicit = opened.path, args.resume not in ("auto", "never")
-    source = path
-    if explicit:
-        opened.resume_from = source = _find_resume(home(args.resume))
-        source = source.parent.parent if is_checkpoint(source) else source
-        if source.resolve() != path.resolve() and (
-            (path / "config.json").exists() or _has_work(path)
-        ):
-            own = read_config(path)
-            if own is None or own["options"].get("resume") != args.resume:
-                raise BadInput(
-                    f"--resume {args.resume}: {path} holds another run already; give a --run-name of its own"
-                )
-            explicit, source = False, path  # this very command began it: it goes on where it stands
-            opened.resume_from, opened.fallback = path, opened.resume_from
-    config = read_config(source)
-    if config is None:
-        if _has_work(path) and not explicit:
-            raise BadInput(
-                f"--resume {args.resume}: {path} holds a run, but no config.json that says which; give another "
-                "--run-name, or --resume never"
-            )
-        return
-    changed = changed_options(config, args, precision)
-    if changed and args.resume in ("auto", "never") and not _has_work(path):
-        opened.stale = (
-            True  # it ended before its first log line: there is nothing to go on with or to lose
-        )
-        return
-    if changed:
-        raise BadInput(
-            f"--resume {args.resume}: {source} holds a run of another configuration ({'; '.join(changed)}); "
-            "give the same options, another --run-name, or --resume never"
-        )
-    summary = read_summary(path)
-    if summary.get("status") == "finished" and not explicit and not _more_steps(args, summary):
-        opened.finished = summary
-        say(
-            f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
-            "to train it anew, give --resume never"
-        )
-    elif opened.resume_from is None:
-        opened.resume_from = path
-
-
-def _has_work(path: Path) -> bool:
-    """Whether a run folder holds a logged step or a checkpoint."""
-    metrics = path / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or any(
-        (path / "checkpoints").glob("step-*")
-    )
-
-
-def _more_steps(args: TrainingArguments, summary: dict[str, Any]) -> bool:
-    """Whether a run that --max-steps cut short is now allowed further."""
-    return summary["steps"] < min(args.max_steps or summary["total_steps"], summary["total_steps"])
 
 
 def folder_of(args: TrainingArguments) -> Path:
     """SAVE_DIR/RUN_NAME; with --resume never, RUN_NAME-2, -3, ... if something is there."""
     assert args.run_name is not None
     path = home(args.save_dir) / args.run_name
-    n, fresh = 1, path
-    while args.resume == "never" and fresh.exists() and any(fresh.iterdir()):
+    if args.resume != "never":
+        return path
+    fresh = path
+    n = 1
+    while fresh.exists() and any(fresh.iterdir()):
         n += 1
         fresh = path.with_name(f"{path.name}-{n}")
     return fresh
 
 
-def _make(path: Path, args: TrainingArguments) -> None:
+# ---- the lock
+
+
+def _make_and_lock(path: Path, args: TrainingArguments) -> FileLock:
+    """Make the run folder and take its lock, which the system drops however this process ends."""
+    lock_file = path / LOCK
+    lock = FileLock(lock_file)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        where = e.filename or path
-        reason = (
-            "is a file"
-            if isinstance(e, FileExistsError | NotADirectoryError)
-            else (e.strerror or str(e))
-        )
-        raise BadInput(
-            f"--save-dir {args.save_dir}: cannot write a run there: {where}: {reason}"
-        ) from e
-
-
-def _lock(path: Path) -> FileLock:
-    """Take the folder's lock, which the system drops when this process ends, however it ends."""
-    lock = FileLock(path / ".lock")
-    try:
         lock.acquire(timeout=0)
+        # Where a file system has no locks, filelock keeps a record of its own in the file.
+        if not isinstance(lock, SoftFileLock):
+            lock_file.write_text(f"process {os.getpid()} on {platform.node()}\n")
     except Timeout:
-        owner = (
-            (path / ".owner").read_text().strip()
-            if (path / ".owner").exists()
-            else "another process"
-        )
+        owner = lock_file.read_text().strip() or "another process"
         raise BadInput(
             f"--run-name: {path} is in use by {owner}; wait for it, or give another --run-name"
         ) from None
-    (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}\n")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "is a file"
+        where = error.filename or path
+        raise BadInput(
+            f"--save-dir {args.save_dir}: cannot write a run there: {where}: {reason}"
+        ) from error
     return lock
 
 
-def _find_resume(path: Path) -> Path:
+# ---- what the folder holds
+
+
+def look_inside(
+    opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]
+) -> None:
+    """Set `resume_from`, `fallback` and `finished` of `opened`; writes nothing.
+
+    Raises BadInput as `open_run` does.
+    """
+    # --resume never: `folder_of` gave a folder with nothing in it.
+    if args.resume == "never":
+        return
+    # --resume auto: what is in the folder goes on.
+    if args.resume == "auto":
+        _go_on_in_place(opened, args, precision, say)
+        return
+    source = _find_source(home(args.resume))
+    source_run = source.parent.parent if is_checkpoint(source) else source
+    # --resume PATH, the folder holding nothing or being the one at PATH: go on, or back, to PATH.
+    if source_run.resolve() == opened.path.resolve() or _is_free(opened.path):
+        _check_same_options(source_run, args, precision)
+        opened.resume_from = source
+        return
+    # --resume PATH, the folder holding a run that began at PATH: this very command began it.
+    if _resumed_with(opened.path) == args.resume:
+        _go_on_in_place(opened, args, precision, say)
+        # It may have been killed before its first checkpoint.
+        if opened.resume_from is not None:
+            opened.fallback = source
+        return
+    # --resume PATH, the folder holding any other run.
+    raise BadInput(
+        f"--resume {args.resume}: {opened.path} holds another run already; "
+        "give a --run-name of its own"
+    )
+
+
+def _go_on_in_place(
+    opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]
+) -> None:
+    """Go on with what the run folder holds, if it holds anything."""
+    path = opened.path
+    config = read_config(path)
+    # An empty folder, or one whose run cannot be told.
+    if config is None:
+        if _has_work(path):
+            raise BadInput(
+                f"--resume {args.resume}: {path} holds a run, but no config.json that says which; "
+                "give another --run-name, or --resume never"
+            )
+        return
+    # Another run that ended before its first row: there is nothing to go on with, or to lose.
+    if args.resume == "auto" and changed_options(config, args, precision) and not _has_work(path):
+        return
+    # An unfinished or a finished run, of these options or others.
+    _check_same_options(path, args, precision)
+    summary = read_summary(path)
+    if not _is_finished(summary, args):
+        opened.resume_from = path
+        return
+    opened.finished = summary
+    say(
+        f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
+        "to train it anew, give --resume never"
+    )
+
+
+def _find_source(path: Path) -> Path:
+    """The PATH of --resume. Raises BadInput where it is neither a run nor a checkpoint folder."""
     if not path.is_dir():
         raise BadInput(
             f"--resume {path}: no such folder; give auto, never, or a run or checkpoint folder"
         )
     if not (path / "checkpoints").is_dir() and not is_checkpoint(path):
         raise BadInput(
-            f"--resume {path}: holds no checkpoint (neither a run folder nor a checkpoints/step-* folder)"
+            f"--resume {path}: holds no checkpoint "
+            "(neither a run folder nor a checkpoints/step-* folder)"
         )
     return path
 
@@ -203,9 +207,62 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "manifest.json").is_file()
 
 
+def _is_free(path: Path) -> bool:
+    """Whether a run folder holds no run at all, not even one that did nothing."""
+    return not (path / "config.json").exists() and not _has_work(path)
+
+
+def _has_work(path: Path) -> bool:
+    """Whether a run folder holds a logged row or a checkpoint."""
+    metrics = path / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > 0:
+        return True
+    return any((path / "checkpoints").glob("step-*"))
+
+
+def _resumed_with(path: Path) -> str | None:
+    """The --resume that the run in `path` was started with."""
+    config = read_config(path)
+    return None if config is None else config["options"].get("resume")
+
+
+def _is_finished(summary: dict[str, Any], args: TrainingArguments) -> bool:
+    """Whether a run has nothing left to do: one that --max-steps cut short may be allowed more."""
+    if summary.get("status") != "finished":
+        return False
+    total_steps: int = summary["total_steps"]
+    allowed = min(args.max_steps or total_steps, total_steps)
+    return summary["steps"] >= allowed
+
+
+def _check_same_options(run: Path, args: TrainingArguments, precision: str) -> None:
+    """Raise BadInput where `run` computes something else than this command.
+
+    A checkpoint folder that lies in no run folder has no options to compare with.
+    """
+    config = read_config(run)
+    changed = [] if config is None else changed_options(config, args, precision)
+    if changed:
+        raise BadInput(
+            f"--resume {args.resume}: {run} holds a run of another configuration "
+            f"({'; '.join(changed)}); "
+            "give the same options, another --run-name, or --resume never"
+        )
+
+
 def changed_options(config: dict[str, Any], args: TrainingArguments, precision: str) -> list[str]:
-    """Options that differ between a recorded run and this command and change what is computed, as `flag old -> new`."""
+    """The options of a recorded run that this command changes, as `--flag old -> new`.
+
+    Without those that change where or how it runs and not what it computes.
+    """
     old = config["options"]
+    # As JSON holds them, in which a tuple is a list.
     new = json.loads(json.dumps({**asdict(args), "mixed_precision": precision}))
-    names = [n for n in new if n not in VOLATILE and n in old and old[n] != new[n]]
-    return [f"{flag(n)} {old[n]} -> {new[n]}" for n in names]
+    changed = []
+    for name, value in new.items():
+        # An earlier version had fewer options.
+        if name in VOLATILE or name not in old:
+            continue
+        if old[name] != value:
+            changed.append(f"{flag(name)} {old[name]} -> {value}")
+    return changed

@@ -1,78 +1,104 @@
-"""What is measured while training: sums on the device, and clocks."""
+"""What is measured while training: sums that stay on the device, and the clock."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 
-from cifar_accel.errors import Diverged
-from cifar_accel.options.values import parse_interval
-from cifar_accel.run import State
+from cifar_accel.records.state import State
 
 
 class Sums:
-    """Loss, correct answers and images since the last look, kept on the device."""
+    """Loss and correct answers, summed on the device so that nobody waits."""
 
-    def __init__(self, accelerator: Accelerator):
-        wide = (
-            torch.float32 if accelerator.device.type == "mps" else torch.float64
-        )  # mps has no float64
-        self.accelerator = accelerator
-        self.values = torch.zeros(2, dtype=wide, device=accelerator.device)
-        self.images = 0  # of all ranks: they take equal shares
+    def __init__(self, device: torch.device, world: int):
+        # mps has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = torch.zeros(2, dtype=dtype, device=device)
+        # Images of all ranks, which take equal shares.
+        self.images = 0
+        self.world = world
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count one micro-batch; correct means that the largest logit is at the label."""
+        """Count one micro-batch.
+
+        Args:
+            loss: mean loss of the micro-batch, a scalar.
+            logits: [m, classes]; an answer is correct when its largest logit is at the label.
+            labels: int64 [m].
+        """
+        # The mean becomes a sum, so that micro-batches of any size add up.
         correct = (logits.argmax(1) == labels).sum()
         self.values += torch.stack([loss.detach() * len(labels), correct])
-        self.images += len(labels) * self.accelerator.num_processes
+        self.images += len(labels) * self.world
 
-    def move_to(self, state: State) -> None:
-        """Add the sums over all ranks to the state's window and epoch, and start anew. All ranks enter; the host waits.
+    def move_to(self, state: State, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Add the sums over all ranks to the state's window and epoch, and start anew.
 
-        Raises Diverged on every rank when the loss is not finite.
+        All ranks enter, for `reduce`; the host waits for the device.
         """
-        loss, correct = self.accelerator.reduce(self.values).tolist()
-        if loss != loss or abs(loss) == float("inf"):
-            raise Diverged(f"the loss became {loss} by step {state.step:,}")
-        for sums in (state.window, state.epoch):
-            for i, value in enumerate((loss, correct, self.images)):
-                sums[i] += value
+        # The loss sum is of this rank's images; after `reduce` it is of all.
+        loss, correct = reduce(self.values).tolist()
+        for totals in (state.window, state.epoch):
+            totals.loss += loss
+            totals.correct += correct
+            totals.images += self.images
         self.values.zero_()
         self.images = 0
 
 
 class Clock:
-    """Keeps state.time_s and the window's seconds (training only, and waiting) and state.wall_s (everything)."""
+    """Counts seconds into the state: `time_s` and the window's while training, `wall_s` always.
+
+    A context manager: what follows it is not counted.
+    """
 
     def __init__(self, state: State):
-        self.state, self.training = state, True
-        self.mark = self.saved = time.perf_counter()
-
-    def stop(self) -> None:
-        """Training pauses, the device being done."""
-        now = time.perf_counter()
-        self.state.wall_s += now - self.mark
-        if self.training:
-            self.state.time_s += now - self.mark
-            self.state.window[3] += now - self.mark
-        self.mark, self.training = now, False
-
-    def start(self) -> None:
-        """Training goes on."""
-        self.stop()
+        self.state = state
         self.training = True
+        self.counted_until = time.perf_counter()
+        self.last_checkpoint = self.counted_until
+
+    def __enter__(self) -> "Clock":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._count()
+
+    def _count(self) -> None:
+        """Count the seconds since the last call."""
+        # Every second goes to the wall clock, and to training unless it is paused.
+        now = time.perf_counter()
+        passed = now - self.counted_until
+        self.counted_until = now
+        self.state.wall_s += passed
+        if self.training:
+            self.state.time_s += passed
+            self.state.window.seconds += passed
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
+        """Not training: evaluating, saving, logging. Only the wall clock goes on."""
+        self._count()
+        self.training = False
+        try:
+            yield
+        finally:
+            self._count()
+            self.training = True
+
+    @contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
         """The host waits for input, or makes it."""
         began = time.perf_counter()
         yield
-        self.state.window[4] += time.perf_counter() - began
+        self.state.window.waiting += time.perf_counter() - began
 
-    def minutes_up(self, save_every: str) -> bool:
-        """Whether a checkpoint by the clock is due."""
-        count, unit = parse_interval(save_every)
-        return unit == "minute" and time.perf_counter() - self.saved > 60 * count
+    def minutes_up(self, minutes: float | None) -> bool:
+        """Whether so many minutes have passed since the last checkpoint; None never do."""
+        return minutes is not None and time.perf_counter() - self.last_checkpoint > 60 * minutes
+
+    def checkpoint_written(self) -> None:
+        """The minutes to the next checkpoint begin anew."""
+        self.last_checkpoint = time.perf_counter()

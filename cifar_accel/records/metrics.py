@@ -1,84 +1,113 @@
 """metrics.jsonl: one JSON object a logged step."""
 
-import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each line on the disk's side of the process before the next step.
+    """Writer of metrics.jsonl: each row is handed to the system before the next step.
 
-    A disk that cannot take a line costs one warning, never the run: the line is kept and tried again with the next.
+    A disk that cannot take a line costs one warning, never the run: the line is kept and tried
+    again with the next.
+
+    Args:
+        path: the file.
+        say: prints a line.
+        enabled: whether to write; only the main process does.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], enabled: bool = True):
-        self.enabled = enabled  # on the main process
-        self.path, self.say, self.pending, self.warned = path, say, "", False
+        self.path = path
+        self.say = say
+        self.enabled = enabled
+        # Lines that the disk has not taken yet.
+        self.pending: list[str] = []
+        self.warned = False
 
     def truncate(self, step: int) -> None:
-        """Drop what follows `step` (and a line cut short by a kill), so that a continued run logs each step once."""
-        if self.enabled and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            if text != self.path.read_text(errors="replace"):
-                scratch = self.path.with_name(self.path.name + ".tmp")
-                scratch.write_text(text)
-                os.replace(scratch, self.path)
+        """Drop the rows after `step`, and lines that are no rows.
+
+        A run that goes on from `step` then logs each step once.
+        """
+        if not self.enabled or not self.path.exists():
+            return
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        text = "".join(_line(row) for row in rows)
+        if text == self.path.read_text(errors="replace"):
+            return
+        # Written aside, so that a kill leaves all old rows or all that stay.
+        scratch = self.path.with_name(self.path.name + ".tmp")
+        scratch.write_text(text)
+        os.replace(scratch, self.path)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row`, and what could not be written before."""
+        """Append `row`, after what could not be written before."""
         if self.enabled:
-            self.pending += json.dumps(row) + "\n"
+            self.pending.append(_line(row))
             self.flush()
+
+    def flush(self) -> bool:
+        """Write what is pending; whether all of it is in the file now."""
+        if not self.pending:
+            return True
+        end = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            # Closing the file hands its last bytes to the system, and raises too.
+            with open(self.path, "a") as file:
+                file.writelines(self.pending)
+        except OSError as error:
+            # A disk that filled up in the middle has taken a part of a line: cut it off again.
+            with suppress(OSError):
+                os.truncate(self.path, end)
+            self._warn(error)
+            return False
+        self.pending = []
+        return True
+
+    def _warn(self, error: OSError) -> None:
+        # Once: the same is true for every further row.
+        if self.warned:
+            return
+        self.warned = True
+        self.say(
+            f"warning: {self.path} cannot be written ({error.strerror}); "
+            "training goes on, and tries again"
+        )
 
     def close(self) -> None:
         """Try once more, and say how many lines are lost."""
         if not self.flush():
-            self.say(
-                f"warning: {self.path} lacks its last {self.pending.count(chr(10))} lines: no room"
-            )
+            self.say(f"warning: {self.path} lacks its last {len(self.pending)} lines: no room")
 
-    def flush(self) -> bool:
-        """Whether all lines are in the file now."""
-        if not self.pending:
-            return True
-        try:
-            with open(self.path, "ab", buffering=0) as f:
-                end = f.tell()
-                data = self.pending.encode()
-                try:
-                    written = f.write(data)
-                except OSError:
-                    f.truncate(end)
-                    raise
-                if written < len(data):  # the disk became full in the middle
-                    f.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.pending = ""
-            return True
-        except OSError as e:
-            if not self.warned:
-                self.say(
-                    f"warning: {self.path} cannot be written ({e.strerror}); training goes on, and tries again"
-                )
-            self.warned = True
-            return False
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line without its end, and what no training writes there, is left out."""
+    """The rows of a metrics.jsonl.
+
+    Left out is what no training writes there, such as a last line that a kill cut short.
+    """
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        numbers = isinstance(row, dict) and all(
-            isinstance(value, int | float) for value in row.values()
-        )
-        if numbers and isinstance(row.get("step"), int) and "epoch" in row:
+        if _is_row(row):
             rows.append(row)
     return rows
+
+
+def _is_row(value: Any) -> bool:
+    """Whether `value` is an object of numbers, with an integer step and an epoch."""
+    if not isinstance(value, dict):
+        return False
+    if not all(isinstance(number, int | float) for number in value.values()):
+        return False
+    return isinstance(value.get("step"), int) and "epoch" in value

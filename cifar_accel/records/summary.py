@@ -1,18 +1,81 @@
-"""config.json and summary.json of a run folder."""
+"""config.json and summary.json of a run folder: their content, and how they are read back."""
 
 import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
-from importlib.metadata import version
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cifar_accel.files import alike, read_json
+from cifar_accel.files import read_as, read_json
 from cifar_accel.options.options import TrainingArguments
 
+# Packages whose version may change a result.
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cifar_accel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedOptions(TrainingArguments):
+    """`options` of config.json: the options, and facts known only once the run was set up.
+
+    An earlier version had fewer options; these facts every version has recorded.
+    """
+
+    run_name: str = field()
+    mixed_precision: str
+    classes: int
+    input_mean: tuple[float, float, float]
+    input_std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What readers of config.json rely on."""
+
+    options: RecordedOptions
+    # Where each option came from, by name.
+    provenance: dict[str, Any]
+    # The command line.
+    command: list[str] = field(default_factory=list)
+    # The later starts of the run.
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What readers of summary.json rely on."""
+
+    # "finished", "preempted" or "failed".
+    status: str
+    # Optimizer steps taken, and those of the whole schedule.
+    steps: int
+    total_steps: int
+    # Mean over the last whole epoch; None before the first.
+    train_loss: float | None
+    # A share of 1, on the test images; None until the run has finished.
+    accuracy: float | None = None
+
+
+def read_config(run: Path) -> dict[str, Any] | None:
+    """config.json of a run folder, or None where it is missing or none that a training writes."""
+    file = run / "config.json"
+    if read_as(Config, file) is None:
+        return None
+    return read_json(file)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """summary.json of a run folder, or {} where it is missing or none that a training writes."""
+    file = run / "summary.json"
+    summary = read_as(Summary, file)
+    if summary is None:
+        return {}
+    if summary.status == "finished" and summary.accuracy is None:
+        return {}
+    return read_json(file)
 
 
 def describe_config(
@@ -23,30 +86,43 @@ def describe_config(
     Args:
         args: the resolved options.
         origin: where each value comes from.
-        derived: values known only at start (precision, processes, batch arithmetic, data), with their origin.
+        derived: values known only at start (precision, processes, batch arithmetic, data).
     """
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except ImportError:
-            continue
     return {
         "options": {**asdict(args), **derived},
         "provenance": {**origin, **dict.fromkeys(derived, "derived")},
-        "command": [sys.argv[0], *(sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:])],
-        "versions": {"python": platform.python_version(), **installed},
+        "command": _command(),
+        "versions": {"python": platform.python_version(), **_installed_versions()},
         "hardware": _hardware(),
         "git": _git_state(),
     }
 
 
+def _command() -> list[str]:
+    """The command line, without the word `train`, which may be left out."""
+    program, *words = sys.argv
+    if words[:1] == ["train"]:
+        words = words[1:]
+    return [program, *words]
+
+
+def _installed_versions() -> dict[str, str]:
+    """Versions by package; one that runs from its source without being installed has none."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
 def _hardware() -> dict[str, Any]:
-    """Host, cores and accelerators; torch is loaded by the time a run is described."""
+    """Host, cores and accelerators."""
+    # Loaded long since by the time a run is described; those who only read do without it.
     import torch
 
-    cuda = torch.cuda.is_available()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "host": platform.node(),
         "platform": platform.platform(),
@@ -57,61 +133,21 @@ def _hardware() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the package's checkout and whether it differs from it; None when it is not a checkout."""
+    """The commit of the package's checkout, and whether tracked files differ from it.
 
-    def git(*words: str) -> str:
-        where = str(Path(__file__).parent)
-        done = subprocess.run(
-            ["git", "-C", where, *words], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
-
+    None where git is missing or the package lies in no checkout.
+    """
     try:
         return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "commit": _git("rev-parse", "HEAD"),
+            "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         }
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def read_config(run: Path) -> dict[str, Any] | None:
-    """What config.json of a run folder holds, or None where it is missing or none that a training writes."""
-    config = read_json(run / "config.json")
-    if (
-        not alike(config, {})
-        or not alike(config.get("options"), {})
-        or not alike(config.get("provenance"), {})
-    ):
-        return None
-    always = {
-        "run_name": "",
-        "mixed_precision": "no",
-        "classes": 0,
-        "input_mean": [0.0] * 3,
-        "input_std": [1.0] * 3,
-    }
-    kinds, options = {**asdict(TrainingArguments()), **always}, config["options"]
-    sound = options.keys() >= always.keys()  # an earlier version had fewer options
-    sound &= all(alike(options[name], kind) for name, kind in kinds.items() if name in options)
-    lists = {"command": str, "resumed": dict}
-    sound &= all(alike(config.get(name, []), []) for name in lists)
-    sound = sound and all(
-        isinstance(item, kind) for name, kind in lists.items() for item in config.get(name, [])
-    )
-    return config if sound else None
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """What summary.json of a run folder holds, or {} where it is missing or none that a training writes."""
-    summary = read_json(run / "summary.json")
-    if not alike(summary, {}):
-        return {}
-    kinds: dict[str, Any] = {"status": "", "steps": 0, "total_steps": 0, "train_loss": None}
-    if summary.get("status") == "finished":
-        kinds["accuracy"] = 0.0
-    return (
-        summary
-        if all(name in summary and alike(summary[name], kind) for name, kind in kinds.items())
-        else {}
-    )
+def _git(*words: str) -> str:
+    """What git prints in the package's folder."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -1,8 +1,9 @@
-"""Where figures go: metrics.jsonl always, an experiment tracker beside it; both on the main process alone.
+"""Experiment trackers: where figures go beside metrics.jsonl, from the main process alone.
 
-A tracker is a function that takes (project, name, group, job_type, config, folder, run id) and returns a `Tracker`.
+A tracker is a function that takes `say` and a `TrackedRun`, and returns an open `Tracker`.
 """
 
+import netrc
 import os
 import secrets
 import threading
@@ -13,158 +14,212 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from urllib.parse import urlparse
 
 import psutil
 
+# Seconds that a tracker has to send what is still to be sent; then it is given up.
+FINISH_TIMEOUT_S = 30
 
-@dataclass
+# wandb's own limits, shorter than ours: it then says itself what went wrong.
+WANDB_INIT_TIMEOUT_S = 10
+WANDB_FINISH_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run when it opens."""
+
+    project: str
+    name: str
+    # The name of the study.
+    group: str | None
+    # "train" or "evaluate".
+    job_type: str
+    # The options, as `options` of config.json.
+    config: dict[str, Any]
+    # The run folder; wandb/ lies in it.
+    folder: Path
+    # The tracker's id of the run to go on with; None begins a new one.
+    run_id: str | None
+
+
+@dataclass(frozen=True)
 class Tracker:
-    """An open tracker: its run id, a function that logs one row, one that closes it and says where it is, and one that
-    ends whatever processes it has, when it did not close in time."""
+    """An open tracker."""
 
+    # The id by which a later start goes on with the run.
     id: str | None
+    # Logs one row.
     log: Callable[[dict[str, Any]], None]
+    # Closes the tracker with a summary and an exit code, and says where the run is to be seen.
     finish: Callable[[dict[str, Any], int], None]
+    # Ends the processes of a tracker that did not close in time.
     abandon: Callable[[], None] = lambda: None
 
 
-SILENT = Tracker(None, lambda row: None, lambda summary, code: None)
+SILENT = Tracker(id=None, log=lambda row: None, finish=lambda summary, code: None)
 
 
-CLOSING_S = 30  # that a tracker may take for what is still to be written
+def start_tracker(kind: str, say: Callable[[str], None], run: TrackedRun) -> Tracker:
+    """Open tracker `kind`; whatever fails in it, now or later, is said once and never ends the run.
 
-
-def start_tracker(kind: str, say: Callable[[str], None], **about: Any) -> Tracker:
-    """Open tracker `kind`; any failure of it, now or later, is said once and never ends the run.
-
-    Nor does it hold the run up: a thread of its own makes the calls, in order, and the last has `CLOSING_S` seconds.
+    Nor does it hold the run up: a thread makes the calls, in order, and `finish` waits for it for
+    at most `FINISH_TIMEOUT_S` seconds.
     """
     try:
-        opened = TRACKERS[kind](say, **about)
-    except Exception as e:
-        say(
-            f"warning: no {kind} tracking ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
-        )
+        tracker = TRACKERS[kind](say, run)
+    except Exception as error:
+        # A tracker is a library with a network behind it: there is no telling how it fails.
+        first_line = str(error).partition("\n")[0]
+        say(f"warning: no {kind} tracking ({type(error).__name__}: {first_line})")
         return SILENT
-    if opened is SILENT:
+    if tracker is SILENT:
         return SILENT
+    return _in_a_thread(kind, say, tracker)
+
+
+def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tracker:
+    """The same tracker, whose calls return at once and are made by a thread."""
+    # None is the last.
     calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
-    def work() -> None:
+    def make_calls() -> None:
         try:
-            while call := calls.get():
+            for call in iter(calls.get, None):
                 call()
-        except Exception as e:
+        except Exception as error:
             say(
-                f"warning: {kind} tracking stopped ({type(e).__name__}: {e}); metrics.jsonl goes on"
+                f"warning: {kind} tracking stopped ({type(error).__name__}: {error}); "
+                "metrics.jsonl goes on"
             )
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    def log(row: dict[str, Any]) -> None:
+        calls.put(partial(tracker.log, row))
 
     def finish(summary: dict[str, Any], code: int) -> None:
-        calls.put(partial(opened.finish, summary, code))
+        calls.put(partial(tracker.finish, summary, code))
         calls.put(None)
-        thread.join(CLOSING_S)
+        thread.join(FINISH_TIMEOUT_S)
         if thread.is_alive():
             say(f"warning: {kind} does not answer and is given up; metrics.jsonl is complete")
-            opened.abandon()
+            tracker.abandon()
 
-    return Tracker(opened.id, lambda row: calls.put(partial(opened.log, row)), finish)
+    # A daemon does not keep the process alive when it hangs.
+    thread = threading.Thread(target=make_calls, daemon=True)
+    thread.start()
+    return Tracker(tracker.id, log, finish)
 
 
-def start_wandb(
-    say: Callable[[str], None],
-    *,
-    project: str,
-    name: str,
-    group: str | None,
-    job_type: str,
-    config: dict[str, Any],
-    folder: Path,
-    run_id: str | None,
-) -> Tracker:
-    """Open a wandb run that never prompts and never hangs: offline without a key or a network.
+# ---- wandb
 
-    `config` are the hyper-parameters, `folder` is where wandb/ lies, `run_id` is that of the run to go on with.
-    """
+
+def start_wandb(say: Callable[[str], None], run: TrackedRun) -> Tracker:
+    """Open a wandb run that never prompts and never hangs: offline without a key or a network."""
+    mode = wandb_mode()
+    opened = _init_wandb(mode, say, run)
+    # Every figure has the optimizer step as its horizontal axis, not the number of the call.
+    opened.define_metric("trainer/step")
+    for prefix in ("train", "eval", "test"):
+        opened.define_metric(f"{prefix}/*", step_metric="trainer/step")
+    if mode == "disabled":
+        return SILENT
+    if opened.url:
+        say(f"wandb: {opened.url}")
+    else:
+        say(f"wandb: offline, in {Path(opened.dir).parent}")
+
+    def log(row: dict[str, Any]) -> None:
+        figures = dict(row)
+        figures["trainer/step"] = figures.pop("step")
+        opened.log(figures)
+
+    def finish(summary: dict[str, Any], code: int) -> None:
+        known = {name: value for name, value in summary.items() if value is not None}
+        opened.summary.update(known)
+        opened.finish(exit_code=code)
+        if opened.settings.mode == "offline" or not opened.url:
+            folders = f"{run.folder / 'wandb'}/offline-run-*-{opened.id}"
+            say(f"wandb: to see it online: wandb sync {folders}")
+
+    return Tracker(opened.id, log, finish, _kill_wandb_service)
+
+
+def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
+    """An open wandb run: in `mode`, or offline where the server does not answer."""
+    # Read when wandb is imported.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode: Any = wandb_mode()
-    about: dict[str, Any] = dict(
-        project=os.environ.get("WANDB_PROJECT", project),
-        name=name,
-        group=group,
-        job_type=job_type,
-        config=config,
-        dir=str(folder),
-        id=run_id or secrets.token_hex(4),
-        resume="allow",
-    )
-    # The service would otherwise hold rows for 15 s, and lose them with the process.
     settings = wandb.Settings(
-        init_timeout=10, finish_timeout=20, console="off", x_file_stream_transmit_interval=1
+        init_timeout=WANDB_INIT_TIMEOUT_S,
+        finish_timeout=WANDB_FINISH_TIMEOUT_S,
+        console="off",
+        # Seconds. By default rows are held for 15 s, and lost with the process.
+        x_file_stream_transmit_interval=1,
     )
+    init: Any = partial(
+        wandb.init,
+        project=os.environ.get("WANDB_PROJECT", run.project),
+        name=run.name,
+        group=run.group,
+        job_type=run.job_type,
+        config=run.config,
+        dir=str(run.folder),
+        id=run.run_id or secrets.token_hex(4),
+        settings=settings,
+    )
+    # An offline run cannot ask the server for the run to go on with: `resume` would be an error.
+    # Its parts have one id, and are joined when they are synchronised.
     if mode == "offline":
-        about.pop(
-            "resume"
-        )  # an offline run cannot ask; the same id joins the parts when they are synchronised
+        return init(mode="offline")
     try:
-        run = wandb.init(mode=mode, settings=settings, **about)
-    except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as e:
-        say(f"wandb: offline, the server does not answer ({str(e).splitlines()[0]})")
+        return init(mode=mode, resume="allow")
+    except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
+        first_line = str(error).partition("\n")[0]
+        say(f"wandb: offline, the server does not answer ({first_line})")
+        # The service still waits for the server.
         wandb.teardown()
-        about.pop("resume", None)
-        run = wandb.init(mode="offline", settings=settings, **about)
-    run.define_metric("trainer/step")
-    for prefix in ("train", "eval", "test"):
-        run.define_metric(f"{prefix}/*", step_metric="trainer/step")
-    if mode == "disabled":
-        return SILENT
-    say(f"wandb: {run.url or 'offline, in ' + str(Path(run.dir).parent)}")
-
-    def log(row: dict[str, Any]) -> None:
-        run.log({"trainer/step" if key == "step" else key: value for key, value in row.items()})
-
-    def finish(summary: dict[str, Any], code: int) -> None:
-        run.summary.update({k: v for k, v in summary.items() if v is not None})
-        run.finish(exit_code=code)
-        if run.settings.mode == "offline" or not run.url:
-            say(f"wandb: to see it online: wandb sync {folder / 'wandb'}/offline-run-*-{run.id}")
-
-    return Tracker(run.id, log, finish, kill_wandb_service)
+        return init(mode="offline")
 
 
-def kill_wandb_service() -> None:
+def _kill_wandb_service() -> None:
     """Kill wandb's own process, which would else be waited for when this one ends."""
     for process in psutil.Process().children(recursive=True):
+        # It may end by itself meanwhile.
         with suppress(psutil.Error):
             if "wandb" in process.name():
                 process.kill()
 
 
 def wandb_mode() -> str:
-    """WANDB_MODE, else online where wandb would find a key (nobody is asked for one), else offline."""
-    return os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+    """WANDB_MODE; else online where wandb would find a key, and offline where it would not."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
+    return "online" if _has_wandb_key() else "offline"
 
 
-def _wandb_key() -> bool:
-    """Whether wandb would find a key."""
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key, in the environment or where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import netrc
-    from urllib.parse import urlparse
-
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = urlparse(server).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        keys = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return keys.authenticators(host) is not None
 
 
-# A new tracker is one function like start_wandb and one line here (and its name in TrainingArguments.tracker).
-TRACKERS: dict[str, Callable[..., Tracker]] = {
+def _start_nothing(say: Callable[[str], None], run: TrackedRun) -> Tracker:
+    return SILENT
+
+
+# A new tracker is one function like start_wandb and one line here, and its name in the type of
+# TrainingArguments.tracker.
+TRACKERS: dict[str, Callable[[Callable[[str], None], TrackedRun], Tracker]] = {
     "wandb": start_wandb,
-    "none": lambda say, **about: SILENT,
+    "none": _start_nothing,
 }

@@ -7,84 +7,182 @@ from typing import Any
 
 from cifar_accel.results.runs import RunFiles, read_run
 
+# matplotlib's Axes. The library is loaded where a figure is written, since that takes a second.
+Axes = Any
+
+# The plots of a run folder, and what each shows.
 PLOTS = {"loss.png": "loss", "accuracy.png": "accuracy", "lr.png": "learning rate"}
 
+# Options that change a training image or mix two. `aa` does too, and is "none" when it is off.
+AUGMENTATIONS = (
+    "scale",
+    "crop_padding",
+    "hflip",
+    "vflip",
+    "color_jitter",
+    "reprob",
+    "mixup",
+    "cutmix",
+)
 
-# ---- plots
+# A curve of more points than this is drawn thin, with a smoothed one over it.
+MOST_SINGLE_POINTS = 30
+
+# More names than this would hide the curves behind the legend.
+MOST_NAMES = 12
+
+# Size in inches, and dots an inch: 910 x 546 pixels.
+FIGURE_SIZE = (7, 4.2)
+FIGURE_DPI = 130
 
 
 def plot_run(path: Path, say: Callable[[str], None]) -> None:
-    """Write loss.png, accuracy.png and lr.png into a run folder; a failure is said and does no harm."""
+    """Write loss.png, accuracy.png and lr.png into a run folder; says so, or why it could not."""
     try:
         run = read_run(path)
-        if run and run.rows:
-            _plot(run)
+        if run is not None and run.rows:
+            write_plots(run)
             say(f"plots: {', '.join(PLOTS)} in {path}")
-    except Exception as e:  # a plot never ends a training
-        say(f"warning: no plots ({type(e).__name__}: {e})")
+    # Whatever goes wrong in here, the training before it is done and stays so.
+    except Exception as error:
+        say(f"warning: no plots ({type(error).__name__}: {error})")
 
 
-def _plot(run: RunFiles) -> None:
-    train = [r for r in run.rows if "train/loss" in r]
-    tests = [r for r in run.rows if "eval/loss" in r]
-    held_out = "held-out images" if run.options.get("validation_fraction") else "test"
-    names = "scale crop_padding hflip vflip color_jitter reprob mixup cutmix"
-    plain = run.options["aa"] == "none" and not any(run.options[name] for name in names.split())
-    mixed = "batches" if plain else "augmented batches"
-    soft = f", label smoothing {run.options['smoothing']:g}" if run.options["smoothing"] else ""
-    title = f"{run.setting[1]}, {run.setting[2]} + {run.setting[3]}, {run.setting[0]}"
+def write_plots(run: RunFiles) -> None:
+    """Write the plots of a run that has rows."""
+    save_figure(run.path / "loss.png", lambda axes: draw_loss(axes, run))
+    save_figure(run.path / "accuracy.png", lambda axes: draw_accuracy(axes, run))
+    save_figure(run.path / "lr.png", lambda axes: draw_learning_rate(axes, run))
 
-    def curve(
-        axes: Any, rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0
-    ) -> None:
-        x, y = [r["epoch"] for r in rows], [r[key] * scale for r in rows]
-        if len(y) > 30:  # raw and smoothed
-            axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
-            axes.plot(x, smooth(y), color=color, linewidth=1.8, label=f"{label}, smoothed")
-        else:
-            axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
 
-    def loss(axes: Any) -> None:
-        curve(axes, train, "train/loss", f"train ({mixed}{soft})", "tab:blue")
-        curve(axes, tests, "eval/loss", held_out, "tab:orange")
-        axes.set(ylabel="cross-entropy, nats", title=f"Loss: {title}")
+# ---- what is drawn
 
-    def accuracy(axes: Any) -> None:
-        curve(axes, train, "train/accuracy", f"train ({mixed})", "tab:blue", 100)
-        curve(axes, tests, "eval/accuracy", held_out, "tab:orange", 100)
-        if tests:
-            last = tests[-1]
-            axes.annotate(
-                f"{last['eval/accuracy']:.2%}",
-                (last["epoch"], last["eval/accuracy"] * 100),
-                xytext=(0, -16),
-                textcoords="offset points",
-                ha="right",
-            )
-        axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=f"Accuracy: {title}")
 
-    def rate(axes: Any) -> None:
-        axes.plot(
-            [r["epoch"] for r in train],
-            [r["train/lr"] for r in train],
-            color="tab:green",
-            label="learning rate",
+def draw_loss(axes: Axes, run: RunFiles) -> None:
+    """Training and test loss by epoch."""
+    smoothing = run.options["smoothing"]
+    training = f"train ({_training_images(run)}"
+    if smoothing:
+        training += f", label smoothing {smoothing:g}"
+    training += ")"
+    draw_curve(axes, run, "train/loss", training, "tab:blue")
+    draw_curve(axes, run, "eval/loss", _evaluated_images(run), "tab:orange")
+    axes.set(ylabel="cross-entropy, nats", title=f"Loss: {_title(run)}")
+
+
+def draw_accuracy(axes: Axes, run: RunFiles) -> None:
+    """Training and test accuracy in percent by epoch, and the last one as a number."""
+    training = f"train ({_training_images(run)})"
+    draw_curve(axes, run, "train/accuracy", training, "tab:blue", scale=100)
+    draw_curve(axes, run, "eval/accuracy", _evaluated_images(run), "tab:orange", scale=100)
+    evaluations = _rows_with(run, "eval/accuracy")
+    if evaluations:
+        last = evaluations[-1]
+        accuracy = last["eval/accuracy"]
+        # Below the last point, 16 points of a font's size away from it.
+        axes.annotate(
+            f"{accuracy:.2%}",
+            (last["epoch"], accuracy * 100),
+            xytext=(0, -16),
+            textcoords="offset points",
+            ha="right",
         )
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axes.set(ylabel="learning rate", title=f"Schedule: {title}")
-
-    for name, draw in zip(PLOTS, (loss, accuracy, rate), strict=True):
-        _save_figure(run.path / name, draw)
+    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=f"Accuracy: {_title(run)}")
 
 
-def _save_figure(path: Path, draw: Callable[[Any], None]) -> None:
+def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
+    """The learning rate by epoch."""
+    rows = _rows_with(run, "train/lr")
+    epochs = [row["epoch"] for row in rows]
+    rates = [row["train/lr"] for row in rows]
+    axes.plot(epochs, rates, color="tab:green", label="learning rate")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.set(ylabel="learning rate", title=f"Schedule: {_title(run)}")
+
+
+def draw_comparison(axes: Axes, runs: list[RunFiles]) -> None:
+    """The test accuracy of several runs in percent by epoch."""
+    for run in runs:
+        rows = _rows_with(run, "eval/accuracy")
+        epochs = [row["epoch"] for row in rows]
+        accuracies = [100 * row["eval/accuracy"] for row in rows]
+        # Without a legend the page still names every run, below the figure.
+        label = str(run.options["run_name"]) if len(runs) <= MOST_NAMES else None
+        axes.plot(epochs, accuracies, marker=".", label=label)
+    title = "Accuracy after each epoch, all finished runs"
+    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=title)
+
+
+def draw_curve(
+    axes: Axes, run: RunFiles, key: str, label: str, color: str, scale: float = 1.0
+) -> None:
+    """The metric `key` by epoch, times `scale`."""
+    rows = _rows_with(run, key)
+    epochs = [row["epoch"] for row in rows]
+    values = [row[key] * scale for row in rows]
+    if len(values) <= MOST_SINGLE_POINTS:
+        axes.plot(epochs, values, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
+        return
+    axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(epochs, smooth(values), color=color, linewidth=1.8, label=f"{label}, smoothed")
+
+
+def smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential moving average over about `share` of the curve, without the bias of its start.
+
+    The weights of the values seen so far are summed and divided out, as in Adam (Kingma and Ba,
+    2015).
+    """
+    span = max(1.0, share * len(values))
+    decay = 1 - 1 / span
+    total = 0.0
+    total_weight = 0.0
+    smoothed = []
+    for value in values:
+        total = decay * total + (1 - decay) * value
+        total_weight = decay * total_weight + (1 - decay)
+        smoothed.append(total / total_weight)
+    return smoothed
+
+
+# ---- what is said about it
+
+
+def _rows_with(run: RunFiles, key: str) -> list[dict[str, Any]]:
+    """A row has evaluation figures only where the model was evaluated, so not all have all keys."""
+    return [row for row in run.rows if key in row]
+
+
+def _title(run: RunFiles) -> str:
+    setting = run.setting
+    return f"{setting.model}, {setting.optimizer} + {setting.scheduler}, {setting.dataset}"
+
+
+def _training_images(run: RunFiles) -> str:
+    """What the training figures are of, which explains why they may lie below the test's."""
+    changed = any(run.options[name] for name in AUGMENTATIONS)
+    if run.options["aa"] != "none" or changed:
+        return "augmented batches"
+    return "batches"
+
+
+def _evaluated_images(run: RunFiles) -> str:
+    return "held-out images" if run.options.get("validation_fraction") else "test"
+
+
+# ---- the file
+
+
+def save_figure(path: Path, draw: Callable[[Axes], None]) -> None:
+    """Write the PNG `path`, over epochs, with what `draw` puts into its axes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    scratch = path.with_name(f".{path.name}")
-    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+    # A dollar in a run's name is a dollar, not the start of a formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        # Not by pyplot, which keeps every figure and may want a display.
+        figure = Figure(figsize=FIGURE_SIZE, dpi=FIGURE_DPI, layout="constrained")
         axes = FigureCanvasAgg(figure).figure.add_subplot()
         draw(axes)
         axes.set_xlabel("epoch")
@@ -92,35 +190,8 @@ def _save_figure(path: Path, draw: Callable[[Any], None]) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
+
+        # Replaced at once, so that a page never shows half a picture.
+        scratch = path.with_name(f".{path.name}")
         figure.savefig(scratch, format="png")
     os.replace(scratch, path)
-
-
-def smooth(values: list[float], span: float = 0.05) -> list[float]:
-    """Exponential moving average over a share `span` of the curve, corrected for its start."""
-    decay, mean, weight, out = 1 - 1 / max(1.0, span * len(values)), 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
-        out.append(mean / weight)
-    return out
-
-
-# ---- the page
-
-
-def _compare(axes: Any, runs: list[RunFiles]) -> None:
-    for run in runs:
-        tests = [r for r in run.rows if "eval/accuracy" in r]
-        # A legend of more than a dozen lines would cover the curves; the sections below the figure name them all.
-        label = str(run.options["run_name"]) if len(runs) <= 12 else None
-        axes.plot(
-            [r["epoch"] for r in tests],
-            [100 * r["eval/accuracy"] for r in tests],
-            marker=".",
-            label=label,
-        )
-    axes.set(
-        ylabel="top-1 accuracy, %",
-        ylim=(0, 103),
-        title="Accuracy after each epoch, all finished runs",
-    )

@@ -1,23 +1,37 @@
 """report.md and report.html of all runs below a folder."""
 
-import html
 import shlex
+from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import ReportArguments
-from cifar_accel.results.charts import PLOTS, _compare, _save_figure, plot_run
+from cifar_accel.results.charts import PLOTS, draw_comparison, plot_run, save_figure
 from cifar_accel.results.runs import RunFiles, find_runs
-from cifar_accel.results.tables import _LEGEND, Table, default_table, markdown, settings_table
+from cifar_accel.results.tables import LEGEND, Table, default_table, markdown, settings_table
 
-# ---- tables
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;
+     color:#222;background:#fff}
+table{border-collapse:collapse;margin:1rem 0}
+th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}
+td{font-variant-numeric:tabular-nums}
+img{max-width:100%;height:auto}
+.plots{display:grid;gap:1rem;
+       grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
+.plots img{width:100%}
+code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}
+.scroll{overflow-x:auto}
+"""
 
 
 def write_report(args: ReportArguments) -> str:
-    """Write report.md and report.html into `args.folder`, plot what is not yet plotted, and return the Markdown.
+    """Write report.md and report.html into `args.folder`, and return the Markdown.
 
-    Raises BadInput when there is no run below the folder or it cannot be written.
+    Runs that have no plots yet get them. Raises BadInput when there is no run at or below the
+    folder, or when it cannot be written.
     """
     folder = home(args.folder)
     if not folder.is_dir():
@@ -28,89 +42,108 @@ def write_report(args: ReportArguments) -> str:
     for run in runs:
         if run.rows and not all((run.path / name).exists() for name in PLOTS):
             plot_run(run.path, lambda line: None)
-    done = [run for run in runs if run.finished]
-    open_runs = [
-        f"{run.path.relative_to(folder)}: {run.summary.get('status', 'running or killed')}"
-        + (f", {run.summary['error']}" if run.summary.get("error") else "")
-        for run in runs
-        if not run.finished
-    ]
-    tables = [default_table(done), settings_table(done)]
-    text = (
-        "".join(f"## {title}\n\n{markdown(head, body)}\n\n" for title, head, body in tables if body)
-        + _LEGEND
-    )
-    text += (
-        "\n## Not finished\n\n" + "".join(f"- {line}\n" for line in open_runs) if open_runs else ""
-    )
+
+    # The tables are over finished runs; the others are listed with what became of them.
+    finished = [run for run in runs if run.finished]
+    unfinished = [_what_became_of(run, folder) for run in runs if not run.finished]
+    tables = [default_table(finished), settings_table(finished)]
+    tables = [table for table in tables if table.rows]
+    text = report_in_markdown(tables, unfinished)
     try:
-        (folder / "report.md").write_text(html.escape(text, quote=False))
-        if done:
-            _save_figure(folder / "overview.png", lambda axes: _compare(axes, done))
-        (folder / "report.html").write_text(page(folder, runs, tables, open_runs))
-    except OSError as e:
-        raise BadInput(f"{folder}: the report cannot be written there ({e.strerror})") from e
-    return text + f"\nThe page with the plots: {folder / 'report.html'}"
+        # Markdown may hold HTML, and names come from files that anyone may have made.
+        (folder / "report.md").write_text(escape(text, quote=False))
+        if finished:
+            save_figure(folder / "overview.png", lambda axes: draw_comparison(axes, finished))
+        (folder / "report.html").write_text(report_in_html(folder, runs, tables, unfinished))
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: the report cannot be written there ({error.strerror})"
+        ) from error
+    return f"{text}\nThe page with the plots: {folder / 'report.html'}"
 
 
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}
-td{font-variant-numeric:tabular-nums}img{max-width:100%;height:auto}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:1rem}
-.plots img{width:100%}code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
+def _what_became_of(run: RunFiles, folder: Path) -> str:
+    """One line for a run that is not finished."""
+    status = run.summary.get("status", "running or killed")
+    line = f"{run.path.relative_to(folder)}: {status}"
+    error = run.summary.get("error")
+    return f"{line}, {error}" if error else line
+
+
+def report_in_markdown(tables: list[Table], unfinished: list[str]) -> str:
+    """The report as Markdown, not escaped: for a terminal."""
+    parts = [f"## {table.title}\n\n{markdown(table)}\n\n" for table in tables]
+    parts.append(LEGEND)
+    if unfinished:
+        parts.append("\n## Not finished\n\n")
+        parts += [f"- {line}\n" for line in unfinished]
+    return "".join(parts)
+
+
+# ---- the page; whatever comes from a file is escaped where it enters a piece of HTML
+
+
+def report_in_html(
+    folder: Path, runs: list[RunFiles], tables: list[Table], unfinished: list[str]
+) -> str:
+    """The report as one HTML page that refers to the plots beside it by relative paths."""
+    title = escape(folder.resolve().name)
+    parts = [f"<h1>{title}</h1>"]
+    parts += [table_in_html(table) for table in tables]
+    parts.append(f"<p>{escape(LEGEND)}</p>")
+    if unfinished:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in unfinished)
+        parts.append(f"<h2>Not finished</h2><ul>{lines}</ul>")
+    if (folder / "overview.png").exists():
+        parts.append('<p><img src="overview.png" alt="accuracy of all runs"></p>')
+    parts += [run_in_html(run, folder) for run in runs]
+    body = "\n".join(parts)
+    return f"""<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width">
+<title>{title}</title>
+<style>{STYLE}</style>
+<body>
+{body}
+</body>
+</html>
 """
 
 
-def page(folder: Path, runs: list[RunFiles], tables: list[Table], open_runs: list[str]) -> str:
-    """The report as one HTML page that refers to the plots beside it by relative paths."""
-    e = html.escape
-    parts = [f"<h1>{e(folder.resolve().name)}</h1>"]
-    for title, head, body in tables:
-        if body:
-            cells = "".join(f"<th>{e(c)}</th>" for c in head)
-            lines = "".join(
-                "<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in body
-            )
-            parts.append(
-                f"<h2>{e(title)}</h2><div class=scroll><table><tr>{cells}</tr>{lines}</table></div>"
-            )
-    parts.append(f"<p>{e(_LEGEND)}</p>")
-    if open_runs:
-        parts.append(
-            "<h2>Not finished</h2><ul>"
-            + "".join(f"<li>{e(line)}</li>" for line in open_runs)
-            + "</ul>"
-        )
-    if (folder / "overview.png").exists():
-        parts.append('<p><img src="overview.png" alt="accuracy of all runs"></p>')
-    for run in runs:
-        name = str(run.path.relative_to(folder)) if run.path != folder else run.path.name
-        base = (
-            ""
-            if run.path == folder
-            else "/".join(map(_quote, run.path.relative_to(folder).parts)) + "/"
-        )
-        images = "".join(
-            f'<img src="{base}{p}" alt="{e(t)} of {e(name)}">'
-            for p, t in PLOTS.items()
-            if (run.path / p).exists()
-        )
-        accuracy = run.summary.get("accuracy")
-        result = f"accuracy {accuracy:.2%}, " if accuracy is not None else ""
-        seed = f"seed {run.options['seed']}, {run.summary.get('steps', 0):,} steps"
-        command = shlex.join(["python", "-m", "cifar_accel", *run.command[1:]])
-        parts.append(
-            f"<h2>{e(name)}</h2><p>{e(result + seed)}</p><p><code>{e(command)}</code></p>"
-            f"<div class=plots>{images}</div>"
-        )
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{e(folder.resolve().name)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+def table_in_html(table: Table) -> str:
+    """A table below its title."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+    lines = [f"<tr>{head}</tr>"]
+    for row in table.rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    rows = "\n".join(lines)
+    return f"""
+<h2>{escape(table.title)}</h2>
+<div class=scroll><table>
+{rows}
+</table></div>"""
 
 
-def _quote(part: str) -> str:
-    from urllib.parse import quote
+def run_in_html(run: RunFiles, folder: Path) -> str:
+    """A run's section: its result, its command and its plots."""
+    # A report of one run's own folder has the plots beside it, and no name but the folder's.
+    parts = run.path.relative_to(folder).parts
+    name = "/".join(parts) or run.path.name
+    base = "".join(f"{quote(part)}/" for part in parts)
+    images = []
+    for file, shows in PLOTS.items():
+        if (run.path / file).exists():
+            images.append(f'<img src="{base}{file}" alt="{shows} of {escape(name)}">')
 
-    return quote(part)
+    result = f"seed {run.options['seed']}, {run.summary.get('steps', 0):,} steps"
+    accuracy = run.summary.get("accuracy")
+    if accuracy is not None:
+        result = f"accuracy {accuracy:.2%}, {result}"
+    command = shlex.join(["python", "-m", "cifar_accel", *run.command[1:]])
+    return f"""
+<h2>{escape(name)}</h2>
+<p>{escape(result)}</p>
+<p><code>{escape(command)}</code></p>
+<div class=plots>{"".join(images)}</div>"""

@@ -2,24 +2,45 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifar_accel.options.options import VOLATILE, TrainingArguments
 from cifar_accel.records.metrics import read_metrics
 from cifar_accel.records.summary import read_config, read_summary
 
-# Options that make a setting: all but the seed, and those that change where or how a run runs.
-SETTING = [f.name for f in fields(TrainingArguments) if f.name not in VOLATILE and f.name != "seed"]
+# The options in which runs of one experiment agree: all but the seed, and but those that change
+# where or how a run goes.
+COMPARED = [
+    field.name
+    for field in fields(TrainingArguments)
+    if field.name not in VOLATILE and field.name != "seed"
+]
+
+# What the course report calls the models that have short names here.
+MODEL_NAMES = {"nfnet": "NFNet-F0", "vit": "ViT-B/8"}
+
+
+class Setting(NamedTuple):
+    """What a row of a table is about, as it is shown."""
+
+    dataset: str
+    model: str
+    optimizer: str
+    scheduler: str
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run folder that was read: its options, its summary ({} while unfinished) and its rows."""
+    """A run folder that was read."""
 
     path: Path
+    # Every option of TrainingArguments by name, and what was known only once the run was set up.
     options: dict[str, Any]
+    # The command line that started it.
     command: list[str]
+    # summary.json; {} as long as there is none.
     summary: dict[str, Any]
+    # The lines of metrics.jsonl, by step.
     rows: list[dict[str, Any]]
 
     @property
@@ -28,27 +49,36 @@ class RunFiles:
         return self.summary.get("status") == "finished"
 
     @property
-    def setting(self) -> tuple[str, str, str, str]:
-        """What runs with different seeds have in common: data set, model, optimizer, schedule."""
-        o = self.options
-        names = {"nfnet": "NFNet-F0", "vit": "ViT-B/8"}
-        model = names.get(
-            o["model"], o["model"].removeprefix("local-dir:").rstrip("/").rpartition("/")[2]
+    def setting(self) -> Setting:
+        """The run's row in a table."""
+        model = self.options["model"]
+        by_itself = _last_part(model.removeprefix("local-dir:"))
+        return Setting(
+            dataset=_last_part(self.options["dataset"]),
+            model=MODEL_NAMES.get(model, by_itself),
+            optimizer=self.options["optimizer"],
+            scheduler=self.options["scheduler"],
         )
-        return o["dataset"].rstrip("/").rpartition("/")[2], model, o["optimizer"], o["scheduler"]
+
+
+def _last_part(name: str) -> str:
+    """What follows the last slash: the folder of a path, the name of a hub id."""
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def read_run(path: Path) -> RunFiles | None:
-    """Read run folder `path`; None when it is none."""
+    """Read the run folder `path`; None when it is none."""
     config = read_config(path)
     if config is None:
         return None
-    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    options = asdict(TrainingArguments()) | config["options"]  # an earlier version had fewer
+    # An earlier version had fewer options; what it did is what their defaults do.
+    options = {**asdict(TrainingArguments()), **config["options"]}
+    metrics = path / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.exists() else []
     return RunFiles(path, options, config.get("command", []), read_summary(path), rows)
 
 
 def find_runs(folder: Path) -> list[RunFiles]:
     """All run folders at or below `folder`, by path."""
-    runs = (read_run(file.parent) for file in sorted(folder.rglob("config.json")))
-    return [run for run in runs if run]
+    runs = [read_run(file.parent) for file in sorted(folder.rglob("config.json"))]
+    return [run for run in runs if run is not None]

@@ -2,11 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Iterable
+from dataclasses import dataclass
 
-from cifar_accel.results.runs import SETTING, RunFiles
+from cifar_accel.results.runs import COMPARED, RunFiles, Setting
 
-# The course report's own results: (family, optimizer, schedule) -> last training loss, test accuracy.
+# The course report's own results: (family, optimizer, schedule) -> training loss of the last epoch
+# and accuracy on the test images, a share of 1.
 PUBLISHED = {
     ("nfnet", "adamw", "cosine"): (1.6041, 0.7423),
     ("nfnet", "sgdm", "cosine"): (2.4778, 0.5847),
@@ -14,27 +15,14 @@ PUBLISHED = {
     ("vit", "adamw", "cosine"): (1.7612, 0.7317),
 }
 
+# The last columns of every table.
+FIGURES = ["loss", "acc. %", "report"]
 
-Table = tuple[str, list[str], list[list[str]]]
+# What stands in a cell without a value.
+NONE = "–"
 
-
-def default_table(runs: list[RunFiles]) -> Table:
-    """The report's first table: one row per model under AdamW with warm-up and cosine."""
-    default = [run for run in runs if run.setting[2:] == ("adamw", "cosine")]
-    rows = [[s[1], s[0], *figures] for s, figures in _by_setting(default)]
-    return "Default setting (AdamW, warm-up + cosine)", ["model", "data", *_FIGURES], rows
-
-
-def settings_table(runs: list[RunFiles]) -> Table:
-    """The report's second table: optimizers and schedules."""
-    rows = [[s[1], s[0], f"{s[2]}, {s[3]}", *figures] for s, figures in _by_setting(runs)]
-    return "Optimizers and schedules", ["model", "data", "optimizer, schedule", *_FIGURES], rows
-
-
-_FIGURES = ["loss", "acc. %", "report"]
-
-
-_LEGEND = """\
+# What the columns mean, below the tables.
+LEGEND = """\
 loss: mean training loss of the last epoch (smoothing and mixing included);
 acc.: top-1 on the test images. report: loss and accuracy in the course report,
 for the family, optimizer and schedule of the row, with NFNet-F0 and ViT-B/8 on
@@ -42,61 +30,152 @@ CIFAR-100.
 """
 
 
-def _by_setting(runs: list[RunFiles]) -> Iterable[tuple[tuple[str, str, str, str], list[str]]]:
-    """Each setting with its figures: the mean over the seeds, with standard deviation and n where there are several."""
-    groups: dict[str, list[RunFiles]] = {}
-    for (
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment, with different seeds: a row of a table."""
+
+    setting: Setting
+    # What makes it differ from the other groups of its setting, and what it leaves out; may be "".
+    label: str
+    # The cells below FIGURES.
+    figures: list[str]
+
+    @property
+    def model(self) -> str:
+        """The model, with the label behind it."""
+        if not self.label:
+            return self.setting.model
+        return f"{self.setting.model} ({self.label})"
+
+
+def default_table(runs: list[RunFiles]) -> Table:
+    """The report's first table: one row per model under AdamW with warm-up and cosine."""
+    in_default_setting = [
         run
-    ) in runs:  # seeds of one setting agree in every option that is neither the seed nor volatile
-        rest = {k: run.options.get(k) for k in SETTING}
-        groups.setdefault(json.dumps([run.setting, rest], sort_keys=True), []).append(run)
-    pooled = list(groups.values())
-
-    def figure(values: list[float], digits: int) -> str:
-        text = f"{statistics.mean(values):.{digits}f}"
-        return text + (
-            f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else ""
-        )
-
-    for same in pooled:
-        setting = same[0].setting
-        rivals = [other[0].options for other in pooled if other[0].setting == setting]
-        differ = [
-            k for k in SETTING if any(other.get(k) != same[0].options.get(k) for other in rivals)
-        ]
-        name = setting[1].lower().replace("deit", "vit")
-        published = next(
-            (PUBLISHED.get((f, *setting[2:])) for f in ("nfnet", "vit") if f in name), None
-        )
-        theirs = f"{published[0]:.4f}, {100 * published[1]:.2f}" if published else "–"
-        losses = [
-            run.summary["train_loss"] for run in same if run.summary["train_loss"] is not None
-        ]
-        ours = [
-            figure(losses, 4) if losses else "–",
-            figure([100 * run.summary["accuracy"] for run in same], 2),
-        ]
-        options, told = same[0].options, [f"{k} {same[0].options.get(k)}" for k in differ]
-        told += [
-            f"{k} {options[k]:,}"
-            for k in ("limit_train", "limit_test")
-            if options[k] and k not in differ
-        ]
-        if same[0].summary["steps"] < same[0].summary["total_steps"]:
-            told.append(f"{same[0].summary['steps']:,} of {same[0].summary['total_steps']:,} steps")
-        label = ", ".join(told)
-        yield (
-            (setting[0], setting[1] + (f" ({label})" if label else ""), *setting[2:]),
-            [*ours, theirs],
-        )
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table with aligned columns, so that it reads well in a terminal too."""
-    rows = [head, *([cell.replace("|", "\\|") for cell in row] for row in body)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
+        for run in runs
+        if run.setting.optimizer == "adamw" and run.setting.scheduler == "cosine"
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    rows = []
+    for group in group_by_seed(in_default_setting):
+        rows.append([group.model, group.setting.dataset, *group.figures])
+    title = "Default setting (AdamW, warm-up + cosine)"
+    return Table(title, ["model", "data", *FIGURES], rows)
+
+
+def settings_table(runs: list[RunFiles]) -> Table:
+    """The report's second table: optimizers and schedules."""
+    rows = []
+    for group in group_by_seed(runs):
+        setting = group.setting
+        how = f"{setting.optimizer}, {setting.scheduler}"
+        rows.append([group.model, setting.dataset, how, *group.figures])
+    return Table(
+        "Optimizers and schedules", ["model", "data", "optimizer, schedule", *FIGURES], rows
+    )
+
+
+def group_by_seed(runs: list[RunFiles]) -> list[Group]:
+    """Finished runs, put together where they agree in every option but the seed."""
+    # Options may be lists, which are no keys of a dictionary; their JSON is.
+    by_options: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        options = {name: run.options.get(name) for name in COMPARED}
+        key = json.dumps([run.setting, options], sort_keys=True)
+        by_options.setdefault(key, []).append(run)
+
+    # Within a group all runs have the same options, so the first one stands for it.
+    groups = []
+    firsts = [seeds[0] for seeds in by_options.values()]
+    for seeds in by_options.values():
+        first = seeds[0]
+        same_setting = [other for other in firsts if other.setting == first.setting]
+        groups.append(Group(first.setting, _label(first, same_setting), _figures(seeds)))
+    return groups
+
+
+def _label(run: RunFiles, same_setting: list[RunFiles]) -> str:
+    """What a reader must know of a run beside its setting.
+
+    Args:
+        run: the run that stands for its group.
+        same_setting: those of all groups that have the same setting, `run` among them.
+    """
+    # The options in which the groups differ.
+    options = run.options
+    differing = [
+        name
+        for name in COMPARED
+        if any(other.options.get(name) != options.get(name) for other in same_setting)
+    ]
+    parts = [f"{name} {options.get(name)}" for name in differing]
+
+    # A run over a part of the data, or of the steps, is no whole one.
+    for name in ("limit_train", "limit_test"):
+        if options[name] and name not in differing:
+            parts.append(f"{name} {options[name]:,}")
+    steps = run.summary["steps"]
+    total_steps = run.summary["total_steps"]
+    if steps < total_steps:
+        parts.append(f"{steps:,} of {total_steps:,} steps")
+    return ", ".join(parts)
+
+
+def _figures(seeds: list[RunFiles]) -> list[str]:
+    """The cells below FIGURES for runs that differ in the seed alone."""
+    losses = [run.summary["train_loss"] for run in seeds]
+    # A run that ended within its first epoch has no loss of a whole one.
+    losses = [loss for loss in losses if loss is not None]
+    accuracies = [100 * run.summary["accuracy"] for run in seeds]
+    return [
+        mean_and_deviation(losses, digits=4),
+        mean_and_deviation(accuracies, digits=2),
+        _published(seeds[0].setting),
+    ]
+
+
+def mean_and_deviation(values: list[float], digits: int) -> str:
+    """The mean, with standard deviation and n where there are several values."""
+    if not values:
+        return NONE
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
+
+
+def _published(setting: Setting) -> str:
+    """Loss and accuracy (in percent) of the course report for a setting, by the model's family."""
+    # A DeiT is a ViT that was trained otherwise.
+    model = setting.model.lower().replace("deit", "vit")
+    for family in ("nfnet", "vit"):
+        if family in model:
+            figures = PUBLISHED.get((family, setting.optimizer, setting.scheduler))
+            if figures is None:
+                return NONE
+            loss, accuracy = figures
+            return f"{loss:.4f}, {100 * accuracy:.2f}"
+    return NONE
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table with aligned columns, so that it reads well in a terminal too."""
+    rows = [table.head]
+    for row in table.rows:
+        rows.append([cell.replace("|", "\\|") for cell in row])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,89 +1,101 @@
 """The figures of a finished run again, from its folder."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-import timm
-import timm.optim
 import torch
 
 from cifar_accel.data.batches import Pipeline
-from cifar_accel.data.datasets import limit
+from cifar_accel.data.datasets import Split, limit
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import evaluate
 from cifar_accel.files import home
-from cifar_accel.machine.processes import make_accelerator
-from cifar_accel.models.surgery import shorten_convolutions
-from cifar_accel.options.options import EvaluateArguments, TrainingArguments
-from cifar_accel.records import trackers
-from cifar_accel.records.summary import read_config
+from cifar_accel.machine.processes import join_processes
+from cifar_accel.options.options import EvaluateArguments
+from cifar_accel.records.summary import RecordedOptions
+from cifar_accel.records.trackers import TrackedRun, start_tracker
+from cifar_accel.use.load import FinishedRun, load_run
 
 
 def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate the weights in `args.run`/model at the precision and with the test images of the run. All ranks enter.
+    """Evaluate the weights of a finished run with its test images, at its precision.
 
-    Raises BadInput when the folder is no run, is unfinished, or the classes differ.
+    All ranks enter.
+
+    Returns:
+        status: "finished". loss, accuracy, top5_accuracy, evaluated_images: see `evaluate`.
+
+    Raises:
+        BadInput: the folder is no run, the run is not finished, or the classes differ.
     """
-    path = home(args.run)
+    # What is wrong with the words or the folder is found before data and libraries are waited for.
     if args.batch_size < 1:
         raise BadInput(f"--batch-size {args.batch_size}: must be greater than 0")
-    config = read_config(path)
-    if config is None:
-        raise BadInput(f"{path}: is no run folder (it has no config.json of a run)")
-    if not (path / "model" / "model.safetensors").is_file():
-        raise BadInput(
-            f"{path}: has no model/ yet, the run is not finished; the command in its config.json goes on with it"
-        )
-    known = {f.name for f in fields(TrainingArguments)}
-    options: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in config["options"].items()
-        if k in known
-    }
+    run = load_run(home(args.run))
+    options = _options_here(run.options, args)
+    split = _test_images(options, say)
+
+    # As in training: its precision, layout and input statistics, so that the figures are equal to
+    # the last digit on the same kind of device.
+    ranks = join_processes(options.device, options.mixed_precision)
+    layout = torch.contiguous_format
+    if options.memory_format == "channels_last":
+        layout = torch.channels_last
+    model: Any = run.model()
+    model.to(ranks.device, memory_format=layout)
+    pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
+    batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
+    figures = evaluate(ranks.accelerator, model, batches, len(split), layout)
+
+    # The main process alone prints.
+    images = f"{figures['evaluated_images']:,} test images of {options.dataset}"
+    say(f"accuracy  {figures['accuracy']:.4%}  ({images})")
+    say(f"top 5     {figures['top5_accuracy']:.4%}")
+    say(f"loss      {figures['loss']:.4f}")
+    if ranks.is_main and args.tracker != "none":
+        _track(args.tracker, run, options, figures, say)
+    return {"status": "finished", **figures}
+
+
+def _options_here(options: RecordedOptions, args: EvaluateArguments) -> RecordedOptions:
+    """The run's options, but for the device and for where its images lie now."""
     given = {"dataset": args.dataset, "data_dir": args.data_dir}
-    options |= {name: value for name, value in given.items() if value is not None}
-    run = replace(TrainingArguments(**options), device=args.device)
-    data = load_dataset(run.dataset, run.data_dir, run.image_size, say)
-    if len(data.test.classes) != config["options"]["classes"]:
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(options, device=args.device, **changed)
+
+
+def _test_images(options: RecordedOptions, say: Callable[[str], None]) -> Split:
+    """The test images of the run. Raises BadInput when the number of classes is another."""
+    test = load_dataset(options.dataset, options.data_dir, options.image_size, say).test
+    if len(test.classes) != options.classes:
         raise BadInput(
-            f"--dataset {run.dataset}: has {len(data.test.classes)} classes, the run has {config['options']['classes']}"
+            f"--dataset {options.dataset}: has {len(test.classes)} classes, the run has "
+            f"{options.classes}"
         )
-    split = limit(data.test, min(run.limit_test, len(data.test)), "--limit-test", run.seed)
-    accelerator = make_accelerator(run.device, config["options"]["mixed_precision"])
-    memory_format = (
-        torch.channels_last if run.memory_format == "channels_last" else torch.contiguous_format
+    # Another data set may have fewer images than the run was limited to.
+    count = min(options.limit_test, len(test))
+    return limit(test, count, "--limit-test", options.seed)
+
+
+def _track(
+    kind: str,
+    run: FinishedRun,
+    options: RecordedOptions,
+    figures: dict[str, float],
+    say: Callable[[str], None],
+) -> None:
+    """Log the figures as a run of job type `evaluate`, beside the training in its group."""
+    tracked = TrackedRun(
+        project=options.project,
+        name=options.run_name,
+        group=options.group,
+        job_type="evaluate",
+        config=run.config["options"],
+        folder=run.folder,
+        # The training's own tracked run stays as it is.
+        run_id=None,
     )
-    try:
-        model: Any = timm.create_model(f"local-dir:{path / 'model'}", pretrained=True)
-    except Exception as e:  # whatever a damaged file makes of the libraries
-        raise BadInput(
-            f"{path / 'model'}: cannot be read as a model ({' '.join(str(e).split())[:150]})"
-        ) from e
-    shorten_convolutions(model)  # as in training, so that the figures are equal to the last digit
-    model.to(accelerator.device, memory_format=memory_format)
-    options = config["options"]
-    pipeline = Pipeline(run, split, accelerator.device, options["input_mean"], options["input_std"])
-    batches = pipeline.evaluation_batches(
-        args.batch_size, accelerator.num_processes, accelerator.process_index
-    )
-    result = evaluate(accelerator, model, batches, len(split), memory_format)
-    say(
-        f"accuracy  {result['accuracy']:.4%}  ({result['evaluated_images']:,} test images of {run.dataset})"
-    )
-    say(f"top 5     {result['top5_accuracy']:.4%}\nloss      {result['loss']:.4f}")
-    if accelerator.is_main_process and args.tracker != "none":
-        tracker = trackers.start_tracker(
-            args.tracker,
-            say,
-            project=run.project,
-            name=run.run_name,
-            group=run.group,
-            job_type="evaluate",
-            config=options,
-            folder=path,
-            run_id=None,
-        )
-        tracker.finish({f"test/{name}": value for name, value in result.items()}, 0)
-    return {"status": "finished", **result}
+    tracker = start_tracker(kind, say, tracked)
+    tracker.finish({f"test/{name}": value for name, value in figures.items()}, 0)

@@ -1,0 +1,214 @@
+"""The run on paper: how batches are cut, how many steps there are, and what is due after each.
+
+A `Plan` needs no torch and no device. The same object is what a training follows, what `--dry-run`
+prints and what config.json records.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cifar_accel.data.order import Order
+from cifar_accel.errors import BadInput
+from cifar_accel.optim import schedules
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.values import parse_interval
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the options, the number of training images and the number of processes.
+
+    "After step s" means after s optimizer steps are taken: s = 0 is before the first.
+    """
+
+    args: TrainingArguments
+    # How this process's share of each global batch is found.
+    order: Order
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in one optimizer step of one process."""
+        return self.order.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return self.order.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        return self.args.epochs * self.steps_per_epoch
+
+    @property
+    def stop_step(self) -> int:
+        """The last optimizer step: --max-steps may cut the schedule, and never rescales it."""
+        return min(self.args.max_steps or self.total_steps, self.total_steps)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of warm-up."""
+        return round((self.args.warmup_epochs or 0) * self.steps_per_epoch)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Most images that one device evaluates at once; --micro-batch-size holds here too."""
+        return self.args.micro_batch_size or max(256, self.order.micro_batch_size)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        return schedules.learning_rate(step, self.total_steps, self.warmup_steps, self.args)
+
+    # ---- what is due after a step
+
+    def row_after(self, step: int) -> bool:
+        """Whether a row is logged: every --log-every steps, and wherever there is an evaluation."""
+        return step % self.args.log_every == 0 or self.evaluation_after(step)
+
+    def evaluation_after(self, step: int) -> bool:
+        """Whether the model is evaluated: after each epoch and after the last step."""
+        return step % self.steps_per_epoch == 0 or step == self.stop_step
+
+    def checkpoint_after(self, step: int) -> bool:
+        """Whether a checkpoint is written: by steps or epochs, and after the last step.
+
+        Checkpoints by the clock are not in a plan: see `save_minutes`.
+        """
+        count, unit = self._save_every
+        if unit == "never":
+            return False
+        # A larger --max-steps goes on from there.
+        if step == self.stop_step:
+            return True
+        if unit == "epoch":
+            return step % (count * self.steps_per_epoch) == 0
+        return unit == "step" and step % count == 0
+
+    @property
+    def save_minutes(self) -> int | None:
+        """Minutes between two checkpoints, where --save-every counts in minutes."""
+        count, unit = self._save_every
+        return count if unit == "minute" else None
+
+    @cached_property
+    def _save_every(self) -> tuple[int, str]:
+        # Asked for after every step, so it is read once.
+        return parse_interval(self.args.save_every)
+
+    def weights_after(self, step: int) -> str | None:
+        """The folder that keeps the weights of this step beyond the run's end, or None."""
+        # --save-epochs counts whole epochs; -1 asks for none but the last, which is always kept.
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        if self.args.save_epochs < 1 or rest or epoch % self.args.save_epochs:
+            return None
+        return f"model-epoch-{epoch:04d}"
+
+    # ---- in words
+
+    def lines(self, warmup_derived: bool = False) -> dict[str, str]:
+        """Batch, steps and schedule for the screen, by name."""
+        # "25 epochs x 195 = 4,875, stopping after 1,000"
+        args = self.args
+        epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
+        steps = f"{epochs} x {self.steps_per_epoch:,} = {self.total_steps:,}"
+        if self.stop_step < self.total_steps:
+            steps += f", stopping after {self.stop_step:,}"
+        # "cosine, peak 0.0005, warm-up 5 epochs (derived) = 975 steps"
+        how = " (derived)" if warmup_derived else ""
+        warmup = f"warm-up {args.warmup_epochs:g} epochs{how} = {self.warmup_steps:,} steps"
+        return {
+            "batch": self.order.arithmetic(),
+            "steps": steps,
+            "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, {warmup}",
+        }
+
+    def rates(self) -> str:
+        """The learning rate at the steps that show its shape."""
+        # Start, end of the warm-up, half-way, end.
+        shown = {0, self.warmup_steps, self.total_steps // 2, self.total_steps - 1}
+        rates = [f"{self.learning_rate(step):.3g} at {step:,}" for step in sorted(shown)]
+        return ", ".join(rates)
+
+    def facts(self) -> dict[str, Any]:
+        """What config.json records of the plan."""
+        return {
+            "processes": self.order.world,
+            "device_batch_size": self.order.micro_batch_size,
+            "accumulation_steps": self.accumulation,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "stop_step": self.stop_step,
+        }
+
+
+def make_plan(
+    args: TrainingArguments, samples: int, world: int = 1, rank: int = 0, accumulation: int = 1
+) -> Plan:
+    """The plan of process `rank` of `world` over `samples` training images.
+
+    `accumulation` is the launcher's; --micro-batch-size may ask for more. Raises BadInput when the
+    global batch cannot be cut into equal parts, or an epoch would have no step.
+    """
+    if accumulation < 1:
+        raise BadInput(
+            f"the launcher's gradient_accumulation_steps {accumulation}: must be 1 or greater"
+        )
+
+    # The share of one process.
+    share, rest = divmod(args.batch_size, world)
+    if rest or not share:
+        near = f"{share * world} or {(share + 1) * world}" if share else str(world)
+        raise BadInput(
+            f"--batch-size {args.batch_size}: cannot be divided by {world} processes; {near} can"
+        )
+
+    # Its micro-batches: as many as the launcher or --micro-batch-size asks for.
+    if args.micro_batch_size:
+        if accumulation > 1:
+            raise BadInput(
+                f"--micro-batch-size and the launcher's gradient_accumulation_steps {accumulation} "
+                "are both given"
+            )
+        accumulation = share // largest_micro_batch(args, share)
+    if share % accumulation:
+        raise BadInput(
+            f"--batch-size {args.batch_size}: {share} images a process cannot be divided by the "
+            f"launcher's gradient_accumulation_steps {accumulation}"
+        )
+    # Mixing pairs neighbours, so that a pair never lies in two processes.
+    size = share // accumulation
+    if (args.mixup or args.cutmix) and size % 2:
+        raise BadInput(
+            f"--batch-size {args.batch_size}: --mixup and --cutmix mix pairs, and {size} images at "
+            "once are no whole number of pairs; make it even"
+        )
+
+    # The last, incomplete batch of an epoch is dropped, so there must be a whole one.
+    if samples < args.batch_size:
+        raise BadInput(
+            f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): "
+            "an epoch has no step"
+        )
+    return Plan(args, Order(args.seed, samples, args.batch_size, world, rank, accumulation))
+
+
+def micro_batch_sizes(args: TrainingArguments, share: int) -> list[int]:
+    """The sizes that cut the `share` of a process into equal micro-batches, largest first."""
+    sizes = [share // parts for parts in range(1, share + 1) if share % parts == 0]
+    # Pairs are mixed, and a pair lies in one micro-batch.
+    if args.mixup or args.cutmix:
+        sizes = [size for size in sizes if size % 2 == 0]
+    return sizes
+
+
+def largest_micro_batch(args: TrainingArguments, share: int) -> int:
+    """The largest micro-batch of at most --micro-batch-size images. Raises BadInput."""
+    assert args.micro_batch_size
+    for size in micro_batch_sizes(args, share):
+        if size <= args.micro_batch_size:
+            return size
+    raise BadInput(
+        f"--micro-batch-size {args.micro_batch_size}: the {share} images of a process cannot be "
+        "cut so into equal parts (with --mixup or --cutmix, of an even size)"
+    )

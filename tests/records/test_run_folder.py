@@ -1,0 +1,209 @@
+"""What each --resume value does with what a run folder may hold: start, go on, leave, refuse."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, replace
+
+import pytest
+from conftest import contents
+
+from cifar_accel.errors import BadInput
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.records.folder import folder_of, open_run
+
+FACTS = {
+    "mixed_precision": "no",
+    "classes": 10,
+    "input_mean": [0.5] * 3,
+    "input_std": [0.5] * 3,
+}
+FINISHED = {
+    "status": "finished",
+    "steps": 100,
+    "total_steps": 100,
+    "train_loss": 0.1,
+    "accuracy": 0.9,
+}
+
+
+@pytest.fixture
+def args(tmp_path):
+    return TrainingArguments(save_dir=str(tmp_path / "ck"), run_name="a")
+
+
+def write_run(args, row=True, checkpoint=True, summary=None):
+    """A run folder as a training of `args` leaves it."""
+    run = folder_of(args)
+    run.mkdir(parents=True)
+    config = {"options": asdict(args) | FACTS, "provenance": {}, "tracker_id": "abc"}
+    (run / "config.json").write_text(json.dumps(config))
+    if row:
+        (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1}\n')
+    if checkpoint:
+        folder = run / "checkpoints" / "step-00000001"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    if summary:
+        (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def opened(args, said=None):
+    """What `open_run` decides; gives the lock back."""
+    result = open_run(args, "no", [].append if said is None else said.append)
+    result.lock.release()
+    return result
+
+
+# ---- --resume auto
+
+
+def test_a_folder_that_is_not_there_starts_a_run(args):
+    result = opened(args)
+    assert result.starts_anew
+    result.discard()
+    assert not result.path.parent.exists(), "a refusal later on leaves nothing"
+
+
+def test_an_unfinished_run_goes_on(args):
+    run = write_run(args)
+    assert opened(args).resume_from == run
+
+
+def test_a_run_without_a_row_goes_on_with_its_tracker(args):
+    run = write_run(args, row=False, checkpoint=False)
+    assert opened(args).resume_from == run
+    assert "abc" in (run / "config.json").read_text()
+
+
+def test_a_finished_run_is_left_alone(args):
+    run = write_run(args, summary=FINISHED)
+    before, said = contents(run), []
+    result = opened(args, said)
+    assert result.finished == FINISHED
+    assert "is finished (step 100, accuracy 90.00%)" in said[0]
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("max_steps, finished", [(0, False), (60, False), (50, True), (40, True)])
+def test_a_run_cut_short_goes_on_where_it_is_allowed_more(args, max_steps, finished):
+    write_run(args, summary=FINISHED | {"steps": 50})
+    result = opened(replace(args, max_steps=max_steps))
+    assert bool(result.finished) == finished
+    assert bool(result.resume_from) != finished
+
+
+def test_a_run_of_other_options_is_refused(args):
+    run = write_run(args)
+    before = contents(run)
+    with pytest.raises(BadInput, match=r"another configuration \(--mixup 0\.0 -> 0\.5\)"):
+        opened(replace(args, mixup=0.5))
+    assert contents(run) == before
+
+
+def test_options_that_change_no_result_may_differ(args):
+    run = write_run(args)
+    assert opened(replace(args, log_every=7, project="other")).resume_from == run
+
+
+def test_a_run_of_another_precision_is_refused(args):
+    write_run(args)
+    with pytest.raises(BadInput, match="--mixed-precision no -> bf16"):
+        open_run(args, "bf16", print)
+
+
+def test_another_run_that_did_nothing_is_forgotten(args):
+    run = write_run(args, row=False, checkpoint=False)
+    assert opened(replace(args, mixup=0.5)).starts_anew
+    assert not (run / "config.json").exists()
+
+
+def test_work_without_a_config_is_refused(args):
+    run = write_run(args)
+    (run / "config.json").unlink()
+    with pytest.raises(BadInput, match=r"no config\.json that says which"):
+        opened(args)
+
+
+def test_a_strangers_config_without_work_stays(args):
+    run = folder_of(args)
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"architecture": "mine"}')
+    assert opened(args).starts_anew
+    assert (run / "config.json").read_text() == '{"architecture": "mine"}'
+
+
+# ---- --resume never
+
+
+def test_never_takes_a_folder_of_its_own(args):
+    run = write_run(args)
+    before = contents(run)
+    result = opened(replace(args, resume="never"))
+    assert result.path.name == "a-2"
+    assert result.starts_anew
+    assert contents(run) == before
+
+
+# ---- --resume PATH
+
+
+@pytest.fixture
+def source(args):
+    """An unfinished run to go on from."""
+    return write_run(replace(args, run_name="source"))
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints/step-00000001"])
+def test_a_path_goes_on_in_an_empty_folder(args, source, part):
+    path = source / part
+    assert opened(replace(args, resume=str(path))).resume_from == path
+
+
+def test_a_path_of_the_same_run_goes_back_even_when_it_is_finished(args):
+    run = write_run(args, summary=FINISHED)
+    path = run / "checkpoints" / "step-00000001"
+    result = opened(replace(args, resume=str(path)))
+    assert result.resume_from == path
+    assert result.finished is None
+
+
+def test_a_path_of_other_options_is_refused(args, source):
+    with pytest.raises(BadInput, match="another configuration"):
+        opened(replace(args, resume=str(source), mixup=0.5))
+
+
+def test_a_path_into_a_folder_with_another_run_is_refused(args, source):
+    run = write_run(args)
+    before = contents(run)
+    with pytest.raises(BadInput, match="holds another run already"):
+        opened(replace(args, resume=str(source)))
+    assert contents(run) == before
+
+
+def test_a_run_begun_at_a_path_goes_on_where_it_stands(args, source):
+    again = replace(args, resume=str(source))
+    run = write_run(again)
+    result = opened(again)
+    assert result.resume_from == run
+    assert result.fallback == source
+
+
+def test_a_run_begun_at_a_path_is_left_alone_once_finished(args, source):
+    again = replace(args, resume=str(source))
+    write_run(again, summary=FINISHED)
+    assert opened(again).finished == FINISHED
+
+
+# ---- the lock
+
+
+def test_the_lock_names_its_owner(args):
+    first = open_run(args, "no", print)
+    owner = f"process {os.getpid()} on {platform.node()}"
+    assert (first.path / ".lock").read_text() == f"{owner}\n"
+    with pytest.raises(BadInput, match=f"is in use by {owner}; wait for it"):
+        open_run(args, "no", print)
+    first.lock.release()
+    opened(args)

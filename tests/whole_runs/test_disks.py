@@ -1,0 +1,128 @@
+"""Disks that are full, or may only be read."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import forked_runs
+import pytest
+from conftest import rows, steps, summary, wait_for
+
+from cifar_accel.files import write_json
+from cifar_accel.records import checkpoint
+from cifar_accel.records.metrics import Metrics
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a tmpfs of so many KiB; skipped where this user may not."""
+    mounted = []
+
+    def mount(kib: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder]
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            pytest.skip("this user may not mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill_up(file: Path, size: int) -> None:
+    """Write `file` until its disk is full; `size` bytes are more than it takes."""
+    with pytest.raises(OSError):
+        file.write_bytes(b"x" * size)
+
+
+def test_a_disk_that_takes_one_checkpoint_only(small_disk, words, tmp_path):
+    """The second does not fit beside the first: a warning each time, and the run ends well."""
+    # A checkpoint of test_nfnet takes 2.3 MB.
+    disk = small_disk(4_000)
+    run = disk / "a"
+    options = words("--save-dir", str(disk), *"--run-name a --tracker none".split())
+    forked_runs.finish(options, tmp_path / "log")
+
+    said = (tmp_path / "log").read_text()
+    assert "warning: no checkpoint at step 16" in said
+    assert "Traceback" not in said
+
+    kept = checkpoint.newest_valid(run, print)
+    assert kept is not None
+    assert kept.name == "step-00000008"
+    assert not list(disk.rglob("*.tmp"))
+
+    assert len(rows(run)) == 13
+    assert summary(run)["status"] == "finished"
+
+
+def test_no_room_for_the_weights_at_the_end(small_disk, words, tmp_path):
+    disk = small_disk(9_000)
+    run = disk / "a"
+    options = words("--save-dir", str(disk), *"--run-name a --tracker none".split())
+
+    # The disk fills up in mid-run.
+    training = forked_runs.Training(options, tmp_path / "log")
+    wait_for((run / "checkpoints" / "step-00000008").exists)
+    filler = disk / "filler"
+    fill_up(filler, 9_000 * 1024)
+    assert training.wait(60)
+    assert training.codes == [1]
+    said = (tmp_path / "log").read_text()
+    assert "the same command tries again" in said
+    assert "Traceback" not in said
+
+    # With room again, the same command ends the run.
+    filler.unlink()
+    forked_runs.finish(options, tmp_path / "log")
+    assert summary(run)["status"] == "finished"
+    assert len(rows(run)) == 13
+
+
+def test_metrics_wait_for_room(small_disk):
+    disk = small_disk(16)
+    said = []
+    metrics = Metrics(disk / "metrics.jsonl", said.append)
+    metrics.write({"step": 1, "text": "x" * 3000})
+
+    # One warning, however many lines wait.
+    fill_up(disk / "filler", 20_000)
+    for step in (2, 3):
+        metrics.write({"step": step, "text": "y" * 3000})
+    assert len(said) == 1
+    assert "No space left" in said[0]
+    assert steps(disk) == [1], "no part of a line is left"
+    metrics.close()
+    assert "lacks its last 2 lines" in said[1]
+
+    # With room again, they all come, in order.
+    (disk / "filler").unlink()
+    metrics.write({"step": 4})
+    metrics.close()
+    assert steps(disk) == [1, 2, 3, 4]
+    assert len(said) == 2
+
+
+def test_a_full_disk_leaves_the_old_json_and_no_part_of_the_new(small_disk):
+    file = small_disk(16) / "summary.json"
+    write_json(file, {"step": 1})
+    with pytest.raises(OSError):
+        write_json(file, {"step": 2, "text": "x" * 20_000})
+    assert json.loads(file.read_text()) == {"step": 1}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_disk_that_may_only_be_read(small_disk, words, in_process):
+    from cifar_accel.cli import train_command
+
+    disk = small_disk(64)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for option in ("--save-dir", "--data-dir"):
+        code, _, err = in_process(train_command, *words("--tracker", "none", option, disk / "x"))
+        assert code == 2
+        assert "Read-only file system" in err
+        assert err.count("\n") == 1

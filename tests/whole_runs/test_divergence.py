@@ -1,0 +1,81 @@
+"""Losses and gradients that are not finite."""
+
+import os
+from functools import partial
+
+import forked_runs
+import pytest
+from conftest import summary
+
+from cifar_accel.data.order import Order
+from cifar_accel.files import read_json
+from cifar_accel.records import checkpoint
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_step_that_is_not_finite(words, tmp_path, world, optimizer):
+    """Step 13, on the last rank, long before the next row."""
+    options = words(*"--run-name a --tracker none --log-every 50 --optimizer".split(), optimizer)
+    log = tmp_path / "log"
+    run = tmp_path / "ck" / "a"
+    spoil = partial(forked_runs.spoil_images, 13, world - 1)
+    failed = forked_runs.finish(options, log, world, hook=spoil)
+    assert failed.codes == [1] * world
+
+    # What is said: step, norm, rate and images.
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert "step 13 is not finite: loss" in said
+    assert "gradient norm nan, learning rate 0.00" in said
+    samples = Order(3407, 256, 32).samples_of(13).tolist()
+    shown = ", ".join(map(str, samples[:8]))
+    assert f"training images {shown}, ..." in said
+
+    # What is left.
+    assert read_json(run / "diverged.json")["samples"] == samples
+    assert summary(run)["status"] == "failed"
+    assert "step 13" in summary(run)["error"]
+    newest = checkpoint.newest_valid(run, print)
+    assert newest.name == "step-00000008", "the last good checkpoint is untouched"
+
+    # The fault was not in the images themselves, so the same command goes on.
+    forked_runs.finish(options, log, world)
+    assert summary(run)["status"] == "finished"
+    assert not (run / "diverged.json").exists()
+
+
+def infinite_loss() -> None:
+    """Hook: the loss of step 13 is infinite on rank 1 alone, with gradients that are finite."""
+    from timm import loss as losses
+
+    forward = losses.SoftTargetCrossEntropy.forward
+    calls = 0
+
+    def spoilt_forward(self, x, target):
+        nonlocal calls
+        calls += 1
+        loss = forward(self, x, target)
+        # The first call is of step 0.
+        if calls == 14 and os.environ.get("RANK") == "1":
+            return loss + float("inf")
+        return loss
+
+    losses.SoftTargetCrossEntropy.forward = spoilt_forward
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(words, tmp_path):
+    options = words(*"--run-name a --tracker none --log-every 50".split())
+    failed = forked_runs.finish(options, tmp_path / "log", 2, hook=infinite_loss)
+    assert failed.codes == [1, 1]
+    said = (tmp_path / "log").read_text()
+    assert said.count("step 13 is not finite: loss inf") == 2, said
+    assert read_json(tmp_path / "ck" / "a" / "diverged.json")["step"] == 13
+
+
+def test_what_a_run_prints_of_a_divergence(trainer):
+    done = trainer(*"--learning-rate 1e30 --warmup-epochs 0".split(), check=1)
+    assert done.stderr.count("\n") == 1
+    assert "is not finite" in done.stderr
+    assert "no checkpoint holds it" in done.stderr
+    assert summary(done.run)["status"] == "failed"

@@ -1,0 +1,54 @@
+"""One run on any number of processes."""
+
+import forked_runs
+import pytest
+from conftest import LONG, rows, summary
+
+from cifar_accel.data.order import Order
+
+
+@pytest.mark.parametrize("accumulations", [(1, 2), pytest.param((3, 4, 8), marks=LONG)])
+def test_each_global_batch_is_cut_once_for_1_to_1024_processes(accumulations):
+    for world in range(1, 1025):
+        for accumulation in accumulations:
+            batch = 2 * world * accumulation
+            positions = []
+            for rank in range(world):
+                order = Order(5, 10**6, batch, world, rank, accumulation)
+                for micro in range(accumulation):
+                    positions += order.positions(micro).tolist()
+            assert sorted(positions) == list(range(batch))
+
+
+@LONG
+@pytest.mark.parametrize("pipeline", ["device", "timm"])
+@pytest.mark.parametrize("model", ["test_nfnet", "test_vit"])
+def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipeline):
+    """More than fifty steps on 1, 2 and 4 processes with 1, 2 and 4 accumulation steps."""
+    options = [
+        *"--mixup 0.5 --cutmix 1 --hflip 0.5 --log-every 1 --tracker none".split(),
+        *f"--epochs 7 --learning-rate 1e-3 --model {model} --pipeline {pipeline}".split(),
+    ]
+    if model == "test_vit":
+        options += ["--model-kwargs", "patch_size=8"]
+    if pipeline == "timm":
+        options += ["--workers", "1"]
+
+    expected = None
+    for world in (1, 2, 4):
+        for accumulation in (1, 2, 4):
+            name = f"w{world}a{accumulation}"
+            run = tmp_path / "ck" / name
+            own = ("--micro-batch-size", str(32 // world // accumulation), "--run-name", name)
+            forked_runs.finish(words(*options, *own), tmp_path / name, world)
+            lines = rows(run)
+            assert len(lines) == 56
+            assert summary(run)["evaluated_images"] == 100
+
+            # The first of them is what the others are compared with.
+            if expected is None:
+                expected = lines
+            for row, first in zip(lines, expected, strict=True):
+                assert row["train/lr"] == first["train/lr"]
+                loss = pytest.approx(first["train/loss"], rel=1e-5)
+                assert row["train/loss"] == loss, (name, row["step"])
