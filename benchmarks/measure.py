@@ -1,4 +1,4 @@
-"""What all benchmarks share: contenders measured in turns, and a table of medians, spreads and goals."""
+"""What all benchmarks share: contenders measured in turns, and a table of medians and goals."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +28,18 @@ from cifar_accel.records.state import State
 from cifar_accel.records.summary import describe_config
 from cifar_accel.run import Run
 
+# ---- values and goals
+
 
 @dataclass
 class Row:
-    """One line of the table: measured values, and what the project wants of them (empty: nothing)."""
+    """One line of the table: measured values, and what the project wants of them, if anything."""
 
     name: str
     unit: str
+    # One a round.
     values: list[float]
+    # In words, and whether the median meets it.
     goal: str = ""
     met: bool | None = None
     median: float = field(init=False)
@@ -43,12 +48,26 @@ class Row:
         self.median = statistics.median(self.values)
 
 
+def goal(
+    name: str, values: list[float], least: float, aim: float, unit: str = "x", most: bool = False
+) -> Row:
+    """A row that must reach `least` (or, with `most`, stay below it) in the median."""
+    median = statistics.median(values)
+    if most:
+        return Row(name, unit, values, f"<= {least:g}, aim {aim:g}", median <= least)
+    return Row(name, unit, values, f">= {least:g}, aim {aim:g}", median >= least)
+
+
 def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure every contender once a round, in changing order, so that a busy moment hits none alone."""
+    """Measure every contender once a round.
+
+    The order changes from round to round, so that a busy moment hits none alone.
+    """
     seen: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         names = list(contenders)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             seen[name].append(contenders[name]())
     return seen
 
@@ -58,35 +77,28 @@ def ratios(over: list[float], under: list[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
-def goal(
-    name: str, values: list[float], least: float, aim: float, unit: str = "x", most: bool = False
-) -> Row:
-    """A row that must reach `least` (or, with `most`, stay below it) in the median."""
-    median = statistics.median(values)
-    sign = "<=" if most else ">="
-    return Row(
-        name,
-        unit,
-        values,
-        f"{sign} {least:g}, aim {aim:g}",
-        median <= least if most else median >= least,
-    )
+# ---- contenders in processes of their own
 
 
 class Contender:
-    """A process of its own that measures once each time it is asked: contenders share neither heap nor threads."""
+    """A process of its own that measures once each time it is asked.
+
+    So contenders share neither heap nor threads. The process runs `serve`.
+    """
 
     def __init__(self, module: str, *words: str):
+        # It loads and warms up from now on, beside the other contenders.
         command = [sys.executable, "-m", module, *words]
+        self.name = f"{module} {' '.join(words)}"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.name = f"{module} {' '.join(words)}"
 
     def __call__(self) -> dict[str, float]:
         """Ask for one measurement."""
         assert self.process.stdin and self.process.stdout
         print("go", file=self.process.stdin, flush=True)
+        # Anything else that the process prints is passed over.
         for line in self.process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
@@ -105,24 +117,26 @@ def serve(measure: Callable[[], dict[str, float]]) -> None:
         print(json.dumps(measure()), flush=True)
 
 
+# ---- data, options and a run of ours
+
+
 def images(dataset: str, data_dir: str) -> Dataset:
-    """What --dataset names; `noise` stands in for CIFAR-100 where there is none: same shapes, random pixels."""
+    """What --dataset names; `noise` is random pixels in CIFAR-100's shapes."""
     if dataset != "noise":
         return load_dataset(dataset, data_dir, 32)
+    # As large as CIFAR-100, since the images lie in the device's memory.
     rng = np.random.default_rng(0)
+    classes = [str(c) for c in range(100)]
 
     def split(n: int) -> Split:
-        return Split(
-            rng.integers(0, 256, (n, 3, 32, 32), np.uint8),
-            np.arange(n) % 100,
-            [str(c) for c in range(100)],
-        )
+        pixels = rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
+        return Split(pixels, np.arange(n) % 100, classes)
 
     return Dataset("noise", split(50_000), split(10_000), "noise")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks take. The data set is CIFAR-100 from CIFAR_ACCEL_DATA, else noise."""
+    """The options that all benchmarks take; the data set is CIFAR_ACCEL_DATA's, else noise."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,8 +148,10 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def our_run(args: TrainingArguments, data: Dataset) -> tuple[Run, State]:
-    """What the trainer sets up for `args`, over images that are there already; it prints nothing."""
+    """What the trainer sets up for `args`, over images that are there already; prints nothing."""
+    # In place of the trainer's own loading.
     run_module.load_splits = lambda args: (data, data.test)
+    # Where options come from, and where a run would be written, is of no interest here.
     origin = dict.fromkeys(vars(args), "")
     opened = Opened(path=Path("unused"))
     # stdout belongs to the figures.
@@ -144,45 +160,72 @@ def our_run(args: TrainingArguments, data: Dataset) -> tuple[Run, State]:
         return run_module.set_up(args, origin, opened, ranks, StopRequest())
 
 
+# ---- the table
+
+
 def show(rows: list[Row], out: str | None, title: str) -> None:
     """Print the table; with `out`, also write OUT.json and OUT.md."""
-    about = describe_config(recipe_defaults("plain"), {}, {})
-    lines = [f"{'':<58}{'median':>12}  {'range':<22}{'n':>2}  goal"]
-    marks = {True: "met", False: "MISSED", None: ""}
-    cells = []
-    for r in rows:
-        low, high = (number(f(r.values)) for f in (min, max))
-        spread, median = f"{low} to {high}", f"{number(r.median)} {r.unit}"
-        lines.append(
-            f"{r.name:<58}{median:>12}  {spread:<22}{len(r.values):>2}  {r.goal} {marks[r.met]}"
-        )
-        cells.append(
-            f"| {r.name} | {median} | {spread} | {len(r.values)} | {r.goal} {marks[r.met]} |"
-        )
-    print("\n".join(["", title, *lines]))
+    print(f"\n{title}")
+    print(f"{'':<58}{'median':>12}  {'range':<22}{'n':>2}  goal")
+    for row in rows:
+        median, spread, n, wanted = cells(row)
+        print(f"{row.name:<58}{median:>12}  {spread:<22}{n:>2}  {wanted}")
     if out:
-        record = {"title": title, "rows": [asdict(r) for r in rows]}
-        machine = {k: v for k, v in about["hardware"].items() if k != "host"} | {
-            "processor": processor()
-        }
-        record |= {"versions": about["versions"], "hardware": machine}
-        Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-        table = ["| | median | range | n | goal |", "|---|---|---|---|---|", *cells]
-        devices = ", ".join(machine["gpus"]) or "no GPU"
-        line = f"{machine['cpu_cores']} cores ({machine['processor']}), {devices}; {versions}"
-        Path(out + ".md").write_text("\n".join([f"# {title}", "", line, "", *table, ""]))
+        write(rows, out, title)
+
+
+def write(rows: list[Row], out: str, title: str) -> None:
+    """Write OUT.json with every value, and OUT.md with the table."""
+    # What it was measured on, but not whose machine it was.
+    about: dict[str, Any] = describe_config(recipe_defaults("plain"), {}, {})
+    hardware = {name: value for name, value in about["hardware"].items() if name != "host"}
+    hardware["processor"] = processor()
+    record = {
+        "title": title,
+        "rows": [asdict(row) for row in rows],
+        "versions": about["versions"],
+        "hardware": hardware,
+    }
+    # Every value, so that another median or spread can be taken later.
+    Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
+
+    # The same rows as on the screen, for people.
+    cores = f"{hardware['cpu_cores']} cores ({hardware['processor']})"
+    devices = ", ".join(hardware["gpus"]) or "no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"# {title}",
+        "",
+        f"{cores}, {devices}; {versions}",
+        "",
+        "| | median | range | n | goal |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join([row.name, *cells(row)])} |" for row in rows]
+    Path(out + ".md").write_text("\n".join(lines) + "\n")
+
+
+def cells(row: Row) -> list[str]:
+    """Median with its unit, range, number of values, and the goal with whether it is met."""
+    mark = ""
+    if row.met is not None:
+        mark = "met" if row.met else "MISSED"
+    return [
+        f"{number(row.median)} {row.unit}",
+        f"{number(min(row.values))} to {number(max(row.values))}",
+        str(len(row.values)),
+        f"{row.goal} {mark}",
+    ]
 
 
 def processor() -> str:
     """The processor's name and whether it computes bf16, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    name = next(
-        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")),
-        "unknown",
-    )
-    return ", ".join([name, *(f for f in ("avx512_bf16", "amx_bf16") if f in text)])
+    models = [line for line in text.splitlines() if line.startswith("model name")]
+    name = models[0].split(":")[1].strip() if models else "unknown"
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
+    return ", ".join([name, *bf16])
 
 
 def number(value: float) -> str:

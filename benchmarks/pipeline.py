@@ -9,8 +9,9 @@ flip, normalise.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import timm
 import torch
@@ -24,15 +25,29 @@ from cifar_accel.data.order import Order
 from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD
 from cifar_accel.options.recipes import recipe_defaults
 
-BATCH, WORKERS = 256, (0, 2, 4)
+BATCH = 256
+
+# Worker processes that timm's loader is measured with.
+WORKERS = (0, 2, 4)
+
+# How many times as fast as the best of timm the device pipeline must be, and is to be, by policy and
+# device.
 GOALS = {("report", "cpu"): (3, 5), ("plain", "cpu"): (8, 15)}
+
+# Batches of one measurement: of timm, and of the device pipeline by device. About a second each.
+TIMM_BATCHES = 24
+DEVICE_BATCHES = {"cpu": 192, "cuda": 2048}
+
+# Batches taken before each measurement: what workers made while the others were measured.
+WARM_UP_BATCHES = 8
 
 
 class Pictures(torch.utils.data.Dataset):
     """A split as timm's loader wants it: PIL images and integer labels."""
 
     def __init__(self, split: Split):
-        self.split, self.transform = split, None
+        self.split = split
+        self.transform = None
 
     def __len__(self) -> int:
         """Images."""
@@ -45,71 +60,99 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def timm_loader(split: Split, policy: str, workers: int, device: torch.device) -> Iterator[object]:
-    """timm's create_loader, with its prefetcher where there is CUDA; for `plain` its transform is replaced."""
+    """Batches of timm's create_loader, without end; its prefetcher is used where there is CUDA."""
     cuda = device.type == "cuda"
     loader = timm.data.create_loader(
-        Pictures(split), (3, 32, 32), BATCH, is_training=True, num_workers=workers, use_prefetcher=cuda, hflip=0.5,
-        vflip=0.5, auto_augment="rand-m15-n2", color_jitter=0.0, interpolation="bilinear", mean=IMAGENET_MEAN,
-        std=IMAGENET_STD, device=device, persistent_workers=workers > 0, pin_memory=cuda,
-    )  # fmt: skip
+        Pictures(split),
+        (3, 32, 32),
+        BATCH,
+        is_training=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=cuda,
+        use_prefetcher=cuda,
+        device=device,
+        hflip=0.5,
+        vflip=0.5,
+        auto_augment="rand-m15-n2",
+        color_jitter=0.0,
+        interpolation="bilinear",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
     if policy == "plain":
-        tensor = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-        last = [timm.data.transforms.ToNumpy()] if cuda else tensor
-        crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
-        loader.dataset.transform = transforms.Compose(
-            [crop, transforms.RandomHorizontalFlip(), *last]
-        )
+        loader.dataset.transform = plain_transform(cuda)
     mixing = timm.data.Mixup(0.8, prob=0.7, label_smoothing=0.1, num_classes=len(split.classes))
     while True:
         for x, y in loader:
             yield mixing(x, y) if policy == "report" else (x, y)
 
 
+def plain_transform(prefetcher: bool) -> transforms.Compose:
+    """torchvision's padded crop and flip; timm's prefetcher normalises by itself."""
+    moves = [
+        transforms.RandomCrop(32, padding=4, padding_mode="reflect"),
+        transforms.RandomHorizontalFlip(),
+    ]
+    if prefetcher:
+        return transforms.Compose([*moves, timm.data.transforms.ToNumpy()])
+    normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return transforms.Compose([*moves, transforms.ToTensor(), normalise])
+
+
 def device_pipeline(split: Split, policy: str, device: torch.device) -> Iterator[object]:
-    """This project's resident pipeline."""
-    args = recipe_defaults(policy)
-    pipeline = Pipeline(replace(args, smoothing=0.1), split, device, IMAGENET_MEAN, IMAGENET_STD)
+    """Batches of this project's device pipeline, without end."""
+    args = replace(recipe_defaults(policy), smoothing=0.1)
+    pipeline = Pipeline(args, split, device, IMAGENET_MEAN, IMAGENET_STD)
     return pipeline.training_batches(Order(0, len(split), BATCH), 0, 10**9)
 
 
 def images_per_s(stream: Iterator[object], batches: int, device: torch.device) -> float:
     """Throughput of the next `batches` batches, the device being done at both ends."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(8):  # what the workers made while the others were measured
+    for _ in range(WARM_UP_BATCHES):
         next(stream)
-    wait()
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(batches):
         next(stream)
-    wait()
+    wait_for(device)
     return batches * BATCH / (time.perf_counter() - started)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(split: Split, policy: str, device: torch.device, rounds: int) -> list[Row]:
     """The rows of one policy."""
-    streams = {f"timm, {w} workers": timm_loader(split, policy, w, device) for w in WORKERS}
-    streams["device pipeline"] = device_pipeline(split, policy, device)
-    ours = 2048 if device.type == "cuda" else 192
+    # Each contender is a stream of batches; a measurement takes the next ones from it.
+    contenders = {}
+    for workers in WORKERS:
+        stream = timm_loader(split, policy, workers, device)
+        contenders[f"timm, {workers} workers"] = partial(images_per_s, stream, TIMM_BATCHES, device)
+    timm_names = list(contenders)
+    stream = device_pipeline(split, policy, device)
+    batches = DEVICE_BATCHES.get(device.type, DEVICE_BATCHES["cpu"])
+    contenders["device pipeline"] = partial(images_per_s, stream, batches, device)
 
-    def one(name: str, stream: Iterator[object]) -> Callable[[], float]:
-        return lambda: images_per_s(stream, ours if name == "device pipeline" else 24, device)
-
-    contenders = {name: one(name, stream) for name, stream in streams.items()}
+    # One round to warm up.
     in_turns(contenders, 1)
     seen = in_turns(contenders, rounds)
-    best = max(
-        (f"timm, {w} workers" for w in WORKERS), key=lambda name: statistics.median(seen[name])
-    )
-    rows = [
-        Row(f"{policy} policy on {device.type}: {name}", "img/s", values)
-        for name, values in seen.items()
-    ]
+
+    # A row for each, and the ratio to the best of timm's.
+    title = f"{policy} policy on {device.type}"
+    rows = [Row(f"{title}: {name}", "img/s", values) for name, values in seen.items()]
     if policy == "report" and device.type == "cuda":
         rows[-1] = goal(rows[-1].name, rows[-1].values, 500_000, 2_000_000, "img/s")
-    over = ratios(seen["device pipeline"], seen[best])
-    name = f"{policy} policy on {device.type}: device over {best}"
-    limits = GOALS.get((policy, device.type))
-    return [*rows, goal(name, over, *limits) if limits else Row(name, "x", over)]
+    best = max(timm_names, key=lambda name: statistics.median(seen[name]))
+    ratio_name = f"{title}: device over {best}"
+    ratio_values = ratios(seen["device pipeline"], seen[best])
+    if (policy, device.type) in GOALS:
+        least, aim = GOALS[policy, device.type]
+        return [*rows, goal(ratio_name, ratio_values, least, aim)]
+    return [*rows, Row(ratio_name, "x", ratio_values)]
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ STOPPED = 143
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script `cifar-accel`; returns the exit code."""
+    # The console script calls it without arguments.
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print_commands()
@@ -68,6 +69,7 @@ def guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return fail("stopped at once; checkpoints already written are kept", STOPPED)
     finally:
+        # Where torch was never loaded there is no group, and this is no reason to load it.
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -79,6 +81,7 @@ def train_command(argv: Sequence[str]) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
+    # What is wrong with the options is told before anything is loaded or written.
     args, origin = parse_training(argv)
     args, origin = with_workers(args, origin)
     if args.dry_run:
@@ -92,12 +95,15 @@ def _train(argv: Sequence[str]) -> int:
         if opened.finished and alone:
             return 0
 
-    # Other processes learn in `train` that the run is finished.
+    # All processes enter, for the others learn in there whether the run is finished.
     try:
         summary = load_and_train(args, origin, opened)
     finally:
+        # A folder in which the training did not begin goes away; any other stays as it is.
         if opened:
             opened.discard()
+
+    # What is shown of a run is drawn by its main process.
     if opened and not opened.finished:
         from cifar_accel.results.charts import plot_run
 
@@ -121,6 +127,7 @@ def with_workers(
 
 
 def _dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
+    # One process looks for all.
     if not is_main_process():
         return 0
     from cifar_accel.dry_run import dry_run
@@ -163,6 +170,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
 
 def _evaluate(argv: Sequence[str]) -> int:
     args = parse(EvaluateArguments, argv, "cifar-accel evaluate")
+    # It loads torch.
     from cifar_accel.use.evaluate_run import evaluate_run
 
     evaluate_run(args, say)
@@ -175,6 +183,7 @@ def study_command(argv: Sequence[str]) -> int:
 
 
 def _study(argv: Sequence[str]) -> int:
+    # The launcher's modules are loaded for this command alone.
     from cifar_accel.launch.study import run_study
 
     # Options after -- go to every run.
@@ -193,6 +202,7 @@ def report_command(argv: Sequence[str]) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
+    # matplotlib and the like are loaded for this command alone.
     from cifar_accel.results.page import write_report
 
     args = parse(ReportArguments, argv, "cifar-accel report")

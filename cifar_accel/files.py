@@ -62,7 +62,7 @@ def read_as(kind: type[T], path: Path) -> T | None:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file, or None when it is missing or not whole."""
-    return read_as(Any, path)  # type: ignore[arg-type]  # Any is a type to pydantic
+    return read_as(Any, path)
 
 
 def sync(path: Path) -> None:

@@ -87,6 +87,8 @@ class Log:
         file = run.folder.path / "metrics.jsonl"
         self.metrics = Metrics(file, say, enabled=run.ranks.is_main)
         self.tracker = trackers.SILENT
+        # The step of the last checkpoint: the one that this start resumed from, or none at step 0.
+        self.saved_step = state.step
         self.progress: Progress | None = None
         self.profiler: Profiler | None = None
 
@@ -147,9 +149,12 @@ class Log:
 def save_checkpoint(run: Run, state: State, log: Log) -> None:
     """Write a checkpoint of `state`. All ranks enter, and the host waits for the device.
 
-    A failure to write costs the checkpoint, not the run. Raises Diverged when weights, average or
+    A step that was just saved or resumed from is not saved again. A failure to write costs the
+    checkpoint, not the run. Raises Diverged when weights, average or
     buffers are not finite: such a checkpoint would replace a good one.
     """
+    if state.step == log.saved_step:
+        return
     check_finite(run, state.step)
     if not run.ranks.is_main:
         return
@@ -168,6 +173,7 @@ def save_checkpoint(run: Run, state: State, log: Log) -> None:
             asdict(state),
             run.args.keep_checkpoints,
         )
+        log.saved_step = state.step
     except OSError as e:
         reason = e.strerror or e
         say(f"warning: no checkpoint at step {state.step:,}: {reason}; training goes on")

@@ -4,6 +4,7 @@ Read it from `set_up` downwards. A run is set up once and does not change; what 
 `State` (records/state.py), its weights and its optimizer.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -320,7 +321,9 @@ def restore(
 def read_state(path: Path) -> State:
     """The state in checkpoint folder `path`. Raises BadInput when no training wrote it."""
     try:
-        state: State = TypeAdapter(State).validate_python(checkpoint.read_state(path))
+        # Strictly, by the rules of JSON: there a whole number is a float too.
+        text = json.dumps(checkpoint.read_state(path))
+        state: State = TypeAdapter(State).validate_json(text, strict=True)
         if state.step >= 0:
             return state
     except (ValueError, TypeError):

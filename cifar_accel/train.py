@@ -106,7 +106,6 @@ def fit(run: Run, state: State, log: Log) -> None:
     begins by settling that step again.
     """
     plan, stop = run.plan, run.stop
-    resumed_at = state.step
     # Made ahead of time, across the borders of epochs.
     micro_batches = run.data.train.training_batches(plan.order, state.step, plan.stop_step)
     run.model.module.train()
@@ -121,8 +120,7 @@ def fit(run: Run, state: State, log: Log) -> None:
                 # While the clock runs, since the device may be at work still.
                 collect(run, state)
                 raise Stopped
-            # What was just resumed from need not be written again.
-            saves = step > resumed_at and (minutes_up or plan.checkpoint_after(step))
+            saves = minutes_up or plan.checkpoint_after(step)
             if saves or plan.row_after(step):
                 collect(run, state)
             # Settle this step; neither saving nor evaluating counts as training.

@@ -25,7 +25,7 @@ from cifar_accel.plan import make_plan
 
 OPTIONS = (
     "--dataset digits --model test_nfnet --no-pretrained --recipe digits "
-    "--batch-size 32 --epochs 10 --learning-rate 3e-3"
+    "--batch-size 32 --epochs 6 --learning-rate 3e-3"
 ).split()
 
 
@@ -81,7 +81,7 @@ def train(words: list[str]) -> tuple[torch.nn.Module, list[float], dict[str, flo
         watch.note(micro_losses, gradient_norm(model.parameters()))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(torch.stack(micro_losses).mean().item())
+        losses.append(torch.stack(micro_losses).double().mean().item())
 
         # After each epoch: stop if a step was not finite, and count the correct answers.
         if plan.evaluation_after(step + 1):

@@ -281,10 +281,14 @@ def summary(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
 
 
+def files_of(run: Path) -> dict[Path, bytes]:
+    """Every file of a run folder, with what it holds."""
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
 def contents(run: Path) -> dict[Path, bytes]:
-    """All files of a run folder but its lock."""
-    files = [file for file in run.rglob("*") if file.is_file()]
-    return {file: file.read_bytes() for file in files if file.name != ".lock"}
+    """Every file of a run folder but its lock, with what it holds."""
+    return {file: held for file, held in files_of(run).items() if file.name != ".lock"}
 
 
 def sha256(run: Path) -> str:

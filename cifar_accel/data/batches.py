@@ -106,7 +106,9 @@ class Pipeline:
                 labels = targets.argmax(1)
             yield Batch(images, labels, targets)
 
-    def evaluation_batches(self, batch_size: int, world: int = 1, rank: int = 0) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, batch_size: int, world: int = 1, rank: int = 0
+    ) -> Generator[Batch, None, None]:
         """This process's share of the split, every image once over all processes.
 
         Every process has the same number of batches, all of one size of at most `batch_size`.

@@ -51,6 +51,7 @@ def load_dataset(
     with _disk_failures_named(data_dir):
         root.mkdir(parents=True, exist_ok=True)
         source = find_source(name, root, say)
+        # The key is also the data set's fingerprint, which a resumed run compares.
         key_text = f"{CACHE_FORMAT} {source.identity()}"
         key = blake2b(key_text.encode(), digest_size=12).hexdigest()
         with FileLock(root / f"decoded-{key}.lock"):
@@ -78,6 +79,7 @@ def _open_or_decode(
         if data is not None:
             return data
 
+    # Whether all images are of one size shows only when they are decoded.
     say(f"data: decoding {name} into {folder} (once)")
     if not _decode(source, name, folder, None):
         say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
@@ -121,6 +123,7 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
     Without `side` the images must all be of one size, else nothing is written and False returned.
     With it, each is brought to side x side pixels.
     """
+    # What a killed process may have left goes first.
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -159,6 +162,7 @@ def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> 
             raise BadInput(
                 f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}"
             )
+    # Older versions wrote more keys, which are passed over.
     (folder / "meta.json").write_text(json.dumps({"name": name, "classes": classes}))
     return True
 
@@ -178,6 +182,7 @@ def _write_images(
     shape = shape or image_shape(raw, 0)
     decode = partial(_decoded, raw, shape[0] if resizes else None)
     n = len(raw.items)
+    # A file on the disk that is filled as if it were an array in memory.
     out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, *shape))
     # Pillow decodes without Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

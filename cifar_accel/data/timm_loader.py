@@ -31,6 +31,7 @@ class TimmImages:
         self.args = args
         self.images = images
         self.device = device
+        # From a Pillow image to uint8 [3, S, S].
         self.training_transform = _training_transform(args, mean)
         self.evaluation_transform = _transform(args, mean, is_training=False)
 
@@ -51,7 +52,8 @@ class TimmImages:
         """(request, its pixels) for each of `requests`, in order; they are read ahead of time."""
         loader: Iterable[Any] = torch.utils.data.DataLoader(
             _Items(make_pixels),
-            # Any iterable of indices will do; ours are whole batches, so none are put together.
+            # Any iterable of indices will do. An index of ours is a whole batch, so the loader puts
+            # nothing together.
             sampler=requests,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_unchanged,
@@ -64,12 +66,12 @@ class TimmImages:
         yield from loader
 
     def _augmented(self, micro_batch: MicroBatch) -> torch.Tensor:
-        seeds = random_bits(
-            self.args.seed, "sample_seed", micro_batch.epoch, micro_batch.samples
-        ).tolist()
+        samples = micro_batch.samples
+        bits = random_bits(self.args.seed, "sample_seed", micro_batch.epoch, samples)
         made = []
-        for index, seed in zip(micro_batch.samples, seeds, strict=True):
-            # timm draws from all three generators.
+        for index, seed in zip(samples, bits.tolist(), strict=True):
+            # timm draws from all three generators. They are seeded anew for each image, so neither
+            # the worker nor the images before it play a part.
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
             torch.default_generator.manual_seed(seed >> 1)
@@ -113,6 +115,7 @@ def _ignore_signals(worker: int) -> None:
 def _training_transform(args: TrainingArguments, mean: tuple[float, ...]) -> Any:
     """timm's training transform as the options say. Raises BadInput for a policy it cannot read."""
     _mend_posterize()
+    # timm's reader of policies asserts, indexes and converts: each may fail on what the user wrote.
     try:
         transform = _transform(
             args,
@@ -165,6 +168,7 @@ def _mend_posterize() -> None:
 
 def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
     """timm's posterize, also for the 0 bits that its policies ask for and Pillow 13 refuses."""
+    # The highest bits are kept, the others cleared; the table holds one entry a level and channel.
     bits = min(max(bits_to_keep, 0), 8)
     mask = 256 - 2 ** (8 - bits)
     table = [value & mask for value in range(256)]

@@ -48,14 +48,17 @@ def train(words: list[str]) -> int:
     A single process takes the place of this one. Several are children of a launcher that is a child
     of this process. Raises BadInput for what is known to be wrong before anything is started.
     """
+    # A config that cannot be read is told in any case, before the words are looked at.
     start = command_for(words)
     directly = [sys.executable, "-m", "cifar_accel", *words]
+    # What only prints needs one process, which for --dry-run knows how many a start would have.
     if "-h" in words or "--help" in words:
         replace_this_process(directly, {})
     if "--dry-run" in words:
         print(start.reason, flush=True)
         replace_this_process(directly, dry_environment())
 
+    # Neither signals nor exit codes need us where no launcher is between.
     check_launcher()
     print(start.reason, flush=True)
     if start.command == directly:

@@ -46,7 +46,7 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
     Returns 0 when all runs are finished, 1 when one failed, 143 when a signal stopped the study.
     Raises BadInput before the first run when the file or the options of any run are wrong.
     """
-    # All that can be wrong with any run is found here.
+    # All that can be known to be wrong with any run is found here.
     study = read_study(args.file)
     runs = study.runs
     if args.save_dir:
@@ -84,6 +84,7 @@ def is_finished(run: PlannedRun) -> bool:
         return False
     config = read_config(run.folder) or {}
     command = config.get("command", [])
+    # The first word is the program's path, which depends on how it was started.
     return command[1:] == run.words
 
 
@@ -93,6 +94,7 @@ def is_finished(run: PlannedRun) -> bool:
 def read_study(path: str) -> Study:
     """The study in the file `path`. Raises BadInput for what is wrong in the file."""
     content = read_yaml(home(path), "is not YAML")
+    # What kind of file it is.
     if not isinstance(content, dict) or not (content.get("parameters") or content.get("runs")):
         raise BadInput(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
     method = content.get("method", "grid")
@@ -148,6 +150,8 @@ def plan_runs(path: str, runs: list[Options], extra: list[str]) -> list[PlannedR
 
     Raises BadInput when the options of a run are wrong, or when two runs are the same.
     """
+    # Read as a training will read them: a wrong one is told before the first run starts, and what
+    # was left to the program, such as the run's name, is known.
     words = [[*as_flags(options), *extra] for options in runs]
     resolved = [parse_training(of_run)[0] for of_run in words]
     if any(args.dry_run for args in resolved):
@@ -163,6 +167,7 @@ def plan_runs(path: str, runs: list[Options], extra: list[str]) -> list[PlannedR
             of_run = [*of_run, f"--run-name={name}"]
         planned.append(PlannedRun(home(args.save_dir) / name, of_run))
 
+    # Two runs that differ in nothing have still one name.
     taken = set()
     for run in planned:
         if run.folder in taken:
@@ -177,6 +182,7 @@ def name_runs(runs: list[Options], names: list[str]) -> list[str]:
     for run, name in zip(runs, names, strict=True):
         same_name = [other for other, its in zip(runs, names, strict=True) if its == name]
         varied = [key for key in run if any(other.get(key) != run[key] for other in same_name)]
+        # A slash would make a folder within the folder.
         parts = [f"-{key}={run[key]}".replace("/", "_") for key in varied if key != "run_name"]
         longer.append(name + "".join(parts))
     return longer

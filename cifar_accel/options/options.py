@@ -40,7 +40,7 @@ Volatile = Annotated[T, _VOLATILE]
 class TrainingArguments:
     """Fine-tune or train a timm model on CIFAR-100, or other images, on one or more devices."""
 
-    # A comment after an empty line heads a section of docs/options.md; its further lines are the
+    # A comment right above a field heads a section of docs/options.md; its further lines are the
     # prose of that section.
 
     # What is trained
@@ -187,6 +187,8 @@ class TrainingArguments:
     """wandb project."""
     group: Volatile[str | None] = None
     """wandb group (a study's name)."""
+
+    # Recipe
     recipe: str = "report"
     """Set of defaults: report, plain or digits; every flag overrides it."""
 

@@ -45,22 +45,28 @@ def parse_training(argv: Sequence[str]) -> tuple[TrainingArguments, dict[str, st
     that cannot be or contradict each other, and SystemExit for a usage error or after --help.
     """
     words = normal_words(argv)
+    # The recipe's values are tyro's defaults, so that --help shows them and any flag replaces them.
     defaults = recipe_defaults(chosen_recipe(words))
     args = parse(TrainingArguments, words, "python -m cifar_accel", defaults)
     return resolve(args, given_fields(argv))
 
 
-def parse(kind: type[T], argv: Sequence[str], prog: str, default: Any = tyro.MISSING_NONPROP) -> T:
+def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
     """The options `kind`, a dataclass, from words.
 
     Exits with 2 after one line for what tyro cannot read, and with 0 after --help. Raises BadInput
     for a value outside the bounds of its type.
     """
+    given_default: dict[str, Any] = {}
+    if default is not None:
+        given_default["default"] = default
     boxed_complaint = io.StringIO()
+    # tyro prints its complaint and exits.
     try:
         with contextlib.redirect_stderr(boxed_complaint):
-            args = tyro.cli(kind, args=list(argv), prog=prog, default=default)
+            args = tyro.cli(kind, args=list(argv), prog=prog, **given_default)
     except SystemExit as end:
+        # After --help, or the completion of a shell.
         if not end.code:
             raise
         complaint = out_of_the_box(boxed_complaint.getvalue())
@@ -131,6 +137,7 @@ def given_fields(argv: Sequence[str]) -> set[str]:
     given = set()
     for word in argv:
         field = _field_of(word.partition("=")[0])
+        # A switch is turned off by --no-pretrained.
         if field not in TYPES:
             field = field.removeprefix("no_")
         if field in TYPES:
@@ -152,6 +159,7 @@ def check_bounds(args: Any) -> None:
     try:
         _bounds_of(kind).validate_python(values)
     except ValidationError as error:
+        # Errors come in the order of the fields; one line tells of one.
         first = error.errors()[0]
         name = str(first["loc"][0])
         value = first["input"]
@@ -159,6 +167,7 @@ def check_bounds(args: Any) -> None:
         # A number may have hundreds of digits.
         if len(shown) > 20:
             shown = shown[:20] + "..."
+        # pydantic writes "Input should be greater than 0".
         bound = first["msg"].replace("Input should be", "must be")
         raise BadInput(f"{flag(name)} {shown}: {bound}") from None
 
@@ -171,6 +180,7 @@ def out_of_the_box(text: str) -> str:
     for line in text.splitlines():
         is_end_of_the_box = line.startswith(("╭", "╰"))
         line = line.strip(" │─")
+        # What follows is for a screen, not for a line.
         if line.startswith(("Argument helptext", "For full helptext")):
             break
         # Where stdout is not UTF-8, rules are drawn with hyphens.

@@ -77,6 +77,8 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
             flags.
     """
     check_values(args)
+
+    # Where each value comes from so far. Any flag outdoes the recipe, also with the recipe's value.
     origin = {}
     for field in fields(args):
         if field.name in given:
@@ -86,7 +88,9 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         else:
             origin[field.name] = "default"
 
+    # The origin of a path stays, for it is still what the user said.
     args = replace(args, **absolute_paths(args))
+
     # Each rule sees what those before it have derived.
     rules = (warmup, one_kind_of_crop, one_source_of_weights, pipeline, without_effect, run_name)
     for rule in rules:
@@ -98,10 +102,13 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
 
 def check_values(args: TrainingArguments) -> None:
     """Raise BadInput for the first option that is wrong by itself and that no bound describes."""
+    # -1 is a word for the last epoch, so that this is no range.
     if args.save_epochs == 0 or args.save_epochs < -1:
         raise BadInput(
             f"--save-epochs {args.save_epochs}: must be -1 (the last epoch only) or greater than 0"
         )
+
+    # Numbers that come in pairs and threes.
     if args.scale:
         check_pair("--scale", args.scale, largest=1.0)
     check_pair("--ratio", args.ratio, largest=math.inf)
@@ -109,6 +116,8 @@ def check_values(args: TrainingArguments) -> None:
         raise BadInput(f"--mean {args.mean}: every mean must be finite")
     if args.std and not all(0 < deviation < math.inf for deviation in args.std):
         raise BadInput(f"--std {args.std}: every deviation must be greater than 0")
+
+    # Texts: to read them is to check them.
     parse_interval(args.save_every)
     if args.max_time is not None:
         parse_duration(args.max_time)
@@ -120,6 +129,7 @@ def check_values(args: TrainingArguments) -> None:
 def check_pair(name: str, pair: tuple[float, float], largest: float) -> None:
     """Raise BadInput unless `pair` is a finite range above 0 and up to `largest`."""
     low, high = pair
+    # No comparison with nan holds.
     if 0 < low <= high <= largest and math.isfinite(high):
         return
     bound = "" if largest == math.inf else f" and at most {largest:g}"
@@ -129,6 +139,7 @@ def check_pair(name: str, pair: tuple[float, float], largest: float) -> None:
 def check_run_name(name: str) -> None:
     """Raise BadInput unless `name` is that of a folder below --save-dir."""
     parts = name.split("/")
+    # File systems count bytes, not characters.
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
         raise BadInput(f"--run-name {name[:40]}...: File name too long")
     is_save_dir_itself = os.path.normpath(name) == "."
@@ -141,7 +152,7 @@ def check_run_name(name: str) -> None:
 def absolute_paths(args: TrainingArguments) -> Derived:
     """Paths that mean the same from wherever the run is continued or evaluated."""
     paths: Derived = {}
-    # Any other data set is a name.
+    # What is no folder here is the name of a data set, and is read later.
     if os.path.isdir(home(args.dataset)):
         paths["dataset"] = os.path.abspath(home(args.dataset))
     if args.model.startswith("local-dir:"):
@@ -157,6 +168,7 @@ def absolute_paths(args: TrainingArguments) -> Derived:
 def warmup(args: TrainingArguments, given: set[str]) -> Derived:
     """The length of the warm-up, where it is not given: a share of the epochs by schedule."""
     if args.warmup_epochs is None:
+        # In epochs, and rounded for who reads it: 0.6 and not 0.6000000000000001.
         share = WARMUP_SHARES.get(args.scheduler, USUAL_WARMUP_SHARE)
         return {"warmup_epochs": round(args.epochs * share, 4)}
     if args.warmup_epochs > args.epochs:
@@ -172,6 +184,7 @@ def one_kind_of_crop(args: TrainingArguments, given: set[str]) -> Derived:
         return {}
     if {"crop_padding", "scale"} <= given:
         raise BadInput("--crop-padding and --scale are two kinds of random crop: give one of them")
+    # Here one of them is the recipe's.
     if "crop_padding" in given:
         return {"scale": None}
     return {"crop_padding": 0}
@@ -179,6 +192,7 @@ def one_kind_of_crop(args: TrainingArguments, given: set[str]) -> Derived:
 
 def one_source_of_weights(args: TrainingArguments, given: set[str]) -> Derived:
     """The published weights are not downloaded when --checkpoint replaces them."""
+    # The weights of a local-dir are no download.
     if not args.checkpoint or not args.pretrained or args.model.startswith("local-dir:"):
         return {}
     if "pretrained" in given:
@@ -219,6 +233,7 @@ def without_effect(args: TrainingArguments, given: set[str]) -> Derived:
             continue
         if name in given:
             raise BadInput(f"{flag(name)} has no effect without {need.words}")
+        # The recipe set it for another choice than the user's.
         default = getattr(TrainingArguments, name)
         if getattr(args, name) != default:
             derived[name] = default
@@ -229,5 +244,6 @@ def run_name(args: TrainingArguments, given: set[str]) -> Derived:
     """The name of the run folder, where it is not given: MODEL/OPTIMIZER-SCHEDULER-sSEED."""
     if args.run_name is not None:
         return {}
+    # Of a local-dir the last part of its path, unless that is the root.
     model = os.path.basename(args.model.removeprefix("local-dir:").rstrip("/")) or "model"
     return {"run_name": f"{model}/{args.optimizer}-{args.scheduler}-s{args.seed}"}

@@ -26,6 +26,7 @@ def parse_interval(text: str) -> tuple[int, str]:
     """
     if text == "none":
         return 0, "never"
+    # At most nine digits here and below: Python refuses to read numbers of thousands.
     match = re.fullmatch(r"(\d{1,9})(\D+)", text)
     if match and int(match[1]) > 0 and match[2] in INTERVAL_UNITS:
         return int(match[1]), INTERVAL_UNITS[match[2]]

@@ -35,8 +35,10 @@ class Metrics:
         """
         if not self.enabled or not self.path.exists():
             return
+        # A start that was killed had logged steps after the checkpoint from which this one goes on.
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         text = "".join(_line(row) for row in rows)
+        # Bytes that are no UTF-8 must not stop a run: nothing of the trainer's is lost with them.
         if text == self.path.read_text(errors="replace"):
             return
         # Written aside, so that a kill leaves all old rows or all that stay.
@@ -89,12 +91,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl.
-
-    Left out is what no training writes there, such as a last line that a kill cut short.
-    """
+    """The rows of a metrics.jsonl; what no training writes there is left out."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
+        # The last line may have been cut short by a kill, and people do edit files.
         try:
             row = json.loads(line)
         except ValueError:

@@ -39,7 +39,7 @@ class State:
     # Mean over the last whole epoch.
     train_loss: float | None = None
     # The last evaluation, and the step it was made after.
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, int | float] = field(default_factory=dict)
     evaluated_step: int = -1
     best_accuracy: float = 0.0
     tracker_id: str | None = None

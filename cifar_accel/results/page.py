@@ -12,6 +12,8 @@ from cifar_accel.results.charts import PLOTS, draw_comparison, plot_run, save_fi
 from cifar_accel.results.runs import RunFiles, find_runs
 from cifar_accel.results.tables import LEGEND, Table, default_table, markdown, settings_table
 
+# Of the page. On a narrow screen wide tables scroll by themselves, and the plots of a run, side by
+# side elsewhere, stand below each other.
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;
      color:#222;background:#fff}
@@ -39,6 +41,7 @@ def write_report(args: ReportArguments) -> str:
     runs = find_runs(folder)
     if not runs:
         raise BadInput(f"{folder}: no run folder (with config.json) at or below it")
+    # A run that was killed has drawn nothing itself.
     for run in runs:
         if run.rows and not all((run.path / name).exists() for name in PLOTS):
             plot_run(run.path, lambda line: None)
@@ -87,6 +90,7 @@ def report_in_html(
     folder: Path, runs: list[RunFiles], tables: list[Table], unfinished: list[str]
 ) -> str:
     """The report as one HTML page that refers to the plots beside it by relative paths."""
+    # Resolved, since a folder that was given as "." has no name.
     title = escape(folder.resolve().name)
     parts = [f"<h1>{title}</h1>"]
     parts += [table_in_html(table) for table in tables]
@@ -141,6 +145,7 @@ def run_in_html(run: RunFiles, folder: Path) -> str:
     accuracy = run.summary.get("accuracy")
     if accuracy is not None:
         result = f"accuracy {accuracy:.2%}, {result}"
+    # The first word is the program's path on the machine that trained.
     command = shlex.join(["python", "-m", "cifar_accel", *run.command[1:]])
     return f"""
 <h2>{escape(name)}</h2>

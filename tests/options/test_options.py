@@ -1,14 +1,22 @@
+"""Options: defaults, where values come from, what one means for another, and their page."""
+
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
 
-from cifar_accel.options.options import TrainingArguments
+from cifar_accel.errors import BadInput
+from cifar_accel.options.options import VOLATILE, TrainingArguments, flag
 from cifar_accel.options.parsing import parse_training
 from cifar_accel.options.recipes import RECIPES
-from cifar_accel.options.values import parse_interval, parse_keywords
+from cifar_accel.options.resolve import NEEDS
+from cifar_accel.options.values import parse_duration, parse_interval, parse_keywords
+from tools.options_page import PAGE, page, sections_of
 
+FIELDS = [field.name for field in fields(TrainingArguments)]
+
+# The setting of the course report, by option.
 REPORT = dict(
     seed=3407,
     image_size=32,
@@ -23,51 +31,57 @@ REPORT = dict(
     scheduler="cosine",
     model="nfnet",
     dataset="cifar100",
+    recipe="report",
+    warmup_epochs=5,
+    run_name="nfnet/adamw-cosine-s3407",
+    aa="rand-m15-n2",
+    scale=(0.08, 1.0),
+    vflip=0.5,
+    mixup=0.8,
+    mixup_prob=0.7,
+    amsgrad=True,
+    decay_all=True,
+    crop_pct=0.875,
+    smoothing=0.1,
 )
+
+
+def python(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True)
 
 
 def test_the_defaults_are_the_reports():
     args, origin = parse_training([])
     assert {name: getattr(args, name) for name in REPORT} == REPORT
-    assert (args.recipe, args.warmup_epochs, args.run_name) == (
-        "report",
-        5,
-        "nfnet/adamw-cosine-s3407",
-    )
-    assert (args.aa, args.scale, args.vflip, args.mixup, args.mixup_prob) == (
-        "rand-m15-n2",
-        (0.08, 1.0),
-        0.5,
-        0.8,
-        0.7,
-    )
-    assert (args.amsgrad, args.decay_all, args.crop_pct, args.smoothing) == (True, True, 0.875, 0.1)
-    assert {origin[n] for n in ("aa", "mixup")} == {"recipe"}
-    assert (origin["epochs"], origin["warmup_epochs"], origin["run_name"]) == (
-        "default",
-        "derived",
-        "derived",
-    )
+    assert (origin["aa"], origin["mixup"]) == ("recipe", "recipe")
+    assert origin["epochs"] == "default"
+    assert (origin["warmup_epochs"], origin["run_name"]) == ("derived", "derived")
 
 
 def test_every_option_is_documented():
-    shown = subprocess.run(
-        [sys.executable, "-m", "cifar_accel", "--help"], capture_output=True, text=True
-    )
+    shown = python("-m", "cifar_accel", "--help")
     assert shown.returncode == 0
-    for field in fields(TrainingArguments):
-        assert "--" + field.name.replace("_", "-") in shown.stdout, field.name
+    for name in FIELDS:
+        assert flag(name) in shown.stdout, name
+    # The bounds of a type are no matter of the help text.
+    assert "Annotated" not in shown.stdout and "FieldInfo" not in shown.stdout
 
 
-def test_parsing_imports_nothing_heavy():
+@pytest.mark.parametrize(
+    "words",
+    [["--epochs", "3"], ["--epochs", "0"], ["--learnin-rate", "1"], ["--help"]],
+    ids=lambda words: words[0],
+)
+def test_parsing_imports_nothing_heavy(words):
+    heavy = ("torch", "timm", "numpy", "accelerate", "wandb", "matplotlib")
     code = (
-        "import sys; from cifar_accel.options.parsing import parse_training; parse_training(['--epochs', '3']);"
-        "print([m for m in ('torch', 'timm', 'numpy', 'accelerate', 'wandb', 'matplotlib') if m in sys.modules])"
+        "import contextlib, sys\n"
+        "import cifar_accel.cli\n"
+        "with contextlib.suppress(SystemExit, cifar_accel.cli.BadInput):\n"
+        f"    cifar_accel.cli.parse_training({words})\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "[]"
-    )
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -76,10 +90,12 @@ def test_parsing_imports_nothing_heavy():
         (["--pretrained=False"], "pretrained", False, "flag"),
         (["--no-pretrained"], "pretrained", False, "flag"),
         (["--model-ema=true"], "model_ema", True, "flag"),
+        (["--model_ema=TRUE"], "model_ema", True, "flag"),
         (["--scale", "none"], "scale", None, "flag"),
         (["--scale=none"], "scale", None, "flag"),
         (["--crop-padding", "4"], "scale", None, "derived"),
         (["--recipe=plain", "--scale", "0.5", "1"], "crop_padding", 0, "derived"),
+        (["--recipe", "digits", "--recipe=plain"], "crop_padding", 4, "recipe"),
         (["--optimizer", "sgdm"], "amsgrad", False, "derived"),
         (["--scheduler", "linear_decay"], "warmup_epochs", 0, "derived"),
         (["--scheduler", "one_cycle", "--epochs", "10"], "warmup_epochs", 3, "derived"),
@@ -88,13 +104,12 @@ def test_parsing_imports_nothing_heavy():
         (["--mixup", "0"], "mixup_prob", 1.0, "derived"),
         (["--mixup", "none"], "mixup", 0, "flag"),
         (["--hflip=none"], "hflip", 0, "flag"),
+        (["--workers", "none", "--pipeline", "timm"], "workers", None, "flag"),
+        (["--aa", "none"], "aa", "none", "flag"),
+        (["--aa", "augmix-m5"], "pipeline", "timm", "derived"),
+        (["--aa", "rand-m9-t3a"], "pipeline", "timm", "derived"),
         (["--mean", "0.5", "0.5", "0.5"], "mean", (0.5, 0.5, 0.5), "flag"),
-        (
-            ["--model-kwargs", "patch_size=4", "drop_rate=0.1"],
-            "model_kwargs",
-            ("patch_size=4", "drop_rate=0.1"),
-            "flag",
-        ),
+        (["--model-kwargs", "a=4", "b=0.1"], "model_kwargs", ("a=4", "b=0.1"), "flag"),
     ],
 )
 def test_a_default_yields_to_what_the_user_says(words, name, value, origin):
@@ -102,32 +117,64 @@ def test_a_default_yields_to_what_the_user_says(words, name, value, origin):
     assert (getattr(args, name), origins[name]) == (value, origin)
 
 
+@pytest.mark.parametrize("value", ["0.5", "1"])
+def test_a_bound_that_is_allowed_is_allowed(value):
+    args, _ = parse_training(["--mixup-prob", value, "--crop-pct", value, "--seed", str(2**63 - 1)])
+    assert (args.mixup_prob, args.crop_pct, args.seed) == (float(value), float(value), 2**63 - 1)
+
+
+def test_of_several_bad_values_the_first_option_is_named():
+    with pytest.raises(BadInput, match="^--image-size -2: must be greater than 0$"):
+        parse_training(["--batch-size", "0", "--hflip", "9", "--image-size", "-2"])
+
+
 def test_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     args, _ = parse_training(["--dataset", "images", "--model", "local-dir:weights"])
-    assert (args.dataset, args.model) == (
-        str(tmp_path / "images"),
-        f"local-dir:{tmp_path / 'weights'}",
-    )
+    assert args.dataset == str(tmp_path / "images")
+    assert args.model == f"local-dir:{tmp_path / 'weights'}"
     assert args.run_name.startswith("weights/")
 
 
-def test_recipes_name_options_that_exist():
-    known = {f.name for f in fields(TrainingArguments)}
-    assert all(set(recipe) <= known for recipe in RECIPES.values())
+def test_recipes_and_needs_name_options_that_exist():
+    for names in (*RECIPES.values(), NEEDS):
+        assert set(names) <= set(FIELDS)
 
 
-def test_intervals_and_keywords():
-    assert [parse_interval(t) for t in ("1epoch", "500steps", "10m", "none")] == [
-        (1, "epoch"),
-        (500, "step"),
-        (10, "minute"),
-        (0, "never"),
-    ]
-    assert parse_keywords(["a=4", "b=0.5", "c=gelu", "d=(1, 2)"]) == {
-        "a": 4,
-        "b": 0.5,
-        "c": "gelu",
-        "d": (1, 2),
-    }
+def test_what_is_computed_is_not_volatile():
+    assert {"max_steps", "workers", "save_dir", "resume", "dry_run", "group"} <= VOLATILE
+    assert not VOLATILE & {"seed", "epochs", "batch_size", "dataset", "compile", "mixup", "recipe"}
+    assert set(FIELDS) > VOLATILE
+
+
+def test_intervals():
+    assert parse_interval("1epoch") == (1, "epoch")
+    assert parse_interval("500steps") == (500, "step")
+    assert parse_interval("10m") == (10, "minute")
+    assert parse_interval("none") == (0, "never")
+
+
+def test_durations():
+    assert parse_duration("45s") == 45
+    assert parse_duration("90m") == 5400
+    assert parse_duration("1h30m") == 5400
+
+
+def test_keywords():
+    words = ["a=4", "b=0.5", "c=gelu", "d=(1, 2)", "e=x=y"]
+    assert parse_keywords(words) == {"a": 4, "b": 0.5, "c": "gelu", "d": (1, 2), "e": "x=y"}
+
+
+def test_the_page_of_the_options_is_up_to_date():
+    """When this fails: `python -m tools.options_page`."""
+    assert PAGE.read_text() == page()
+
+
+def test_the_page_has_every_option_once():
+    in_sections = [name for section in sections_of(TrainingArguments) for name in section.options]
+    assert in_sections == FIELDS
+    text = page()
+    for name in FIELDS:
+        rows = text.count(f"\n| `{flag(name)}`")
+        assert rows == (2 if name in NEEDS else 1), name

@@ -9,188 +9,203 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import BIN, FRESH, TINY, TWO, rows, summary, wandb_runs, wandb_summary
-from test_sources import image_folder, parquet_folder
+from conftest import (
+    BIN,
+    FRESH,
+    ROOT,
+    TINY,
+    TWO,
+    image_folder,
+    parquet_folder,
+    rows,
+    steps,
+    summary,
+    wandb_inspect,
+    wandb_runs,
+    wandb_summary,
+)
 
 from cifar_accel.cli import main, train_command
 from cifar_accel.files import read_json
 from cifar_accel.results.charts import PLOTS
 
 
+def options_of(run: Path) -> dict:
+    """What config.json records of the options, and of what they come to."""
+    return read_json(run / "config.json")["options"]
+
+
 def wandb_rows(file: Path) -> list[dict]:
     """The logged rows of an offline run, read back by wandb itself."""
-    out = subprocess.run(
-        [BIN / "wandb", "leet", "inspect", "--json", file],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    records = [json.loads(line) for line in out.splitlines()]
-    return [r["history"].get("item", r["history"]) for r in records if r["type"] == "history"]
+    records = [json.loads(text) for text in wandb_inspect(file).splitlines()]
+    history = [record["history"] for record in records if record["type"] == "history"]
+    return [entry.get("item", entry) for entry in history]
+
+
+def without_wandbs_own(values: dict) -> dict:
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+# ---- what a run leaves
 
 
 def test_what_a_run_leaves(trainer, in_process, tmp_path):
-    done = trainer(
-        "--epochs",
-        "3",
-        "--save-epochs",
-        "2",
-        "--model-ema",
-        "--model-ema-decay",
-        "0.9",
-        "--tracker",
-        "wandb",
-    )
-    run, config = done.run, read_json(done.run / "config.json")
-    assert (
-        config["options"]["learning_rate"] == 3e-3
-        and config["provenance"]["learning_rate"] == "flag"
-    )
-    assert (
-        config["provenance"]["smoothing"] == "recipe" and config["provenance"]["seed"] == "default"
-    )
-    assert {"mixed_precision", "memory_format", "total_steps", "data_fingerprint"} <= config[
-        "options"
-    ].keys()
-    assert config["versions"]["torch"] and config["hardware"]["cpu_cores"] and config["command"][1:]
-    result, lines = summary(run), rows(run)
+    words = "--epochs 3 --save-epochs 2 --model-ema --model-ema-decay 0.9 --tracker wandb".split()
+    done = trainer(*words)
+    run = done.run
+    result = summary(run)
     assert f"accuracy {result['accuracy']:.2%} on 100 test images" in done.stdout
-    assert (
-        result["status"] == "finished"
-        and result["evaluated_images"] == 100
-        and result["steps"] == 24
-    )
-    steps = [line["step"] for line in lines]
-    assert steps == sorted({*range(3, 25, 3), 8, 16, 24})
-    evaluated = [line for line in lines if "eval/accuracy" in line]
-    assert [line["step"] for line in evaluated] == [8, 16, 24] and evaluated[-1][
-        "eval/accuracy"
-    ] == result["accuracy"]
-    assert result["best_accuracy"] == max(line["eval/accuracy"] for line in evaluated)
-    last_epoch = [line for line in lines if line["step"] > 16]
-    window = [
-        b - a
-        for a, b in zip(
-            [16, *(x["step"] for x in last_epoch)], (x["step"] for x in last_epoch), strict=False
-        )
-    ]
-    mean = sum(n * line["train/loss"] for n, line in zip(window, last_epoch, strict=True)) / 8
-    assert result["train_loss"] == pytest.approx(mean, rel=1e-12)
-    for name in (
+    assert result["status"] == "finished"
+    assert result["evaluated_images"] == 100
+    assert result["steps"] == 24
+    assert_config_is_whole(run)
+    assert_rows_are_whole(run)
+
+    files = [
         *PLOTS,
         "model/model.safetensors",
         "model-epoch-0002/config.json",
         "checkpoints/step-00000024/manifest.json",
-    ):
-        assert (run / name).exists(), name
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
-        "step-00000016",
-        "step-00000024",
     ]
+    for name in files:
+        assert (run / name).exists(), name
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step-00000016", "step-00000024"]
     assert not list(run.rglob("*.tmp"))
-    # The same command again trains nothing
-    again = trainer(
-        "--epochs",
-        "3",
-        "--save-epochs",
-        "2",
-        "--model-ema",
-        "--model-ema-decay",
-        "0.9",
-        "--tracker",
-        "wandb",
-    )
-    assert "is finished" in again.stdout and rows(run) == lines and len(wandb_runs(run)) == 1
-    # Moved elsewhere, timm and `evaluate` give the reported accuracy
+
+    # The same command again trains nothing.
+    rows_before = rows(run)
+    again = trainer(*words)
+    assert "is finished" in again.stdout
+    assert rows(run) == rows_before
+    assert len(wandb_runs(run)) == 1
+
+    # Moved elsewhere, timm and `evaluate` give the reported accuracy.
     moved = tmp_path / "moved"
     shutil.move(run, moved)
     code, out, _ = in_process(main, "evaluate", moved)
-    assert code == 0 and f"{result['accuracy']:.4%}" in out and "100 test images" in out
-    model = timm.create_model(f"local-dir:{moved / 'model'}", pretrained=True).eval()
+    assert code == 0
+    assert f"{result['accuracy']:.4%}" in out
+    assert "100 test images" in out
+    assert accuracy_by_timm(moved) == result["accuracy"]
+
+
+def assert_config_is_whole(run: Path) -> None:
+    """config.json says each option, where it comes from, and what was trained on."""
+    config = read_json(run / "config.json")
+    assert config["options"]["learning_rate"] == 3e-3
+    assert config["provenance"]["learning_rate"] == "flag"
+    assert config["provenance"]["smoothing"] == "recipe"
+    assert config["provenance"]["seed"] == "default"
+    derived = {"mixed_precision", "memory_format", "total_steps", "data_fingerprint"}
+    assert derived <= config["options"].keys()
+    assert config["versions"]["torch"]
+    assert config["hardware"]["cpu_cores"]
+    assert config["command"][1:]
+
+
+def assert_rows_are_whole(run: Path) -> None:
+    """A row every 3 steps and at each epoch's end, and a summary that agrees with them."""
+    result = summary(run)
+    assert steps(run) == sorted({*range(3, 25, 3), 8, 16, 24})
+
+    evaluated = [row for row in rows(run) if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluated] == [8, 16, 24]
+    assert evaluated[-1]["eval/accuracy"] == result["accuracy"]
+    assert result["best_accuracy"] == max(row["eval/accuracy"] for row in evaluated)
+
+    # The reported loss is the last epoch's mean; a row's counts for the steps since the one before.
+    previous_step = 16
+    total = 0.0
+    for row in rows(run):
+        if row["step"] > 16:
+            total += (row["step"] - previous_step) * row["train/loss"]
+            previous_step = row["step"]
+    assert result["train_loss"] == pytest.approx(total / 8, rel=1e-12)
+
+
+def accuracy_by_timm(run: Path) -> float:
+    """Accuracy of the saved model on the test images, by timm and torch alone."""
     from cifar_accel.data.datasets import limit
     from cifar_accel.data.decode import load_dataset
 
-    test = limit(load_dataset("digits", config["options"]["data_dir"], 32).test, 100, "", 3407)
-    x = torch.nn.functional.interpolate(
-        torch.from_numpy(test.images).float(), (32, 32), mode="bilinear", antialias=True
-    )
-    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    model = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    test = limit(load_dataset("digits", options_of(run)["data_dir"], 32).test, 100, "", 3407)
+    images = torch.from_numpy(test.images).float()
+    images = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+    mean = torch.tensor(model.pretrained_cfg["mean"]).view(1, 3, 1, 1)
+    std = torch.tensor(model.pretrained_cfg["std"]).view(1, 3, 1, 1)
     with torch.no_grad():
-        correct = model((x / 255 - mean) / std).argmax(1).numpy() == test.labels
-    assert correct.mean() == result["accuracy"]
+        predictions = model((images / 255 - mean) / std).argmax(1).numpy()
+    return (predictions == test.labels).mean()
+
+
+# ---- several processes, and launchers
 
 
 def test_two_processes_are_one_run(trainer):
-    words = ("--mixup", "0.5", "--epochs", "3", "--group", "pair")
-    one, two = (
-        trainer(*words, "--run-name", n, launcher=how).run
-        for n, how in (("one", None), ("two", TWO))
-    )
-    for a, b in zip(rows(one), rows(two), strict=True):
-        assert a["step"] == b["step"] and a["train/lr"] == b["train/lr"]
-        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5)
+    words = "--mixup 0.5 --epochs 3 --group pair --run-name".split()
+    one = trainer(*words, "one").run
+    two = trainer(*words, "two", launcher=TWO).run
+    for row, expected in zip(rows(two), rows(one), strict=True):
+        assert row["step"] == expected["step"]
+        assert row["train/lr"] == expected["train/lr"]
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
     assert summary(two)["evaluated_images"] == 100
+
+    # One run of wandb too, with every row.
     (file,) = wandb_runs(two)
-    logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_rows(file)]
+    logged = [without_wandbs_own(row) for row in wandb_rows(file)]
     assert len(logged) == len(rows(two))
     for row, line in zip(logged, rows(two), strict=True):
-        assert row.pop("trainer/step") == line.pop("step") and row == pytest.approx(line)
+        assert row.pop("trainer/step") == line.pop("step")
+        assert row == pytest.approx(line)
+
+    # With its result, its configuration and its group.
     seen = wandb_summary(file)
-    assert seen["state"] == "finished" and seen["summary"]["accuracy"] == summary(two)["accuracy"]
-    options = read_json(two / "config.json")["options"]
-    assert {k: v for k, v in seen["config"].items() if not k.startswith("_")} == options
-    assert options["processes"] == 2 and options["device_batch_size"] == 16
-    text = file.read_bytes()
-    assert b"pair" in text and b"train" in text
+    assert seen["state"] == "finished"
+    assert seen["summary"]["accuracy"] == summary(two)["accuracy"]
+    assert without_wandbs_own(seen["config"]) == options_of(two)
+    assert options_of(two)["processes"] == 2
+    assert options_of(two)["device_batch_size"] == 16
+    assert b"pair" in file.read_bytes()
+    assert b"train" in file.read_bytes()
 
 
 def test_batch_norm_on_two_processes_is_evaluated_with_the_weights_that_are_saved(
     trainer, in_process
 ):
-    """Each rank gathers its own running statistics; evaluation must use those of the saved model on every rank."""
-    words = (
-        "--model",
-        "test_efficientnet",
-        "--epochs",
-        "2",
-        "--tracker",
-        "none",
-        "--limit-test",
-        "359",
-    )
+    """Each rank gathers its own running statistics; all evaluate with those of the saved model."""
+    words = "--model test_efficientnet --epochs 2 --tracker none --limit-test 359".split()
     run = trainer(*words, launcher=TWO).run
     code, out, _ = in_process(main, "evaluate", run)
-    assert code == 0 and f"loss      {summary(run)['test_loss']:.4f}" in out
+    assert code == 0
+    assert f"loss      {summary(run)['test_loss']:.4f}" in out
 
 
 def test_accelerate_config_and_launch(trainer, tmp_path):
-    config = tmp_path / "accelerate.yaml"
     accelerate = str(BIN / "accelerate")
-    subprocess.run(
-        [accelerate, "config", "default", "--config_file", config], check=True, capture_output=True
-    )
-    done = trainer(
-        "--max-steps", "4", launcher=(accelerate, "launch", "--config_file", str(config))
-    )
+
+    # A config as `accelerate config` writes it.
+    config = tmp_path / "accelerate.yaml"
+    write_config = [accelerate, *"config default --config_file".split(), config]
+    subprocess.run(write_config, check=True, capture_output=True)
+    launcher = (accelerate, "launch", "--config_file", str(config))
+    done = trainer("--max-steps", "4", launcher=launcher)
     assert summary(done.run)["steps"] == 4
-    shipped = Path(__file__).parent.parent / "accelerate_configs" / "cpu.yaml"
-    done = trainer(
-        "--max-steps",
-        "4",
-        "--run-name",
-        "b",
-        launcher=(accelerate, "launch", "--config_file", str(shipped)),
-    )
+
+    # A config of this project.
+    shipped = ROOT / "accelerate_configs" / "cpu.yaml"
+    launcher = (accelerate, "launch", "--config_file", str(shipped))
+    done = trainer("--max-steps", "4", "--run-name", "b", launcher=launcher)
     assert "precision fp32 (from the launcher)" in done.stdout
 
 
 def test_bf16_is_the_launchers(trainer):
     done = trainer("--epochs", "2", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert (
-        "precision bf16 (from the launcher)" in done.stdout
-        and summary(done.run)["status"] == "finished"
-    )
-    assert read_json(done.run / "config.json")["options"]["mixed_precision"] == "bf16"
+    assert "precision bf16 (from the launcher)" in done.stdout
+    assert summary(done.run)["status"] == "finished"
+    assert options_of(done.run)["mixed_precision"] == "bf16"
     refused = trainer("--epochs", "2", check=2)
     assert "--mixed-precision bf16 -> no" in refused.stderr
     sharded = trainer("--run-name", "b", env={"ACCELERATE_USE_FSDP": "true"}, check=2)
@@ -198,80 +213,71 @@ def test_bf16_is_the_launchers(trainer):
 
 
 def test_accumulation_from_the_option_and_from_the_launcher(trainer):
-    words = ("--max-steps", "8", "--tracker", "none", "--mixup", "0.3")
-    whole = trainer(*words, "--run-name", "a")
-    cut = trainer(*words, "--run-name", "b", "--micro-batch-size", "9")
-    launched = trainer(
-        *words, "--run-name", "c", env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
-    )
-    assert (
-        "batch     32 = 1 process x 8 images x 4 accumulation steps" in cut.stdout
-        and "x 4 acc" in launched.stdout
-    )
+    words = "--max-steps 8 --tracker none --mixup 0.3 --run-name".split()
+    whole = trainer(*words, "a")
+    cut = trainer(*words, "b", "--micro-batch-size", "9")
+    assert "batch     32 = 1 process x 8 images x 4 accumulation steps" in cut.stdout
+    four = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    launched = trainer(*words, "c", env=four)
+    assert "x 4 acc" in launched.stdout
     for other in (cut, launched):
-        for a, b in zip(rows(whole.run), rows(other.run), strict=True):
-            assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5)
+        for row, expected in zip(rows(other.run), rows(whole.run), strict=True):
+            assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+
+
+# ---- kinds of training
 
 
 def test_validation_split_reads_the_test_set_once(trainer):
-    done = trainer("--validation-fraction", "0.25", "--epochs", "2", "--tracker", "none")
-    options = read_json(done.run / "config.json")["options"]
-    assert (options["train_images"], options["held_out_images"], options["test_images"]) == (
-        192,
-        64,
-        100,
-    )
-    assert (
-        done.stdout.count("reading the test set") == 1
-        and summary(done.run)["evaluated_images"] == 100
-    )
-    assert rows(done.run)[-1]["eval/accuracy"] * 64 == pytest.approx(
-        round(rows(done.run)[-1]["eval/accuracy"] * 64)
-    )
+    done = trainer(*"--validation-fraction 0.25 --epochs 2 --tracker none".split())
+    options = options_of(done.run)
+    assert options["train_images"] == 192
+    assert options["held_out_images"] == 64
+    assert options["test_images"] == 100
+    assert done.stdout.count("reading the test set") == 1
+    assert summary(done.run)["evaluated_images"] == 100
+    # While training, whole images of the 64 are counted.
+    correct = rows(done.run)[-1]["eval/accuracy"] * 64
+    assert correct == pytest.approx(round(correct))
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ("--clip-grad", "1"),
-        ("--clip-grad", "0.01", "--clip-mode", "agc"),
-        ("--bce-loss",),
-        ("--optimizer", "lion"),
-        ("--scheduler", "one_cycle"),
-        ("--memory-format", "contiguous"),
-        ("--model", "test_vit", "--memory-format", "channels_last"),
-        ("--optimizer", "sgdm", "--learning-rate", "0.05", "--warmup-epochs", "1"),
-        ("--no-decay-all",),
-        ("--recipe", "plain", "--reprob", "0.3", "--color-jitter", "0.3"),
+        "--clip-grad 1",
+        "--clip-grad 0.01 --clip-mode agc",
+        "--bce-loss",
+        "--optimizer lion",
+        "--scheduler one_cycle",
+        "--memory-format contiguous",
+        "--model test_vit --memory-format channels_last",
+        "--optimizer sgdm --learning-rate 0.05 --warmup-epochs 1",
+        "--no-decay-all",
+        "--recipe plain --reprob 0.3 --color-jitter 0.3",
     ],
 )
 def test_every_kind_of_step_trains(in_process, cache, tmp_path, words):
     base = [*TINY, "--data-dir", cache, "--save-dir", tmp_path, "--tracker", "none"]
-    code, _, err = in_process(train_command, *base, *words)
+    code, _, err = in_process(train_command, *base, *words.split())
     assert code == 0, err
     (file,) = tmp_path.rglob("metrics.jsonl")
     losses = [row["train/loss"] for row in rows(file.parent)]
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("make", [image_folder, parquet_folder])
-def test_own_images_train(in_process, cache, tmp_path, make):
+@pytest.mark.parametrize(
+    "make, classes",
+    [(image_folder, ["cat", "dog"]), (parquet_folder, ["ant", "bee", "cow", "dog"])],
+)
+def test_own_images_train(in_process, cache, tmp_path, make, classes):
     """Folders made here: one of PNG files by class, one of parquet files as the hub has them."""
     folder = make(tmp_path / "data")
     words = [
-        "--dataset",
-        folder,
-        "--model",
-        "test_nfnet",
-        "--no-pretrained",
-        "--recipe",
-        "plain",
-        "--batch-size",
-        "4",
-        "--epochs",
-        "2",
+        *"--model test_nfnet --no-pretrained --recipe plain --batch-size 4 --epochs 2".split(),
         "--tracker",
         "none",
+        "--dataset",
+        folder,
         "--data-dir",
         cache,
         "--save-dir",
@@ -280,70 +286,44 @@ def test_own_images_train(in_process, cache, tmp_path, make):
     code, _, err = in_process(train_command, *words)
     assert code == 0, err
     (file,) = tmp_path.rglob("summary.json")
-    result, config = summary(file.parent), read_json(file.parent / "config.json")
-    assert (
-        result["status"] == "finished"
-        and result["evaluated_images"] == config["options"]["test_images"]
-    )
-    names = {image_folder: ["cat", "dog"], parquet_folder: ["ant", "bee", "cow", "dog"]}[make]
-    assert read_json(file.parent / "model" / "config.json")["label_names"] == names
+    run = file.parent
+    assert summary(run)["status"] == "finished"
+    assert summary(run)["evaluated_images"] == options_of(run)["test_images"]
+    assert read_json(run / "model" / "config.json")["label_names"] == classes
 
 
 def test_real_images_and_imagenet_weights(trainer, cifar, weights):
-    """The report's recipe with timm's augmentation in workers, from ImageNet weights, on real CIFAR-100."""
+    """The report's recipe with timm's augmentation in workers, from ImageNet weights."""
     words = [
         "--dataset",
         cifar,
         "--model",
         f"local-dir:{weights / 'tf_efficientnet_lite0.in1k'}",
-        "--epochs",
-        "2",
-        "--limit-train",
-        "512",
-        "--limit-test",
-        "300",
-        "--batch-size",
-        "64",
-        "--tracker",
-        "none",
-        "--pipeline",
-        "timm",
-        "--workers",
-        "1",
+        *"--epochs 2 --limit-train 512 --limit-test 300 --batch-size 64".split(),
+        *"--tracker none --pipeline timm --workers 1".split(),
     ]
     done = trainer(*words, base=())
-    result = summary(done.run)
-    assert result["evaluated_images"] == 300 and result["status"] == "finished"
-    options = read_json(done.run / "config.json")["options"]
-    assert (options["aa"], options["pipeline"], options["classes"]) == ("rand-m15-n2", "timm", 100)
-    assert (
-        "policy    rand-m15-n2 (m15 acts as m10, timm's ceiling unless mmax raises it)"
-        in done.stdout
-    )
+    assert summary(done.run)["evaluated_images"] == 300
+    assert summary(done.run)["status"] == "finished"
+    options = options_of(done.run)
+    assert options["aa"] == "rand-m15-n2"
+    assert options["pipeline"] == "timm"
+    assert options["classes"] == 100
+    policy = "policy    rand-m15-n2 (m15 acts as m10, timm's ceiling unless mmax raises it)"
+    assert policy in done.stdout
 
 
-@pytest.mark.parametrize("model", ["nfnet", "vit"])
-def test_the_reports_architectures_train(trainer, cifar, model):
+@pytest.mark.parametrize("model, parameters", [("nfnet", 68e6), ("vit", 85e6)])
+def test_the_reports_architectures_train(trainer, cifar, model, parameters):
     words = [
         "--dataset",
         cifar,
-        "--model",
-        model,
-        "--no-pretrained",
-        "--max-steps",
-        "2",
-        "--limit-train",
-        "64",
-        "--limit-test",
-        "32",
-        "--batch-size",
-        "16",
-        "--tracker",
-        "none",
-        "--save-every",
-        "none",
+        *f"--model {model} --no-pretrained --max-steps 2".split(),
+        *"--limit-train 64 --limit-test 32 --batch-size 16".split(),
+        *"--tracker none --save-every none".split(),
     ]
-    done = trainer(*words, base=(), env={"OMP_NUM_THREADS": str(os.cpu_count())}, launcher=FRESH)
-    options = read_json(done.run / "config.json")["options"]
+    # A process of its own, since it takes all cores.
+    all_cores = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    done = trainer(*words, base=(), env=all_cores, launcher=FRESH)
     assert summary(done.run)["evaluated_images"] == 32
-    assert options["parameters"] > {"nfnet": 68e6, "vit": 85e6}[model]
+    assert options_of(done.run)["parameters"] > parameters
