@@ -56,7 +56,9 @@ def test_checkpoints_by_epochs_steps_or_the_clock(save_every, steps, minutes):
 
 def test_the_rate_is_that_of_the_whole_schedule_however_it_is_cut():
     whole, short = plan(), plan(max_steps=10)
-    assert [short.learning_rate(s) for s in range(10)] == [whole.learning_rate(s) for s in range(10)]
+    assert [short.learning_rate(s) for s in range(10)] == [
+        whole.learning_rate(s) for s in range(10)
+    ]
 
 
 @pytest.mark.parametrize(

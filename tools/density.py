@@ -2,8 +2,8 @@
 
     python -m tools.density [FILE OR FOLDER ...]     (unset: cifar_accel)
 
-Code lines are those that hold more than a comment, a docstring or nothing. `test_house.py` keeps the
-bounds over the whole package.
+Code lines are those that hold more than a comment, a docstring or nothing. `test_house.py` keeps
+the bounds over the whole package.
 """
 
 import ast
@@ -46,12 +46,16 @@ class Density:
         """One line of the table."""
         per = 100 / max(1, self.code)
         return (
-            f"{name:<44}{self.lines:>6}{self.code:>6}{self.comments * per:>9.1f}{self.handlers * per:>8.2f}"
-            f"{self.nodes / max(1, self.code):>7.1f}{self.wide * per:>7.1f}{self.longest:>9}"
+            f"{name:<44}{self.lines:>6}{self.code:>6}{self.comments * per:>9.1f}"
+            f"{self.handlers * per:>8.2f}{self.nodes / max(1, self.code):>7.1f}"
+            f"{self.wide * per:>7.1f}{self.longest:>9}"
         )
 
 
-HEAD = f"{'':<44}{'lines':>6}{'code':>6}{'comments':>9}{'except':>8}{'nodes':>7}{'wide%':>7}{'longest':>9}"
+HEAD = (
+    f"{'':<44}{'lines':>6}{'code':>6}{'comments':>9}"
+    f"{'except':>8}{'nodes':>7}{'wide%':>7}{'longest':>9}"
+)
 
 
 def measure(path: Path) -> Density:

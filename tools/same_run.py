@@ -7,7 +7,8 @@ training on both: of digits, and of real CIFAR-100 where CIFAR_ACCEL_DATA names 
 weights by SHA-256, every value of every row and of summary.json but clocks and memory, and the exit
 codes. Prints a line a case and each difference below it; exit code 0 when all are equal.
 
-Idea: torchtitan's `loss_compare --assert-equal`; here bits are equal by design, so nothing is close.
+Idea: torchtitan's `loss_compare --assert-equal`; here bits are equal by design, so nothing is
+close.
 """
 
 import argparse
@@ -46,8 +47,8 @@ CIFAR = (
 class Start:
     """One start of a training: more options, and what happens to it.
 
-    `kill_after` is a checkpoint at whose sight every rank is killed; `stop_in_evaluation` the number
-    of the evaluation batch in which rank 0 sends itself SIGTERM.
+    `kill_after` is a checkpoint at whose sight every rank is killed; `stop_in_evaluation` the
+    number of the evaluation batch in which rank 0 sends itself SIGTERM.
     """
 
     words: str = ""
@@ -139,7 +140,8 @@ def rank_process(job, rank, port):
     os.environ["ACCELERATE_MIXED_PRECISION"] = job["precision"]
     if job["processes"] > 1:
         world = str(job["processes"])
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)

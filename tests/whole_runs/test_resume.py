@@ -91,7 +91,8 @@ def test_metrics_with_rubbish_go_on(trainer):
     with open(run / "metrics.jsonl", "ab") as f:
         f.writelines(line + b"\n" for line in rubbish)
     trainer(*RUN_A)
-    assert rows(run)[: len(good)] == good
+    # The row of the checkpoint's own step is settled, and logged, once more.
+    assert without_clock(rows(run)[: len(good)]) == without_clock(good)
     assert steps(run)[-1] == 32
 
 
