@@ -30,8 +30,7 @@ BATCH = 256
 # Worker processes that timm's loader is measured with.
 WORKERS = (0, 2, 4)
 
-# How many times as fast as the best of timm the device pipeline must be, and is to be, by policy and
-# device.
+# By policy and device, the ratio to timm's best that must be reached and that is aimed at.
 GOALS = {("report", "cpu"): (3, 5), ("plain", "cpu"): (8, 15)}
 
 # Batches of one measurement: of timm, and of the device pipeline by device. About a second each.

@@ -22,20 +22,6 @@ def home(path: str) -> Path:
     return Path(filled_in)
 
 
-def alike(value: Any, kind: Any) -> bool:
-    """Whether `value`, read from JSON, is of the kind of `kind`.
-
-    For a number any number will do, for a list one as long (an empty one stands for any), for None
-    anything.
-    """
-    if isinstance(kind, list | tuple):
-        long = not kind or (isinstance(value, list) and len(value) == len(kind))
-        return isinstance(value, list) and long and all(map(alike, value, kind))
-    return kind is None or isinstance(
-        value, int | float if isinstance(kind, int | float) else type(kind)
-    )
-
-
 # A report reads a hundred files of one kind, and making an adapter takes milliseconds.
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:

@@ -323,13 +323,15 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
     size = run.plan.evaluation_batch_size
     batches = pipeline.evaluation_batches(size, run.ranks.world, run.ranks.rank)
     try:
-        return evaluate(
-            run.ranks.accelerator,
-            run.model.result,
-            unless_stopped(run, batches),
-            len(pipeline.split),
-            run.model.layout,
-        )
+        # Closed however this ends: workers that are left behind would keep the process alive.
+        with closing(batches):
+            return evaluate(
+                run.ranks.accelerator,
+                run.model.result,
+                unless_stopped(run, batches),
+                len(pipeline.split),
+                run.model.layout,
+            )
     except (RuntimeError, MemoryError) as e:
         failure = memory_explained(e, run, size, where=" in an evaluation")
         if failure is e:

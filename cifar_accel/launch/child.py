@@ -1,8 +1,10 @@
 """A training as a child process: signals reach it, and its exit code comes back."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from cifar_accel.records.summary import read_summary
 
 # The exit code of a training that a signal stopped, after a checkpoint.
 STOPPED = 143
+
+# The option of Linux's prctl(2) that has a process signalled when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 def run_child(command: list[str], environment: dict[str, str], run_folder: Path) -> int:
@@ -33,7 +38,9 @@ def run_child(command: list[str], environment: dict[str, str], run_folder: Path)
     # By this variable the training knows that the end of its parent is the end of its launcher.
     child_environment = {**os.environ, **environment, "CIFAR_ACCEL_LAUNCHED": "1"}
     # In a session of its own a Ctrl-C of the terminal reaches the child once, through us.
-    process = subprocess.Popen(command, env=child_environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=child_environment, start_new_session=True, preexec_fn=_end_with_parent
+    )
     is_training_itself = command[1:3] == ["-m", "cifar_accel"]
     with _signals_passed_on(process, is_training_itself) as passed_on:
         code = process.wait()
@@ -48,6 +55,16 @@ def run_child(command: list[str], environment: dict[str, str], run_folder: Path)
     if passed_on or marker_is_new:
         return STOPPED
     return _shell_code(code)
+
+
+def _end_with_parent() -> None:
+    """In the child, before its command: ask for SIGTERM when the parent ends, were it by SIGKILL.
+
+    A training watches its own parent. Below a launcher that is the launcher, which would not notice
+    our end. Only Linux has this.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

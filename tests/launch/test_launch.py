@@ -270,6 +270,25 @@ def test_a_child_knows_that_it_was_launched(tmp_path):
     assert code == 12
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child of its parent's end")
+def test_a_child_is_told_of_our_end(tmp_path):
+    (tmp_path / "child.sh").write_text("""
+trap 'touch told; exit' TERM
+touch ready
+while true; do sleep 0.1; done
+""")
+    code = """
+from pathlib import Path
+from cifar_accel.launch.child import run_child
+run_child(["sh", "child.sh"], {}, Path("run"))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    wait_for((tmp_path / "ready").exists)
+    process.kill()
+    wait_for((tmp_path / "told").exists, 20)
+    process.wait()
+
+
 # ---- launch.sh
 
 

@@ -117,21 +117,32 @@ def test_each_remedy(dry):
     assert "needs a GPU" in line(out, "device")
 
 
-def test_a_port_that_is_taken(dry):
-    two = {"CIFAR_ACCEL_PROCESSES": "2"}
-    with socket.socket() as s:
-        s.bind(("", 0))
-        s.listen()
-        port = s.getsockname()[1]
-        code, out = dry(env=two | {"MASTER_PORT": str(port)})
-        assert code == 2
-        assert "already in use" in line(out, "port")
-        assert "set MASTER_PORT" in line(out, "port")
+def test_a_port_that_is_taken(dry, tmp_path):
+    """On the first of two machines, where the other one was told to come."""
+    config = {
+        "distributed_type": "MULTI_CPU",
+        "num_machines": 2,
+        "num_processes": 2,
+        "machine_rank": 0,
+        "main_process_ip": "127.0.0.1",
+    }
+    file = tmp_path / "two_machines.yaml"
+    environment = {"ACCELERATE_CONFIG_FILE": str(file)}
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        file.write_text(yaml.safe_dump(config | {"main_process_port": port}))
+        code, out = dry(env=environment)
+    assert code == 2
+    assert f"main_process_port {port}: Address already in use" in line(out, "launcher")
+    assert "name another one there" in line(out, "launcher")
 
     # And one that there cannot be.
-    code, out = dry(env=two | {"MASTER_PORT": "99999"})
+    file.write_text(yaml.safe_dump(config | {"main_process_port": 99999}))
+    code, out = dry(env=environment)
     assert code == 2
-    assert "set MASTER_PORT" in line(out, "port")
+    assert "main_process_port" in line(out, "launcher")
 
 
 def test_a_config_that_starts_one_process_only(dry, tmp_path):
