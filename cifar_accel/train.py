@@ -106,6 +106,7 @@ def fit(run: Run, state: State, log: Log) -> None:
     begins by settling that step again.
     """
     plan, stop = run.plan, run.stop
+    first_step = state.step
     # Made ahead of time, across the borders of epochs.
     micro_batches = run.data.train.training_batches(plan.order, state.step, plan.stop_step)
     run.model.module.train()
@@ -132,13 +133,14 @@ def fit(run: Run, state: State, log: Log) -> None:
                     settle(run, state, log)
             if step >= plan.stop_step:
                 return
+            # --max-time counts once this process has taken a step and settled it.
+            stop.has_progressed = step > first_step
 
             # Take the next one.
             take_step(run, step, micro_batches, clock)
             state.step += 1
             if run.model.average:
                 run.model.average.update(run.model.module, state.step)
-            stop.has_progressed = True
             log.step()
 
 

@@ -77,21 +77,21 @@ def weights() -> Path:
     return Path(path)
 
 
-def picture(seed: int, size=(32, 32), ending="png") -> bytes:
-    """An image file of random pixels; `size` is (height, width)."""
+def picture(seed: int, size=(32, 32)) -> bytes:
+    """A PNG file of noise; `size` is (height, width)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "jpeg" if ending == "jpg" else ending)
+    Image.fromarray(pixels).save(out, "png")
     return out.getvalue()
 
 
-def image_folder(root: Path, sizes=((32, 32),), per_class=3, splits=("train", "test")) -> Path:
-    """Make a data set of PNG files by class, `cat` and `dog`; sizes are taken in turn."""
+def image_folder(root: Path, sizes=((32, 32),), splits=("train", "test")) -> Path:
+    """Make a folder of PNG files: two classes of three images in each split."""
     for split in splits:
         for class_number, name in enumerate(("cat", "dog")):
             folder = root / split / name
             folder.mkdir(parents=True)
-            for i in range(per_class):
+            for i in range(3):
                 seed = 1000 * class_number + i
                 if split == "test":
                     seed += 500
@@ -114,36 +114,30 @@ def folder_with_a_cut_image(root: Path) -> Path:
     return root
 
 
-def parquet_folder(
-    root: Path, rows=12, columns=("img", "fine_label", "coarse_label"), names=True, broken=None
-) -> Path:
-    """Make a data set in the hub's parquet layout, with `rows` images in each split.
+def parquet_folder(root: Path, rows=12, columns=("img", "fine_label"), names=True) -> Path:
+    """Make parquet files as the hub has them, with `rows` images in each split.
 
-    `columns` are those of the files, `names` whether they name their classes, `broken` the row of a
-    training image that ends too early.
+    Image i of the training split is `picture(i)`, of the test split `picture(rows + i)`. `names`
+    says whether the files name their four classes.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     root.mkdir(parents=True, exist_ok=True)
+    labels = [i % 4 for i in range(rows)]
     for split, first_seed in (("train", 0), ("test", rows)):
-        images = [{"bytes": picture(first_seed + i), "path": f"{i}.png"} for i in range(rows)]
-        if broken is not None and split == "train":
-            images[broken]["bytes"] = images[broken]["bytes"][:200]
-        fine_labels = [i % 4 for i in range(rows)]
         values = {
-            "img": images,
-            "fine_label": fine_labels,
-            "coarse_label": [i % 2 for i in range(rows)],
+            "img": [{"bytes": picture(first_seed + i), "path": f"{i}.png"} for i in range(rows)],
             "text": ["x"] * rows,
-            "label": fine_labels,
+            "fine_label": labels,
+            "label": labels,
+            "coarse_label": [i % 2 for i in range(rows)],
         }
         table = pa.table({column: values[column] for column in columns})
         if names:
             # Where the hub's `datasets` library puts the names.
-            label = {"names": ["ant", "bee", "cow", "dog"], "_type": "ClassLabel"}
-            coarse = {"names": ["insect", "mammal"], "_type": "ClassLabel"}
-            features = {"fine_label": label, "label": label, "coarse_label": coarse}
+            feature = {"names": ["ant", "bee", "cow", "dog"], "_type": "ClassLabel"}
+            features = {"fine_label": feature, "label": feature}
             metadata = json.dumps({"info": {"features": features}})
             table = table.replace_schema_metadata({"huggingface": metadata})
         pq.write_table(table, root / f"{split}-00000-of-00001.parquet")

@@ -45,6 +45,7 @@ def _be_a_rank(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # Standard output and standard error, by their file descriptors: libraries write there too.
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["cifar_accel", *words]
@@ -80,6 +81,7 @@ class Training:
     ):
         self.log = Path(log)
         self.ranks = []
+        # Where the ranks find each other.
         port = _free_port()
         for rank in range(world):
             rank_environment = os.environ | (environment or {})
@@ -148,6 +150,7 @@ def _kill_at_random(training: Training, run: Path, rng: random.Random, early: bo
     def saved() -> set[str]:
         return {folder.name for folder in run.glob("checkpoints/step-*")}
 
+    # Later kills wait for a checkpoint of this start; an early one may come before anything.
     if not early:
         saved_before = saved()
         end = time.monotonic() + 120
@@ -169,11 +172,13 @@ def finish_with_kills(words, log, run, kills, seed, worlds=(1,), **settings) -> 
     """
     rng = random.Random(seed)
     done = 0
+    # The training may be over before it was killed so often.
     while done < kills:
         training = Training(words, log, worlds[done % len(worlds)], **settings)
         if not _kill_at_random(training, run, rng, early=done % 3 == 0):
             break
         done += 1
+    # Whatever is left is trained without a kill.
     last = finish(words, log, worlds[-1], **settings)
     assert last.codes[0] == 0, Path(log).read_text()
     return done

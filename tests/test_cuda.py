@@ -59,6 +59,7 @@ def test_a_signal_stops_both_ranks(words, tmp_path):
     options = words(*"--epochs 4000 --run-name a".split())
     training = forked_runs.Training(options, tmp_path / "log", 2)
     wait_for((run / "metrics.jsonl").exists)
+    # To one rank alone; both must hear of it.
     training.ranks[1].terminate()
     assert training.wait(60)
     assert training.codes == [143, 143]
@@ -89,4 +90,5 @@ def test_compiled_with_cuda_graphs(words, tmp_path):
         *"--compile --compile-mode reduce-overhead --model test_vit --run-name a".split()
     )
     forked_runs.finish(options, tmp_path / "log", seconds=300)
+    # One for training, one for evaluation.
     assert rows(tmp_path / "ck" / "a")[-1]["train/compiled_graphs"] == 2

@@ -40,6 +40,7 @@ def test_out_of_memory_names_what_fits(words, tmp_path):
         training = forked_runs.finish(
             words(*options, *micro), log, hook=partial(little_memory, 560)
         )
+        # Until the advice was good.
         if training.codes != [1]:
             break
 
@@ -47,6 +48,7 @@ def test_out_of_memory_names_what_fits(words, tmp_path):
         assert f"out of memory on cpu with {size} images at once" in said
         assert "Traceback" not in said
         assert "the global batch stays 128" in said
+        # What fits, in the words of the advice: a smaller part of the same global batch.
         advice = r"(\d+) fit. Give --micro-batch-size (\d+): (\d+) accumulation steps"
         found = re.search(advice, said)
         assert found, said
