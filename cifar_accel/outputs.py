@@ -25,7 +25,7 @@ from cifar_accel.records.metrics import Metrics
 from cifar_accel.records.progress import Progress
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import read_config
-from cifar_accel.run import Run
+from cifar_accel.run import Model, Run
 
 
 def open_folder(run: Run, state: State) -> None:
@@ -155,9 +155,17 @@ def save_checkpoint(run: Run, state: State, log: Log) -> None:
     """
     if state.step == log.saved_step:
         return
-    check_finite(run, state.step)
-    if not run.ranks.is_main:
-        return
+    # Batch norm's statistics are each rank's own, so the ranks ask each other.
+    if run.ranks.any(not is_finite(run.model))[0]:
+        raise Diverged(f"the weights are not finite after step {state.step:,}")
+    written = not run.ranks.is_main or write_checkpoint(run, state, log)
+    # All wait for the main process here, and know whether there is a checkpoint now.
+    if not run.ranks.any(not written)[0]:
+        log.saved_step = state.step
+
+
+def write_checkpoint(run: Run, state: State, log: Log) -> bool:
+    """Write a checkpoint on the main process; whether there was room for it."""
     # Rows that waited for room come first, or a resume would lack them.
     log.metrics.flush()
     # Only fp16 has a loss scaler.
@@ -173,23 +181,23 @@ def save_checkpoint(run: Run, state: State, log: Log) -> None:
             asdict(state),
             run.args.keep_checkpoints,
         )
-        log.saved_step = state.step
     except OSError as e:
         reason = e.strerror or e
         say(f"warning: no checkpoint at step {state.step:,}: {reason}; training goes on")
+        return False
+    return True
 
 
-def check_finite(run: Run, step: int) -> None:
-    """Raise Diverged unless weights, average and buffers are finite. The host waits."""
+def is_finite(model: Model) -> bool:
+    """Whether weights, average and buffers are all finite numbers. The host waits."""
     # Batch norm's statistics are buffers, and so is its integer count of batches.
-    tensors = [*run.model.module.parameters(), *run.model.module.buffers()]
-    if run.model.average:
-        tensors += [*run.model.average.module.parameters(), *run.model.average.module.buffers()]
+    tensors = [*model.module.parameters(), *model.module.buffers()]
+    if model.average:
+        tensors += [*model.average.module.parameters(), *model.average.module.buffers()]
     floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-    # One norm over all: it is finite only when every number is.
-    norm = torch.nn.utils.get_total_norm(floats)
-    if not torch.isfinite(norm):
-        raise Diverged(f"the weights are not finite after step {step:,}")
+    # The largest magnitude of all, which is finite only when every number is.
+    largest = torch.nn.utils.get_total_norm(floats, norm_type=float("inf"))
+    return bool(torch.isfinite(largest))
 
 
 def save_weights(run: Run, name: str) -> None:

@@ -155,6 +155,13 @@ def make_plan(
             f"the launcher's gradient_accumulation_steps {accumulation}: must be 1 or greater"
         )
 
+    # The last, incomplete batch of an epoch is dropped, so there must be a whole one.
+    if samples < args.batch_size:
+        raise BadInput(
+            f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): "
+            "an epoch has no step"
+        )
+
     # The share of one process.
     share, rest = divmod(args.batch_size, world)
     if rest or not share:
@@ -182,13 +189,6 @@ def make_plan(
         raise BadInput(
             f"--batch-size {args.batch_size}: --mixup and --cutmix mix pairs, and {size} images at "
             "once are no whole number of pairs; make it even"
-        )
-
-    # The last, incomplete batch of an epoch is dropped, so there must be a whole one.
-    if samples < args.batch_size:
-        raise BadInput(
-            f"--batch-size {args.batch_size}: larger than the training set ({samples:,} images): "
-            "an epoch has no step"
         )
     return Plan(args, Order(args.seed, samples, args.batch_size, world, rank, accumulation))
 

@@ -6,7 +6,6 @@ Read it from `set_up` downwards. A run is set up once and does not change; what 
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """The splits; `evaluation` is what training reads: held-out images or the test split."""
+    """The splits; `evaluation` is evaluated while training: held-out images or the test split."""
 
     train: Pipeline
     evaluation: Pipeline
@@ -190,12 +189,7 @@ def check_choices(args: TrainingArguments) -> None:
 
 def load_splits(args: TrainingArguments) -> tuple[Dataset, Split]:
     """The data set, cut as the options say, and the split that is evaluated while training."""
-    # One process of each host says what it downloads and decodes.
-    local_main = os.environ.get("LOCAL_RANK", "0") == "0"
-    quiet: Callable[[str], None] = lambda line: None  # noqa: E731
-    dataset = load_dataset(
-        args.dataset, args.data_dir, args.image_size, say if local_main else quiet
-    )
+    dataset = load_dataset(args.dataset, args.data_dir, args.image_size, say)
     return cut_splits(args, dataset, min(dataset.train.images.shape[2:]))
 
 

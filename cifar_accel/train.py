@@ -60,13 +60,15 @@ def train(
     # Find the other processes, and learn from the main one what to do with the run folder. The lock
     # stays with the main process.
     ranks = join_processes(args.device)
-    opened = ranks.from_main(opened and replace(opened, lock=None))
+    if opened:
+        opened = replace(opened, lock=None)
+    opened = ranks.from_main(opened)
     if opened is None:
         raise BadInput("RANK is set and is not 0, but WORLD_SIZE says one process: unset RANK")
     if opened.finished:
         return opened.finished
 
-    # Everything that can be refused is refused here, before the run folder is touched.
+    # Everything that can be refused is refused here, before the run folder says anything new.
     run, state = set_up(args, origin, opened, ranks, stop)
     check_memory(run)
 
@@ -78,7 +80,7 @@ def train(
         failure = recorded(e, run, state, log)
         if failure is e:
             raise
-        raise failure from None
+        raise failure from e
     log.tracker.finish(summary, 0 if summary["status"] == "finished" else 143)
     return summary
 
@@ -92,10 +94,11 @@ def train_to_its_end(run: Run, state: State, log: Log) -> dict[str, Any]:
         return finish(run, state)
     except Stopped:
         save_checkpoint(run, state, log)
-        # All wait until it is written: a launcher ends everybody when the first process ends.
-        run.ranks.any(False)
         say(f"stopped by {mark_preempted(run, state)}")
-        return write_summary(run, state, "preempted")
+        summary = write_summary(run, state, "preempted")
+        # Until all is written: a launcher ends everybody when the first process ends.
+        run.ranks.wait_for_all()
+        return summary
 
 
 def fit(run: Run, state: State, log: Log) -> None:
@@ -107,12 +110,12 @@ def fit(run: Run, state: State, log: Log) -> None:
     """
     plan, stop = run.plan, run.stop
     first_step = state.step
-    # Made ahead of time, across the borders of epochs.
+    # One stream for all epochs, so that workers read on over their borders.
     micro_batches = run.data.train.training_batches(plan.order, state.step, plan.stop_step)
     run.model.module.train()
     # A signal no longer ends the process at once: there is something to save.
     stop.training = True
-    with Clock(state) as clock, closing(micro_batches):
+    with closing(micro_batches), Clock(state) as clock:
         while True:
             # Ranks agree on what is due: on steps by counting, on signals and minutes by asking.
             step = state.step
@@ -189,7 +192,8 @@ def finish(run: Run, state: State) -> dict[str, Any]:
 
     All ranks enter. Raises Stopped, and TrainingError when there is no room for the weights.
     """
-    # --max-steps may end a run where a signal had stopped it, with nothing to settle.
+    # A stop right after a row leaves nothing to settle. Where --max-steps now ends the run there,
+    # its weights are still to be evaluated.
     if state.evaluated_step != state.step:
         evaluation_row(run, state)
     # Without held-out images the last evaluation was of the test set already.
@@ -209,7 +213,7 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     counted = f"{test['accuracy']:.2%} on {test['evaluated_images']:,} test images"
     say(f"result    accuracy {counted}; {run.folder.path}")
     # A run is finished when all ranks have come so far.
-    run.ranks.any(False)
+    run.ranks.wait_for_all()
     return write_summary(run, state, "finished", test=test)
 
 
@@ -222,8 +226,10 @@ def agree(run: Run, minutes_up: bool = False) -> tuple[bool, bool]:
     All ranks enter, at every step and evaluation batch.
     """
     stops, saves = run.ranks.any(run.stop.asked(), minutes_up)
-    if stops and run.stop.reason is None:
-        run.stop.reason = "a signal to another of its processes"
+    if stops:
+        # Each rank names the reason of the first that has one.
+        reasons = [reason for reason in run.ranks.gather(run.stop.reason) if reason]
+        run.stop.reason = run.stop.reason or reasons[0]
     return stops, saves
 
 
@@ -277,7 +283,6 @@ def settle(run: Run, state: State, log: Log) -> None:
 
 def training_row(run: Run, state: State) -> dict[str, float]:
     """Means since the last row, which starts a new window; at an epoch's end, a new epoch too."""
-    # All figures are of the images since the last row, but for the last step's rate and norm.
     window = state.window
     images_per_s = window.images / window.seconds
     row = {
@@ -292,8 +297,9 @@ def training_row(run: Run, state: State) -> dict[str, float]:
         "train/input_share": round(window.waiting / window.seconds, 4),
         "train/peak_memory_mib": round(peak_memory_mib(run.ranks.device), 1),
     }
-    # A gradient scaler passes over steps whose norm is not finite.
-    if math.isfinite(state.gradient_norm):
+    # A gradient scaler passes over steps whose norm is not finite; 0 stands for a norm that nobody
+    # took, at a step that was no row's before --max-steps made it the last.
+    if state.gradient_norm and math.isfinite(state.gradient_norm):
         row["train/gradient_norm"] = state.gradient_norm
     if peak := device_peak(run):
         mfu = images_per_s * run.model.flops / (peak * run.ranks.world)
@@ -378,7 +384,7 @@ def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseExce
         write_summary(run, state, "preempted")
         log.tracker.finish({"status": "preempted"}, 143)
         return error
-    # In an evaluation it was explained already; what comes here is a training step's.
+    # In an evaluation it was explained already; what comes here is nearly always a step's.
     error = memory_explained(error, run, run.plan.order.micro_batch_size)
     # A disk or a network that fails in mid-run is no bug.
     if isinstance(error, OSError):

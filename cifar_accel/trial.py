@@ -68,9 +68,9 @@ def remedy(run: Run, images: int, where: str = "") -> str:
 
 def how_to_cut(plan: Plan, size: int) -> str:
     """How to make `size` images the micro-batch."""
-    share = plan.order.batch_size // plan.order.world
+    # Of the two only --micro-batch-size bounds evaluations too.
     if plan.accumulation > 1 and not plan.args.micro_batch_size:
-        return f"Set the launcher's gradient_accumulation_steps to {share // size}"
+        return f"Give --micro-batch-size {size} and leave gradient_accumulation_steps away"
     return f"Give --micro-batch-size {size}"
 
 

@@ -138,7 +138,7 @@ def test_the_reason_to_stop(extended, tmp_path):
     (tmp_path / "STOP").touch()
     extended("cifar_accel", TRAINING, check=143)
     said = (tmp_path / "run" / "PREEMPTED").read_text()
-    assert said.startswith("the file STOP after step 1;")
+    assert said.startswith("the file STOP after step 2;")
 
 
 def test_the_command(extended):

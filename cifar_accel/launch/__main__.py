@@ -9,11 +9,11 @@ import sys
 from typing import NoReturn
 
 from cifar_accel.cli import guarded, main, report_command, study_command
-from cifar_accel.files import home
 from cifar_accel.launch.child import run_child
 from cifar_accel.launch.command import check_launcher, command_for, dry_environment
 from cifar_accel.launch.yaml_files import shipped_folder
 from cifar_accel.options.parsing import parse_training
+from cifar_accel.records.folder import folder_of
 
 
 def launch(words: list[str]) -> int:
@@ -66,8 +66,7 @@ def train(words: list[str]) -> int:
 
     # The options are looked at here, because a launcher would turn the exit code 2 into 1.
     args, _ = parse_training(words)
-    run_folder = home(args.save_dir) / str(args.run_name)
-    return run_child(start.command, start.environment, run_folder)
+    return run_child(start.command, start.environment, folder_of(args))
 
 
 def replace_this_process(command: list[str], environment: dict[str, str]) -> NoReturn:

@@ -67,6 +67,10 @@ class Ranks:
             torch.distributed.all_gather_object(values, value, group=self.hosts)
         return values
 
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have come here. All ranks enter. Raises PeerLost."""
+        self.any(False)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all ranks, on the device. All ranks enter."""
         total: torch.Tensor = self.accelerator.reduce(tensor)
@@ -139,7 +143,7 @@ def make_accelerator(device: str, world: int, mixed_precision: str | None = None
         step_scheduler_with_optimizer=False,
         kwargs_handlers=handlers,
     )
-    # Without a usable backend Accelerate makes as many main processes as there are.
+    # Without a usable backend Accelerate takes every process for a run of its own.
     if accelerator.num_processes != world:
         raise BadInput(
             f"the launcher started {world} processes but Accelerate sees "

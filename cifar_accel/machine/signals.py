@@ -18,8 +18,8 @@ LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND", "CIFAR_ACCEL_LAU
 class StopRequest:
     """Collects what asks this process for a checkpoint and an orderly end; `asked` tells.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask; a second SIGINT ends at once. So does the end of the
-    launcher that started this process, and `max_time` (`2h`), counted from the process's start.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask, and a SIGINT after any of them ends at once. The end of
+    the launcher that started this process asks too, and `max_time` (`2h` from its start).
 
     Until `training` is set there is nothing to save: the first signal raises KeyboardInterrupt.
     """
@@ -54,7 +54,8 @@ class StopRequest:
         return self.deadline is not None and time.time() >= self.deadline
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.reason = signal.Signals(number).name
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
         if not self.training:
             raise KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -72,10 +72,13 @@ class Progress:
             self.bar.set_postfix_str(figures)
             return
         step = f"step {row['step']:,}/{self.total_steps:,}"
-        left = format_duration(self._seconds_left(row["step"]))
+        left = ""
+        # After a resume the first row may be of the step that it begins at, which took no time.
+        if row["step"] > self.start:
+            left = f", {format_duration(self._seconds_left(row['step']))} left"
         # A full disk behind stdout costs the line, not the run.
         with suppress(OSError):
-            print(f"{epoch}  {step}  {figures}, {left} left", flush=True)
+            print(f"{epoch}  {step}  {figures}{left}", flush=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -105,9 +108,7 @@ class Progress:
     def _seconds_left(self, step: int) -> float:
         """Seconds to the last step, at the mean speed of this process so far."""
         passed = time.perf_counter() - self.started_at
-        # None, where only the row of the last step was still to do.
-        steps_done = max(1, step - self.start)
-        return passed / steps_done * (self.stop - step)
+        return passed / (step - self.start) * (self.stop - step)
 
 
 def format_duration(seconds: float) -> str:
