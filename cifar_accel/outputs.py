@@ -101,7 +101,7 @@ class Log:
             self.tracker = open_tracker(run, state)
         # A checkpoint is written before the row of its step, which is then settled again. After a
         # step whose window is empty there is nothing to settle.
-        self.metrics.truncate(state.step - 1 if state.has_trained else state.step)
+        self.metrics.truncate(state.step - 1 if state.window_is_open else state.step)
         self.progress = Progress(
             plan.total_steps,
             plan.steps_per_epoch,
@@ -211,7 +211,7 @@ def save_weights(run: Run, name: str) -> None:
     final, scratch = run.folder.path / name, run.folder.path / f"{name}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        save_model(run.model.result, scratch, run.args, run.data.train.split.classes)
+        save_model(run.model.evaluated, scratch, run.args, run.data.train.split.classes)
         final.mkdir(exist_ok=True)
         # config.json, then model.safetensors.
         for file in sorted(scratch.iterdir()):

@@ -53,7 +53,11 @@ class Plan:
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Most images that one device evaluates at once; --micro-batch-size holds here too."""
+        """Most images that one device evaluates at once.
+
+        Without gradients there is room for more than in a step, and 256 keep any device busy;
+        but a --micro-batch-size that the user set holds here too.
+        """
         return self.args.micro_batch_size or max(256, self.order.micro_batch_size)
 
     def learning_rate(self, step: int) -> float:

@@ -1,7 +1,7 @@
 """What a run is made of, and how options become one: data, plan, model, optimizer, resume.
 
-Read it from `set_up` downwards. A run is set up once and does not change; what changes is its
-`State` (records/state.py), its weights and its optimizer.
+Read it from `set_up` downwards. What a checkpoint holds beside weights and optimizer is the run's
+`State` (records/state.py).
 """
 
 import json
@@ -76,7 +76,7 @@ class Model:
         return logits
 
     @property
-    def result(self) -> torch.nn.Module:
+    def evaluated(self) -> torch.nn.Module:
         """The weights that are evaluated and saved: the average where one is kept."""
         return self.average.module if self.average else self.module
 
@@ -92,7 +92,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is set up once and does not change."""
+    """The parts of a run. What they hold changes; none of them is ever replaced."""
 
     args: TrainingArguments
     folder: Folder
@@ -123,8 +123,8 @@ def set_up(
     check_choices(args)
     start_from = choose_checkpoint(opened, ranks)
     # Resuming: the weights come from the checkpoint, so do not download the pretrained ones.
-    start = replace(args, pretrained=False, checkpoint=None) if start_from else args
-    check_model(start, say)
+    making = replace(args, pretrained=False, checkpoint=None) if start_from else args
+    check_model(making, say)
 
     # The data comes first: the plan needs the number of images, the model that of the classes.
     dataset, held_out = load_splits(args)
@@ -134,7 +134,7 @@ def set_up(
     plan = make_plan(args, len(dataset.train), ranks.world, ranks.rank, accumulation)
 
     # The model tells how its input is normalised.
-    model, optimizer = make_model(args, start, len(dataset.train.classes), plan, ranks)
+    model, optimizer = make_model(args, making, len(dataset.train.classes), plan, ranks)
     data = make_data(args, dataset, held_out, model.module, ranks.device)
 
     # Where it stands: at the beginning, or where a checkpoint does.
@@ -232,15 +232,19 @@ def make_data(
 
 
 def make_model(
-    args: TrainingArguments, start: TrainingArguments, classes: int, plan: Plan, ranks: Ranks
+    args: TrainingArguments, making: TrainingArguments, classes: int, plan: Plan, ranks: Ranks
 ) -> tuple[Model, Any]:
-    """The model on the device, with the weights that `start` names, and its optimizer."""
+    """The model on the device, and its optimizer. All ranks enter.
+
+    `making` are the options that the model is made by: `args`, but without weights to start from
+    where a checkpoint has them.
+    """
     device = ranks.device
     if device.type == "cpu":
         keep_freed_memory()
     # Made on the CPU in float32, so that its initial weights are the same on every device.
     say(f"model: making {name_of(args)}")
-    module: Any = build_model(start, classes, say)
+    module: Any = build_model(making, classes, say)
     flops = 3 * forward_flops(module, args.image_size)
     # Images and weights share one layout, whichever is faster for the family and device.
     channels_last = use_channels_last(args, module, device)

@@ -6,7 +6,7 @@ host waits for the device. Everything else runs ahead of the device.
 
 import math
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -132,7 +132,7 @@ def fit(run: Run, state: State, log: Log) -> None:
                 if saves:
                     save_checkpoint(run, state, log)
                     clock.checkpoint_written()
-                if plan.row_after(step) and state.has_trained:
+                if plan.row_after(step) and state.window_is_open:
                     settle(run, state, log)
             if step >= plan.stop_step:
                 return
@@ -162,7 +162,7 @@ def take_step(run: Run, step: int, micro_batches: Iterator[Batch], clock: Clock)
             batch = next(micro_batches)
         seed_dropout(plan, run.ranks, step, micro)
         last = micro == plan.accumulation - 1
-        with run.ranks.gradients_kept_back(run.model.wrapped, until_last=not last):
+        with nullcontext() if last else accelerator.no_sync(run.model.wrapped):
             logits = run.model(batch.images)
             loss = run.criterion(logits, batch.targets)
             # DDP averages over the ranks: the result is the mean of the global batch.
@@ -172,8 +172,8 @@ def take_step(run: Run, step: int, micro_batches: Iterator[Batch], clock: Clock)
 
     # The norm is of the gradients before clipping, without the scaler's factor.
     accelerator.unscale_gradients(run.optimizer)
-    norm = None
     # On a CPU it takes 1 % of a small model's step, so there it is only taken where it is used.
+    norm = None
     if run.args.clip_grad or plan.row_after(step + 1) or run.ranks.device.type != "cpu":
         norm = gradient_norm(run.watch.parameters)
     if run.args.clip_grad and norm is not None:
@@ -282,7 +282,10 @@ def settle(run: Run, state: State, log: Log) -> None:
 
 
 def training_row(run: Run, state: State) -> dict[str, float]:
-    """Means since the last row, which starts a new window; at an epoch's end, a new epoch too."""
+    """A row of means over the window, which it closes; at an epoch's end, the epoch's sums too.
+
+    Rate and norm are of the last step; peak memory and compiled graphs since the start.
+    """
     window = state.window
     images_per_s = window.images / window.seconds
     row = {
@@ -327,7 +330,7 @@ def evaluation_row(run: Run, state: State) -> dict[str, float]:
 def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
     """Exact figures of the run's weights over one split. All ranks enter. Raises Stopped."""
     # Each rank has its own batch-norm statistics: the main one's are saved, so they are evaluated.
-    run.ranks.take_main_buffers(run.model.result)
+    run.ranks.take_main_buffers(run.model.evaluated)
     size = run.plan.evaluation_batch_size
     batches = pipeline.evaluation_batches(size, run.ranks.world, run.ranks.rank)
     try:
@@ -335,7 +338,7 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
         with closing(batches):
             return evaluate(
                 run.ranks.accelerator,
-                run.model.result,
+                run.model.evaluated,
                 unless_stopped(run, batches),
                 len(pipeline.split),
                 run.model.layout,

@@ -16,8 +16,8 @@ from cifar_accel.optim.optimizers import moments_per_weight
 from cifar_accel.plan import Plan, micro_batch_sizes
 from cifar_accel.run import Run
 
-# A backward pass that fails on a host leaves its tasks in this thread's queue, and they hold their
-# tensors. A backward pass through a node that is older than any step's flushes the queue.
+# A backward pass that fails on a host leaves tasks in a queue of its thread, which keep their
+# tensors alive. A backward pass through an older node empties the queue: this one is made at import.
 OLDEST_NODE = torch.ones((), requires_grad=True) * 1
 
 

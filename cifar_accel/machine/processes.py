@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,12 +81,6 @@ class Ranks:
         if self.world > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-    def gradients_kept_back(
-        self, model: torch.nn.Module, until_last: bool
-    ) -> AbstractContextManager[None]:
-        """Around a micro-batch: gradients are exchanged with the last one of a step alone."""
-        return self.accelerator.no_sync(model) if until_last else nullcontext()
 
 
 @contextmanager

@@ -324,7 +324,8 @@ def upgrade(state: dict[str, Any], written_format: int) -> dict[str, Any]:
         window = [*window, 0.0]
     upgraded["window"] = _with_names(WINDOW, window)
     upgraded["epoch"] = _with_names(SUMS, upgraded.get("epoch"))
-    # A row that was still to be logged is logged whenever the window is not empty.
+    # A row that was still to be logged is logged whenever the window is not empty and this start's
+    # options ask for a row there.
     upgraded.pop("due", None)
     return upgraded
 

@@ -49,6 +49,6 @@ class State:
     data: str = ""
 
     @property
-    def has_trained(self) -> bool:
+    def window_is_open(self) -> bool:
         """Whether images were trained on since the last row."""
         return self.window.images > 0

@@ -30,9 +30,7 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     Raises:
         BadInput: the folder is no run, the run is not finished, or the classes differ.
     """
-    # What is wrong with the words or the folder is found before data and libraries are waited for.
-    if args.batch_size < 1:
-        raise BadInput(f"--batch-size {args.batch_size}: must be greater than 0")
+    # What is wrong with the folder is found before the data is waited for.
     run = load_run(home(args.run))
     options = _options_here(run.options, args)
     split = _test_images(options, say)
