@@ -17,7 +17,7 @@ from cifar_accel.plan import Plan, micro_batch_sizes
 from cifar_accel.run import Run
 
 # A backward pass that fails on a host leaves tasks in a queue of its thread, which keep their
-# tensors alive. A backward pass through an older node empties the queue: this one is made at import.
+# tensors alive. A backward pass through an older node empties the queue; this is such a node.
 OLDEST_NODE = torch.ones((), requires_grad=True) * 1
 
 
