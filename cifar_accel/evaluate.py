@@ -29,7 +29,7 @@ def evaluate(
         loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1].
         evaluated_images: how many were counted.
     """
-    # Left as it was found.
+    # Put back after the last batch; after a stop or a failure nobody trains on.
     was_training = model.training
     model.eval()
     # mps has no float64.

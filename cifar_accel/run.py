@@ -346,6 +346,7 @@ def facts_of(
         "memory_format": layout,
         "forward_gflops": model.flops / 3e9,
         "train_images": len(data.train.split),
+        # What is evaluated while training: the test images where none are held out.
         "held_out_images": len(data.evaluation.split),
         "test_images": len(data.test.split),
         "classes": len(data.train.split.classes),
