@@ -2,13 +2,13 @@
 
 import hashlib
 import io
-import json
 import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import image_folder, parquet_folder, picture
 from PIL import Image
 
 from cifar_accel.data.datasets import hold_out, hub_marker, limit
@@ -16,54 +16,9 @@ from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
 
 
-def picture(seed: int, size=(32, 32)) -> bytes:
-    """A PNG file of noise; `size` is (H, W)."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "png")
-    return out.getvalue()
-
-
 def pixels_of(file: bytes) -> np.ndarray:
     """uint8 [3, H, W]."""
     return np.asarray(Image.open(io.BytesIO(file))).transpose(2, 0, 1)
-
-
-def image_folder(root: Path, sizes=((32, 32),), splits=("train", "test")) -> Path:
-    """Two classes of three images in each split."""
-    for split in splits:
-        for c, name in enumerate(("cat", "dog")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(3):
-                seed = 1000 * c + i + (500 if split == "test" else 0)
-                (folder / f"{i}.png").write_bytes(picture(seed, sizes[i % len(sizes)]))
-    return root
-
-
-def parquet_folder(root: Path, rows=12, columns=("img", "fine_label"), names=True) -> Path:
-    """Image i of the training split is `picture(i)`, of the test split `picture(rows + i)`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    root.mkdir(parents=True, exist_ok=True)
-    labels = [i % 4 for i in range(rows)]
-    for split, start in (("train", 0), ("test", rows)):
-        values = {
-            "img": [{"bytes": picture(start + i), "path": f"{i}.png"} for i in range(rows)],
-            "text": ["x"] * rows,
-            "fine_label": labels,
-            "label": labels,
-            "coarse_label": [i % 2 for i in range(rows)],
-        }
-        table = pa.table({column: values[column] for column in columns})
-        if names:
-            feature = {"names": ["ant", "bee", "cow", "dog"], "_type": "ClassLabel"}
-            features = {"fine_label": feature, "label": feature}
-            info = {"huggingface": json.dumps({"info": {"features": features}})}
-            table = table.replace_schema_metadata(info)
-        pq.write_table(table, root / f"{split}-00000-of-00001.parquet")
-    return root
 
 
 def load(folder: Path, tmp_path: Path, image_size=32):

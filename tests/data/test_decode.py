@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import image_folder, parquet_folder, picture
 from PIL import Image
-from test_datasets import image_folder, load, parquet_folder, picture
+from test_datasets import load
 
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
