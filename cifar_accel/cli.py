@@ -3,6 +3,7 @@
 Parsing and every check of the options come before torch is imported.
 """
 
+import functools
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cifar_accel.console import fail, is_main_process, say
+from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, say
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
@@ -21,11 +22,6 @@ from cifar_accel.options.options import (
 )
 from cifar_accel.options.parsing import parse, parse_training
 from cifar_accel.records.folder import Opened, open_run
-
-# Exit codes: 0 is done, 143 what a shell reports for a process that SIGTERM ended.
-FAILED = 1
-BAD_INPUT = 2
-STOPPED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,37 +46,39 @@ def print_commands() -> None:
     print("\ncifar-accel COMMAND --help explains one of them.")
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """The exit code that `work` returns, or that of what ended it.
+def guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A command whose bad input and failures are told in one line, each with its exit code.
 
-    What is no fault of the user and no end of a training that is told in one line propagates: the
-    traceback is printed and the exit code is 1. The process group is taken down in any case.
+    Anything else propagates: the traceback is printed and the exit code is 1. The process group is
+    taken down in any case.
     """
-    try:
-        return work()
-    except (BadInput, TrainingError) as error:
-        # For who looks for a bug behind the one line.
-        if os.environ.get("CIFAR_ACCEL_DEBUG"):
-            traceback.print_exc()
-        if isinstance(error, BadInput):
-            return fail(str(error), BAD_INPUT)
-        kind = type(error).__name__
-        return fail(f"{kind}: {error}; checkpoints already written are kept", FAILED)
-    except KeyboardInterrupt:
-        return fail("stopped at once; checkpoints already written are kept", STOPPED)
-    finally:
-        # Where torch was never loaded there is no group, and this is no reason to load it.
-        torch = sys.modules.get("torch")
-        if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+    @functools.wraps(work)
+    def command(argv: Sequence[str]) -> int:
+        try:
+            return work(argv)
+        except (BadInput, TrainingError) as error:
+            # For who looks for a bug behind the one line.
+            if os.environ.get("CIFAR_ACCEL_DEBUG"):
+                traceback.print_exc()
+            if isinstance(error, BadInput):
+                return fail(str(error), BAD_INPUT)
+            kind = type(error).__name__
+            return fail(f"{kind}: {error}; checkpoints already written are kept", FAILED)
+        except KeyboardInterrupt:
+            return fail("stopped at once; checkpoints already written are kept", STOPPED)
+        finally:
+            # Where torch was never loaded there is no group, and this is no reason to load it.
+            torch = sys.modules.get("torch")
+            if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    return command
 
 
+@guarded
 def train_command(argv: Sequence[str]) -> int:
     """Train; exit code 0 when finished, 2 for bad input, 143 when stopped, 1 for anything else."""
-    return guarded(lambda: _train(argv))
-
-
-def _train(argv: Sequence[str]) -> int:
     # What is wrong with the options is told before anything is loaded or written.
     args, origin = parse_training(argv)
     args, origin = with_workers(args, origin)
@@ -163,12 +161,9 @@ def load_and_train(
     return train(args, origin, opened, stop)
 
 
+@guarded
 def evaluate_command(argv: Sequence[str]) -> int:
     """Evaluate a run folder."""
-    return guarded(lambda: _evaluate(argv))
-
-
-def _evaluate(argv: Sequence[str]) -> int:
     args = parse(EvaluateArguments, argv, "cifar-accel evaluate")
     # It loads torch.
     from cifar_accel.use.evaluate_run import evaluate_run
@@ -177,12 +172,9 @@ def _evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+@guarded
 def study_command(argv: Sequence[str]) -> int:
     """Run a study; exit code 0 when all runs are finished, 1 when one failed, 143 when stopped."""
-    return guarded(lambda: _study(argv))
-
-
-def _study(argv: Sequence[str]) -> int:
     # The launcher's modules are loaded for this command alone.
     from cifar_accel.launch.study import run_study
 
@@ -196,12 +188,9 @@ def _study(argv: Sequence[str]) -> int:
     return run_study(args, for_every_run, say)
 
 
+@guarded
 def report_command(argv: Sequence[str]) -> int:
     """Print the tables of all runs below a folder and write report.md and report.html there."""
-    return guarded(lambda: _report(argv))
-
-
-def _report(argv: Sequence[str]) -> int:
     # matplotlib and the like are loaded for this command alone.
     from cifar_accel.results.page import write_report
 

@@ -1,10 +1,16 @@
-"""What is printed: lines of the main process, and one line on stderr for what went wrong."""
+"""What a command tells: lines of the main process, one line for what went wrong, exit codes."""
 
 import contextlib
 import os
 import signal
 import sys
 import time
+
+# Exit codes of every command: 0 is done, and 143 what a shell reports for a process that SIGTERM
+# ended: a training that was stopped, after a checkpoint.
+FAILED = 1
+BAD_INPUT = 2
+STOPPED = 143
 
 # How long another process than the main one waits before it complains, in seconds.
 WAIT_FOR_MAIN_PROCESS = 5.0
@@ -28,7 +34,7 @@ def say(line: str) -> None:
             print(line, flush=True)
 
 
-def fail(message: str, code: int = 2) -> int:
+def fail(message: str, code: int = BAD_INPUT) -> int:
     """Print one line on stderr and return the exit code `code`.
 
     Other processes than the main one wait a moment first. When the main process has the same

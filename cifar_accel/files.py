@@ -22,9 +22,9 @@ def home(path: str) -> Path:
     return Path(filled_in)
 
 
-# A report reads a hundred files of one kind, and making an adapter takes milliseconds.
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """What checks values of type `kind`; made once, since that takes milliseconds."""
     return TypeAdapter(kind)
 
 
@@ -41,7 +41,7 @@ def read_as(kind: type[T], path: Path) -> T | None:
     but the text "3" or `true` for no number. NaN and Infinity are floats, as Python writes them.
     """
     try:
-        return _adapter(cast(Any, kind)).validate_json(path.read_bytes(), strict=True)
+        return adapter(cast(Any, kind)).validate_json(path.read_bytes(), strict=True)
     except (OSError, ValueError):  # pydantic's ValidationError is a ValueError
         return None
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,8 +27,11 @@ from cifar_accel.records.summary import read_config
 from cifar_accel.run import Model, Run
 
 
-def open_folder(run: Run, state: State) -> None:
-    """Write config.json and take away what speaks of an earlier start; the main process alone."""
+def open_folder(run: Run, state: State) -> dict[str, Any]:
+    """Take away what speaks of an earlier start, and write config.json; the main process alone.
+
+    Returns what config.json holds.
+    """
     # What an earlier start left to say of its end.
     path, began_in = run.folder.path, run.folder.began_in
     for name in ("summary.json", "PREEMPTED", "diverged.json"):
@@ -50,14 +52,14 @@ def open_folder(run: Run, state: State) -> None:
     write_json(path / "config.json", config | {"tracker_id": state.tracker_id})
 
     # A run that begins at another's checkpoint begins with that one's rows.
-    if began_in is None or began_in.resolve() == path.resolve():
-        return
-    if (began_in / "metrics.jsonl").exists():
-        shutil.copy(began_in / "metrics.jsonl", path)
+    elsewhere = began_in if began_in and began_in.resolve() != path.resolve() else None
+    if elsewhere and (elsewhere / "metrics.jsonl").exists():
+        shutil.copy(elsewhere / "metrics.jsonl", path)
+    return config
 
 
-def open_tracker(run: Run, state: State) -> trackers.Tracker:
-    """Open the tracker and remember its run's id in config.json; the main process alone."""
+def open_tracker(run: Run, state: State, config: dict[str, Any]) -> trackers.Tracker:
+    """Open the tracker and add its run's id to config.json; the main process alone."""
     tracked = trackers.TrackedRun(
         project=run.args.project,
         name=str(run.args.run_name),
@@ -70,7 +72,6 @@ def open_tracker(run: Run, state: State) -> trackers.Tracker:
     tracker = trackers.start_tracker(run.args.tracker, say, tracked)
     # --tracker none on this start: keep the id for the next.
     state.tracker_id = tracker.id or state.tracker_id
-    config = read_config(run.folder.path) or run.folder.config
     write_json(run.folder.path / "config.json", config | {"tracker_id": state.tracker_id})
     return tracker
 
@@ -78,7 +79,7 @@ def open_tracker(run: Run, state: State) -> trackers.Tracker:
 class Log:
     """Where the figures of a running training go: metrics.jsonl, the tracker, the progress bar.
 
-    A context manager, entered by all ranks once the run folder may be written.
+    All ranks have one; the main process alone writes.
     """
 
     def __init__(self, run: Run, state: State):
@@ -97,8 +98,8 @@ class Log:
         # The tracker comes after the folder: it lies in it.
         run, state, plan = self.run, self.state, self.run.plan
         if run.ranks.is_main:
-            open_folder(run, state)
-            self.tracker = open_tracker(run, state)
+            config = open_folder(run, state)
+            self.tracker = open_tracker(run, state, config)
         # A checkpoint is written before the row of its step, which is then settled again. After a
         # step whose window is empty there is nothing to settle.
         self.metrics.truncate(state.step - 1 if state.window_is_open else state.step)
@@ -134,24 +135,13 @@ class Log:
         if self.profiler:
             self.profiler.close()
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def save_checkpoint(run: Run, state: State, log: Log) -> None:
     """Write a checkpoint of `state`. All ranks enter, and the host waits for the device.
 
     A step that was just saved or resumed from is not saved again. A failure to write costs the
-    checkpoint, not the run. Raises Diverged when weights, average or
-    buffers are not finite: such a checkpoint would replace a good one.
+    checkpoint, not the run. Raises Diverged when weights, average or buffers are not finite: such a
+    checkpoint would replace a good one.
     """
     if state.step == log.saved_step:
         return

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
@@ -20,7 +19,7 @@ from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.datasets import Dataset, Split, find_source, hold_out, is_hub_id, limit
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home
+from cifar_accel.files import adapter, home
 from cifar_accel.machine.processes import Ranks
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import compile_model, keep_freed_memory, peak_flops
@@ -321,7 +320,7 @@ def read_state(path: Path) -> State:
     try:
         # Strictly, by the rules of JSON: there a whole number is a float too.
         text = json.dumps(checkpoint.read_state(path))
-        state: State = TypeAdapter(State).validate_json(text, strict=True)
+        state: State = adapter(State).validate_json(text, strict=True)
         if state.step >= 0:
             return state
     except (ValueError, TypeError):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cifar_accel.console import say
+from cifar_accel.console import FAILED, STOPPED, say
 from cifar_accel.data.batches import Batch, Pipeline
 from cifar_accel.data.order import random_bits
 from cifar_accel.errors import BadInput, Diverged, Stopped, TrainingError
@@ -81,14 +81,14 @@ def train(
         if failure is e:
             raise
         raise failure from e
-    log.tracker.finish(summary, 0 if summary["status"] == "finished" else 143)
+    log.tracker.finish(summary, 0 if summary["status"] == "finished" else STOPPED)
     return summary
 
 
 def train_to_its_end(run: Run, state: State, log: Log) -> dict[str, Any]:
     """Train to the last step, or to where all ranks agree to stop; what summary.json then holds."""
     try:
-        with log:
+        with closing(log):
             log.open()
             fit(run, state, log)
         return finish(run, state)
@@ -385,7 +385,7 @@ def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseExce
         # A signal before the first step, or a second Ctrl-C. Checkpoints that are there are kept.
         mark_preempted(run, state)
         write_summary(run, state, "preempted")
-        log.tracker.finish({"status": "preempted"}, 143)
+        log.tracker.finish({"status": "preempted"}, STOPPED)
         return error
     # In an evaluation it was explained already; what comes here is nearly always a step's.
     error = memory_explained(error, run, run.plan.order.micro_batch_size)
@@ -393,5 +393,5 @@ def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseExce
     if isinstance(error, OSError):
         error = TrainingError(f"{error}; the same command goes on from the last checkpoint")
     write_summary(run, state, "failed", error=f"{type(error).__name__}: {error}")
-    log.tracker.finish({"status": "failed"}, 1)
+    log.tracker.finish({"status": "failed"}, FAILED)
     return error

@@ -6,6 +6,7 @@ the tour.
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from cifar_accel.cli import guarded, main, report_command, study_command
@@ -22,11 +23,11 @@ def launch(words: list[str]) -> int:
         return tour()
     first, *rest = words
     if first == "train":
-        return guarded(lambda: train(rest))
+        return train(rest)
     # No option of a training stands without a dash, so this is the name of a command.
     if not first.startswith("-"):
         return main(words)
-    return guarded(lambda: train(words))
+    return train(words)
 
 
 def tour() -> int:
@@ -42,14 +43,15 @@ def tour() -> int:
     return code
 
 
-def train(words: list[str]) -> int:
+@guarded
+def train(words: Sequence[str]) -> int:
     """Start a training with the options `words`.
 
     A single process takes the place of this one. Several are children of a launcher that is a child
     of this process. Raises BadInput for what is known to be wrong before anything is started.
     """
     # A config that cannot be read is told in any case, before the words are looked at.
-    start = command_for(words)
+    start = command_for(list(words))
     directly = [sys.executable, "-m", "cifar_accel", *words]
     # What only prints needs one process, which for --dry-run knows how many a start would have.
     if "-h" in words or "--help" in words:

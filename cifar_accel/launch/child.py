@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cifar_accel.console import STOPPED
 from cifar_accel.records.summary import read_summary
-
-# The exit code of a training that a signal stopped, after a checkpoint.
-STOPPED = 143
 
 # The option of Linux's prctl(2) that has a process signalled when its parent ends.
 PR_SET_PDEATHSIG = 1

@@ -16,9 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import Field, IPvAnyAddress, TypeAdapter, ValidationError
+from pydantic import Field, IPvAnyAddress, ValidationError
 
 from cifar_accel.errors import BadInput
+from cifar_accel.files import adapter
 from cifar_accel.launch.yaml_files import read_yaml, shipped_folder
 from cifar_accel.options.options import NotNegativeInt, PositiveInt
 
@@ -163,7 +164,7 @@ def read_launcher_config(file: Path) -> LauncherConfig:
     # Keys that are no field of LauncherConfig are accelerate's alone.
     known = {name: values[name] for name in FIELDS if name in values}
     try:
-        return TypeAdapter(LauncherConfig).validate_python(known)
+        return adapter(LauncherConfig).validate_python(known)
     except ValidationError as error:
         first = error.errors()[0]
         bound = first["msg"].replace("Input should be", "must be")

@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cifar_accel.console import STOPPED
 from cifar_accel.errors import BadInput, did_you_mean
 from cifar_accel.files import home
-from cifar_accel.launch.child import STOPPED, run_child
+from cifar_accel.launch.child import run_child
 from cifar_accel.launch.command import check_launcher, command_for
 from cifar_accel.launch.yaml_files import read_yaml
 from cifar_accel.options.options import StudyArguments, TrainingArguments

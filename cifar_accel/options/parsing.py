@@ -1,7 +1,6 @@
 """Words of a command line -> options and where each comes from; every complaint is one line."""
 
 import contextlib
-import functools
 import io
 import re
 from collections.abc import Sequence
@@ -10,10 +9,11 @@ from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from cifar_accel.console import fail
 from cifar_accel.errors import BadInput
+from cifar_accel.files import adapter
 from cifar_accel.options.options import TrainingArguments, flag
 from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.options.resolve import resolve
@@ -145,19 +145,13 @@ def given_fields(argv: Sequence[str]) -> set[str]:
     return given
 
 
-# A study parses the options of tens of runs, and making an adapter takes milliseconds.
-@functools.cache
-def _bounds_of(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def check_bounds(args: Any) -> None:
     """Raise BadInput for the first option of the dataclass `args` outside its type's bounds."""
     # pydantic takes an instance as checked, so the values are given to it by name.
     values = {field.name: getattr(args, field.name) for field in fields(args)}
     kind: Any = type(args)
     try:
-        _bounds_of(kind).validate_python(values)
+        adapter(kind).validate_python(values)
     except ValidationError as error:
         # Errors come in the order of the fields; one line tells of one.
         first = error.errors()[0]

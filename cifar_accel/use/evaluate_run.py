@@ -1,6 +1,7 @@
 """The figures of a finished run again, from its folder."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +46,9 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     model.to(ranks.device, memory_format=layout)
     pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
     batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
-    figures = evaluate(ranks.accelerator, model, batches, len(split), layout)
+    # Workers that are left behind would keep the process alive.
+    with closing(batches):
+        figures = evaluate(ranks.accelerator, model, batches, len(split), layout)
 
     # The main process alone prints.
     images = f"{figures['evaluated_images']:,} test images of {options.dataset}"
