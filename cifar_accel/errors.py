@@ -34,6 +34,12 @@ class Stopped(Exception):
     """All ranks agreed to stop, between two steps or two batches of an evaluation."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its kind where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean a, b?` for the names nearest to `name`; empty when none is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

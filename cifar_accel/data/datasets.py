@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_accel.data.order import stratified_subset
-from cifar_accel.errors import BadInput, did_you_mean
+from cifar_accel.errors import BadInput, did_you_mean, first_line
 from cifar_accel.files import home
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -269,7 +269,7 @@ def _hub_failures_named(name: str, endpoint: str) -> Iterator[None]:
         ) from e
     except Exception as e:
         # The hub's HTTP library, and with it its errors, changes from version to version.
-        raise BadInput(f"--dataset {name}: cannot be downloaded ({str(e).splitlines()[0]})") from e
+        raise BadInput(f"--dataset {name}: cannot be downloaded ({first_line(e)})") from e
 
 
 # ---- folders of parquet files
@@ -347,7 +347,7 @@ def _parquet_failures_named(file: Path) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as e:
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise BadInput(f"--dataset: {file} cannot be read as parquet ({reason})") from e
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 
-from cifar_accel.errors import BadInput, did_you_mean
+from cifar_accel.errors import BadInput, did_you_mean, first_line
 from cifar_accel.files import read_as
 from cifar_accel.models import surgery
 from cifar_accel.models.weights import load_weights
@@ -192,7 +192,7 @@ def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any])
         return model
     # An argument that the architecture does not take.
     except TypeError as e:
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise BadInput(f"--model {args.model}: {reason} (see --model-kwargs)") from e
     # Values that it cannot work with; weights that are damaged, out of reach or do not fit.
     except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cifar_accel.errors import BadInput
+from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home
 from cifar_accel.models import surgery
 from cifar_accel.options.options import TrainingArguments
@@ -82,7 +82,7 @@ def _load_tensors(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     # A damaged or hostile file provokes any exception there is in the libraries.
     except Exception as e:
-        reason = str(e).splitlines()[0][:120]
+        reason = first_line(e)[:120]
         raise BadInput(f"--checkpoint {file}: cannot be read safely as weights ({reason})") from e
 
 

@@ -7,7 +7,7 @@ import timm.optim
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cifar_accel.errors import BadInput, did_you_mean
+from cifar_accel.errors import BadInput, did_you_mean, first_line
 from cifar_accel.optim.schedules import check_schedule
 from cifar_accel.options.options import TrainingArguments
 
@@ -88,7 +88,7 @@ def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.op
         )
     # Some need a GPU or a package, others refuse values.
     except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as e:
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise BadInput(f"--optimizer {args.optimizer}: cannot be made: {reason}") from e
 
 

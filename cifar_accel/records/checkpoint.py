@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cifar_accel.errors import BadInput
+from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import read_as, sync, write_json
 from cifar_accel.records.folder import is_checkpoint
 
@@ -141,7 +141,7 @@ def _failures_as_os_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot be written ({_first_line(error)})") from error
+        raise OSError(f"cannot be written ({first_line(error)})") from error
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -356,7 +356,7 @@ def load_checkpoint(
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         # What torch raises for other names, shapes or groups.
         raise BadInput(
-            f"--resume {path}: is a checkpoint of another model or optimizer ({_first_line(error)})"
+            f"--resume {path}: is a checkpoint of another model or optimizer ({first_line(error)})"
         ) from error
 
 
@@ -385,7 +385,3 @@ def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
         for name, moment in moments.items():
             if torch.is_tensor(moment) and moment.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(moment)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -18,6 +18,8 @@ from urllib.parse import urlparse
 
 import psutil
 
+from cifar_accel.errors import first_line
+
 # Seconds that a tracker has to send what is still to be sent; then it is given up.
 FINISH_TIMEOUT_S = 30
 
@@ -71,8 +73,7 @@ def start_tracker(kind: str, say: Callable[[str], None], run: TrackedRun) -> Tra
         tracker = TRACKERS[kind](say, run)
     except Exception as error:
         # A tracker is a library with a network behind it: there is no telling how it fails.
-        first_line = str(error).partition("\n")[0]
-        say(f"warning: no {kind} tracking ({type(error).__name__}: {first_line})")
+        say(f"warning: no {kind} tracking ({type(error).__name__}: {first_line(error)})")
         return SILENT
     if tracker is SILENT:
         return SILENT
@@ -176,8 +177,7 @@ def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
     try:
         return init(mode=mode, resume="allow")
     except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
-        first_line = str(error).partition("\n")[0]
-        say(f"wandb: offline, the server does not answer ({first_line})")
+        say(f"wandb: offline, the server does not answer ({first_line(error)})")
         # The service still waits for the server.
         wandb.teardown()
         return init(mode="offline")
