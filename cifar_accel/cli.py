@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import cifar_accel
 from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, say
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
+from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
+    CacheArguments,
     EvaluateArguments,
     ReportArguments,
     StudyArguments,
     TrainingArguments,
 )
-from cifar_accel.options.parsing import parse, parse_training
+from cifar_accel.options.parsing import normal_words, parse, parse_training
 from cifar_accel.records.folder import Opened, open_run
 
 
@@ -30,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print_commands()
+        return 0
+    if words[0] == "--version":
+        say(f"cifar_accel {cifar_accel.__version__}")
         return 0
     name, *options = words
     if name not in COMMANDS:
@@ -43,7 +49,7 @@ def print_commands() -> None:
     print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
     for name, command in COMMANDS.items():
         print(f"  {name:<10}{command.help}")
-    print("\ncifar-accel COMMAND --help explains one of them.")
+    print("\ncifar-accel COMMAND --help explains one of them; cifar-accel --version")
 
 
 def guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -118,7 +124,7 @@ def with_workers(
     """
     if args.pipeline != "timm" or args.workers is not None:
         return args, origin
-    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = max(1, whole_number("LOCAL_WORLD_SIZE"))
     cores = os.cpu_count() or 1
     workers = min(8, max(1, cores // processes))
     return replace(args, workers=workers), {**origin, "workers": "derived"}
@@ -148,6 +154,8 @@ def load_and_train(
     """Load torch and the like, and train; returns what summary.json holds."""
     # From here on a signal ends the process in order, with 143.
     stop = StopRequest(args.max_time)
+    if opened:
+        stop.last_act = opened.discard
     say("loading torch, timm and accelerate")
     # The libraries read these while they are loaded. What a Mac's GPU lacks is computed on its
     # processor; torch says so once for each operation.
@@ -164,7 +172,7 @@ def load_and_train(
 @guarded
 def evaluate_command(argv: Sequence[str]) -> int:
     """Evaluate a run folder."""
-    args = parse(EvaluateArguments, argv, "cifar-accel evaluate")
+    args = parse(EvaluateArguments, normal_words(argv), "cifar-accel evaluate")
     # It loads torch.
     from cifar_accel.use.evaluate_run import evaluate_run
 
@@ -199,6 +207,16 @@ def report_command(argv: Sequence[str]) -> int:
     return 0
 
 
+@guarded
+def cache_command(argv: Sequence[str]) -> int:
+    """List the decoded data sets, and remove them if so asked."""
+    # numpy is loaded for this command alone.
+    from cifar_accel.data.caches import list_caches
+
+    list_caches(parse(CacheArguments, argv, "cifar-accel cache"), say)
+    return 0
+
+
 class Command(NamedTuple):
     """A command of `cifar-accel`: what it does with its words, and its line of help."""
 
@@ -211,6 +229,7 @@ COMMANDS = {
     "evaluate": Command(evaluate_command, "evaluate a run folder on its test set"),
     "study": Command(study_command, "run every run of a study file that is not finished"),
     "report": Command(report_command, "tables, plots and a page of all runs below a folder"),
+    "cache": Command(cache_command, "list the decoded data sets, or remove them"),
 }
 
 

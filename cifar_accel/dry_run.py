@@ -26,6 +26,7 @@ from cifar_accel.data.decode import image_shape
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.launch.command import check_launcher, launcher_line
+from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.memory import SCRATCH, Estimate, estimate, free_memory, in_bytes
 from cifar_accel.machine.processes import check_device, chosen_device
 from cifar_accel.models.create import build_model, check_model, name_of
@@ -70,8 +71,8 @@ class Findings:
 def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
     """Print the options and the checks; 2 when a check says that the run would not work, else 0."""
     # launch.sh tells one process that looks how many it would start.
-    processes = int(os.environ.get("CIFAR_ACCEL_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    processes = whole_number("CIFAR_ACCEL_PROCESSES", whole_number("WORLD_SIZE"))
+    local = whole_number("LOCAL_WORLD_SIZE", processes)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     found = Findings(args, precision, max(1, processes), max(1, local))
     print_options(found, origin)
@@ -79,8 +80,12 @@ def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
     # Every check is made, whatever the one before it says.
     say("\nplan and health")
     failed = 0
+    told: set[str] = set()
     for name, check in CHECKS.items():
         mark, text = outcome(check, found)
+        if mark == "BAD" and text in told:
+            mark, text = "note", "not known: see above"
+        told.add(text)
         failed += mark == "BAD"
         say(f"  {mark:<5} {name:<10} {text}")
     if failed:
@@ -232,7 +237,7 @@ def check_batch(found: Findings) -> str:
     if found.training_images is None:
         raise Note("not known without the data")
     # The same plan that a start would train by.
-    accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    accumulation = whole_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     found.plan = make_plan(
         found.args, found.training_images, found.processes, accumulation=accumulation
     )
@@ -264,7 +269,10 @@ def check_memory(found: Findings) -> str:
     """The device holds a micro-batch; the optimizer and --checkpoint fit the model."""
     # Made without its weights, which may still be to download.
     args = found.args
-    model = build_model(replace(args, pretrained=False), found.classes or 100, lambda line: None)
+    bare = replace(args, pretrained=False)
+    check_names(bare)
+    check_model(bare, lambda line: None)
+    model = build_model(bare, found.classes or 100, lambda line: None)
     build_optimizer(model, args)
     found.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -327,15 +335,17 @@ def check_folder(found: Findings) -> str:
                 f"{opened.path} is in use by another process; wait, or give another --run-name"
             ) from None
     # Which of its checkpoints is whole.
-    chosen = checkpoint.choose([opened.resume_from, opened.fallback], said.append)
+    chosen = checkpoint.choose(opened, said.append)
     passed_over = "".join(f"; {line.removeprefix('resume: ')}" for line in said)
-    start = chosen.name if chosen else "its beginning: it has no checkpoint"
+    start = chosen.name if chosen else "its beginning"
     return f"{opened.path} goes on from {start}{passed_over}"
 
 
 def check_disk(found: Findings) -> str:
-    """There is room for the checkpoints."""
+    """There is room for the checkpoints; what the decoded images take, which may be there."""
     args = found.args
+    if not found.weight_bytes:
+        raise Note("not known without the model")
     one = found.weight_bytes * (1 + moments_per_weight(args) + args.model_ema)
     # One more while it is written, and the weights at the end.
     need = one * (args.keep_checkpoints + 1) + found.weight_bytes
@@ -344,6 +354,9 @@ def check_disk(found: Findings) -> str:
         f"{in_bytes(need)} for {args.keep_checkpoints} checkpoints of {in_bytes(one)} and one "
         f"being written; {in_bytes(free)} free"
     )
+    if found.image_bytes:
+        room = shutil.disk_usage(nearest_folder(home(args.data_dir))).free
+        text += f"; decoded images: {in_bytes(found.image_bytes)}, {in_bytes(room)} free there"
     if need > free:
         raise BadInput(f"{text}; make room in {args.save_dir}, or give another --save-dir")
     return text

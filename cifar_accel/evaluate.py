@@ -1,5 +1,6 @@
 """Exact evaluation: counts are summed over all processes, and every image counts once."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from cifar_accel.data.batches import Batch
+from cifar_accel.errors import Diverged
 
 
 def evaluate(
@@ -15,6 +17,7 @@ def evaluate(
     batches: Iterable[Batch],
     images: int,
     memory_format: torch.memory_format = torch.contiguous_format,
+    name: str = "the evaluation",
 ) -> dict[str, float]:
     """Loss and accuracy of `model` over a split of `images` images.
 
@@ -24,10 +27,14 @@ def evaluate(
     Args:
         model: the bare model; a wrapper's forward would communicate.
         batches: this rank's batches; images float32 [b, 3, S, S], labels int64 [b].
+        name: what an error calls it.
 
     Returns:
         loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1].
         evaluated_images: how many were counted.
+
+    Raises:
+        Diverged: the loss is not finite.
     """
     # Put back after the last batch; after a stop or a failure nobody trains on.
     was_training = model.training
@@ -50,6 +57,11 @@ def evaluate(
     # The only wait: the sums of all ranks.
     loss_sum, correct, correct_in_five, count = accelerator.reduce(sums).tolist()
     assert count == images, f"evaluated {count:.0f} of {images} images"
+    if not math.isfinite(loss_sum):
+        raise Diverged(
+            f"{name} is not finite: loss {loss_sum} over {images:,} images; weights or batch "
+            "norm's statistics are not finite, or too large to compute with"
+        )
     return {
         "loss": loss_sum / count,
         "accuracy": correct / count,

@@ -1,8 +1,11 @@
 """Files that are whole or absent, and JSON as others may have left it."""
 
+import errno
 import functools
+import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +14,9 @@ from pydantic import TypeAdapter
 from cifar_accel.errors import BadInput
 
 T = TypeVar("T")
+
+# What a file system answers that cannot sync a folder, as network and FUSE ones may.
+NO_FOLDER_SYNC = {errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP}
 
 
 def home(path: str) -> Path:
@@ -51,20 +57,44 @@ def read_json(path: Path) -> Any:
     return read_as(Any, path)
 
 
-def sync(path: Path) -> None:
-    """Wait until `path` (a file, or a folder's entries) is on the disk."""
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def share(file: Path) -> None:
+    """Give `file` the rights of its folder; safetensors keeps what it writes to its owner alone."""
+    # The folder's follow from the umask. A file system without rights has none to give.
+    with suppress(OSError):
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def sync(path: Path) -> bool:
+    """Wait until `path` (a file, or a folder's entries) is on the disk.
+
+    False for a folder on a file system that cannot do this for folders.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in NO_FOLDER_SYNC and path.is_dir():
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that `path` holds either the old or the new text, never a part."""
+    """Write `value` as JSON so that `path` holds either the old or the new text, never a part.
+
+    Raises ValueError for numbers that JSON does not have: NaN and infinities.
+    """
     scratch = path.with_name(path.name + ".tmp")
     try:
-        scratch.write_text(json.dumps(value, indent=2) + "\n")
+        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
         # The text must be on the disk before its name is, or a power cut leaves an empty file.
         sync(scratch)
         os.replace(scratch, path)

@@ -3,6 +3,7 @@
 Functions here may be entered by all ranks; the main process alone writes.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ from safetensors import SafetensorError
 
 from cifar_accel.console import say
 from cifar_accel.errors import Diverged
-from cifar_accel.files import sync, write_json
+from cifar_accel.files import share, sync, write_json
 from cifar_accel.machine.speed import Profiler
 from cifar_accel.models.weights import save_model
 from cifar_accel.records import checkpoint, trackers
 from cifar_accel.records.metrics import Metrics
 from cifar_accel.records.progress import Progress
 from cifar_accel.records.state import State
-from cifar_accel.records.summary import read_config
+from cifar_accel.records.summary import read_config, starting_weights
 from cifar_accel.run import Model, Run
 
 
@@ -49,6 +50,9 @@ def open_folder(run: Run, state: State) -> dict[str, Any]:
         again = {"step": state.step}
         again |= {key: config[key] for key in ("command", "versions", "hardware")}
         config = old | {"resumed": [*old.get("resumed", []), again]}
+    else:
+        # By these a later start knows weights that lie elsewhere then.
+        config = config | {"weights": starting_weights(run.args)}
     write_json(path / "config.json", config | {"tracker_id": state.tracker_id})
 
     # A run that begins at another's checkpoint begins with that one's rows.
@@ -160,6 +164,9 @@ def write_checkpoint(run: Run, state: State, log: Log) -> bool:
     log.metrics.flush()
     # Only fp16 has a loss scaler.
     scaler = run.ranks.accelerator.scaler
+    if not math.isfinite(state.gradient_norm):
+        # It passed over the step. JSON has no such number, and 0 is no norm that anyone took.
+        state.gradient_norm = 0.0
     state.scaler = scaler.state_dict() if scaler is not None else None
     average = run.model.average
     try:
@@ -205,6 +212,7 @@ def save_weights(run: Run, name: str) -> None:
         final.mkdir(exist_ok=True)
         # config.json, then model.safetensors.
         for file in sorted(scratch.iterdir()):
+            share(file)
             sync(file)
             os.replace(file, final / file.name)
     except SafetensorError as e:
@@ -252,6 +260,8 @@ def write_summary(
     # Without held-out images the test split is what is evaluated all along.
     if not test and not run.args.validation_fraction:
         figures = state.evaluation
+    # Earlier versions went on after an evaluation that was not finite.
+    figures = {name: value for name, value in figures.items() if math.isfinite(value)}
     # Training speed over all starts; a run that took no step has none.
     images = state.step * run.plan.order.batch_size
     summary = {
@@ -286,7 +296,7 @@ def mark_preempted(run: Run, state: State) -> str:
     if run.ranks.is_main:
         file = run.folder.path / "PREEMPTED"
         with no_room_is_a_warning(file):
-            file.write_text(text + "\n")
+            file.write_bytes(os.fsencode(text + "\n"))
     return text
 
 

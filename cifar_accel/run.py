@@ -4,7 +4,6 @@ Read it from `set_up` downwards. What a checkpoint holds beside weights and opti
 `State` (records/state.py).
 """
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.datasets import Dataset, Split, find_source, hold_out, is_hub_id, limit
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
-from cifar_accel.files import adapter, home
+from cifar_accel.files import home
 from cifar_accel.machine.processes import Ranks
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import compile_model, keep_freed_memory, peak_flops
@@ -37,7 +36,7 @@ from cifar_accel.options.options import TrainingArguments
 from cifar_accel.options.policy import read_policy, strength
 from cifar_accel.plan import Plan, make_plan
 from cifar_accel.records import checkpoint
-from cifar_accel.records.folder import Opened
+from cifar_accel.records.folder import Opened, check_images
 from cifar_accel.records.meters import Sums
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import describe_config
@@ -127,6 +126,7 @@ def set_up(
 
     # The data comes first: the plan needs the number of images, the model that of the classes.
     dataset, held_out = load_splits(args)
+    check_images(opened, dataset.name, dataset.fingerprint)
     accumulation = ranks.accelerator.gradient_accumulation_steps
     # The loop divides the loss itself: Accelerate must not divide the loss a second time.
     ranks.accelerator.gradient_accumulation_steps = 1
@@ -274,11 +274,11 @@ def make_model(
 def choose_checkpoint(opened: Opened, ranks: Ranks) -> Path | None:
     """The checkpoint to go on from, or None. All ranks enter; the main one chooses.
 
-    Raises BadInput for a checkpoint that was named and is damaged.
+    Raises BadInput as `checkpoint.choose` does.
     """
     chosen = None
     if ranks.is_main:
-        chosen = checkpoint.choose([opened.resume_from, opened.fallback], say)
+        chosen = checkpoint.choose(opened, say)
     shared: Path | None = ranks.from_main(chosen)
     return shared
 
@@ -298,7 +298,7 @@ def restore(
     this trainer.
     """
     # It must be a checkpoint of this very run.
-    state = read_state(path)
+    state = checkpoint.read_state(path)
     if state.step > plan.total_steps:
         raise BadInput(f"--resume {path}: stands at step {state.step:,} of {plan.total_steps:,}")
     if state.data != fingerprint:
@@ -313,21 +313,6 @@ def restore(
         # A new run that begins where another stood is a new run of the tracker too.
         state.tracker_id = None
     return state
-
-
-def read_state(path: Path) -> State:
-    """The state in checkpoint folder `path`. Raises BadInput when no training wrote it."""
-    try:
-        # Strictly, by the rules of JSON: there a whole number is a float too.
-        text = json.dumps(checkpoint.read_state(path))
-        state: State = adapter(State).validate_json(text, strict=True)
-        if state.step >= 0:
-            return state
-    except (ValueError, TypeError):
-        pass
-    raise BadInput(
-        f"--resume {path}: its state.json is none that this trainer writes; {checkpoint.REMEDY}"
-    )
 
 
 # ---- what is said and recorded of a run

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from cifar_accel.data.order import random_bits
 from cifar_accel.errors import BadInput, Diverged, Stopped, TrainingError
 from cifar_accel.evaluate import evaluate
 from cifar_accel.files import write_json
-from cifar_accel.machine.processes import Ranks, join_processes
+from cifar_accel.machine.processes import Ranks, join_processes, peers_expected
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import compiled_graphs, peak_memory_mib
 from cifar_accel.optim.gradients import clip_gradients, gradient_norm
@@ -75,7 +76,8 @@ def train(
     # From here on every end is recorded: finished, preempted or failed.
     log = Log(run, state)
     try:
-        summary = train_to_its_end(run, state, log)
+        with peers_expected():
+            summary = train_to_its_end(run, state, log)
     except BaseException as e:
         failure = recorded(e, run, state, log)
         if failure is e:
@@ -115,18 +117,20 @@ def fit(run: Run, state: State, log: Log) -> None:
     run.model.module.train()
     # A signal no longer ends the process at once: there is something to save.
     stop.training = True
+    stop.last_act = partial(write_preempted, run, state)
     with closing(micro_batches), Clock(state) as clock:
         while True:
             # Ranks agree on what is due: on steps by counting, on signals and minutes by asking.
             step = state.step
             stops, minutes_up = agree(run, clock.minutes_up(plan.save_minutes))
-            if stops:
+            saves = minutes_up or plan.checkpoint_after(step)
+            if stops or saves or plan.row_after(step):
+                # What is done now may take one rank long.
+                run.ranks.be_patient()
                 # While the clock runs, since the device may be at work still.
                 collect(run, state)
+            if stops:
                 raise Stopped
-            saves = minutes_up or plan.checkpoint_after(step)
-            if saves or plan.row_after(step):
-                collect(run, state)
             # Settle this step; neither saving nor evaluating counts as training.
             with clock.paused():
                 if saves:
@@ -139,8 +143,14 @@ def fit(run: Run, state: State, log: Log) -> None:
             # --max-time counts once this process has taken a step and settled it.
             stop.has_progressed = step > first_step
 
-            # Take the next one.
-            take_step(run, step, micro_batches, clock)
+            # Take the next one. The first of a process may compile.
+            run.ranks.be_patient(step == first_step)
+            try:
+                with stop.watched():
+                    take_step(run, step, micro_batches, clock)
+            except Stopped:
+                # By a signal, before the step began: it is settled like any other, above.
+                continue
             state.step += 1
             if run.model.average:
                 run.model.average.update(run.model.module, state.step)
@@ -148,7 +158,10 @@ def fit(run: Run, state: State, log: Log) -> None:
 
 
 def take_step(run: Run, step: int, micro_batches: Iterator[Batch], clock: Clock) -> None:
-    """One optimizer step over the global batch, in micro-batches. All ranks enter; nobody waits."""
+    """One optimizer step over the global batch, in micro-batches. All ranks enter; nobody waits.
+
+    Raises Stopped where this process is alone and a signal comes while it waits for the images.
+    """
     plan, accelerator = run.plan, run.ranks.accelerator
     # The schedule is a function of the step; a group may scale it (layer decay).
     for group in run.optimizer.param_groups:
@@ -157,8 +170,10 @@ def take_step(run: Run, step: int, micro_batches: Iterator[Batch], clock: Clock)
     # Forward and backward, micro-batch by micro-batch. Gradients add up on each rank and are
     # exchanged with the last.
     losses = []
+    alone = run.ranks.world == 1
     for micro in range(plan.accumulation):
-        with clock.waiting_for_input():
+        # The images may never come. Until the first are there, nothing of the step is done.
+        with clock.waiting_for_input(), run.stop.interruptible(alone and micro == 0):
             batch = next(micro_batches)
         seed_dropout(plan, run.ranks, step, micro)
         last = micro == plan.accumulation - 1
@@ -200,7 +215,7 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     test = state.evaluation
     if run.args.validation_fraction:
         say("test: reading the test set, once")
-        test = evaluate_split(run, run.data.test)
+        test = evaluate_split(run, run.data.test, "the test set's evaluation")
     try:
         save_weights(run, "model")
     except OSError as e:
@@ -225,7 +240,9 @@ def agree(run: Run, minutes_up: bool = False) -> tuple[bool, bool]:
 
     All ranks enter, at every step and evaluation batch.
     """
-    stops, saves = run.ranks.any(run.stop.asked(), minutes_up)
+    asked = run.stop.asked()
+    with run.stop.watched():
+        stops, saves = run.ranks.any(asked, minutes_up)
     if stops:
         # Each rank names the reason of the first that has one.
         reasons = [reason for reason in run.ranks.gather(run.stop.reason) if reason]
@@ -320,15 +337,19 @@ def training_row(run: Run, state: State) -> dict[str, float]:
 
 def evaluation_row(run: Run, state: State) -> dict[str, float]:
     """Evaluate, and remember the best accuracy. All ranks enter; the host waits at the end."""
-    result = evaluate_split(run, run.data.evaluation)
+    name = f"the evaluation after step {state.step:,}"
+    result = evaluate_split(run, run.data.evaluation, name)
     state.evaluation = result
     state.evaluated_step = state.step
     state.best_accuracy = max(state.best_accuracy, result["accuracy"])
     return {f"eval/{name}": value for name, value in result.items() if name != "evaluated_images"}
 
 
-def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
-    """Exact figures of the run's weights over one split. All ranks enter. Raises Stopped."""
+def evaluate_split(run: Run, pipeline: Pipeline, name: str) -> dict[str, float]:
+    """Exact figures of the run's weights over one split. All ranks enter.
+
+    Raises Stopped, and Diverged with `name`.
+    """
     # Each rank has its own batch-norm statistics: the main one's are saved, so they are evaluated.
     run.ranks.take_main_buffers(run.model.evaluated)
     size = run.plan.evaluation_batch_size
@@ -342,6 +363,7 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
                 unless_stopped(run, batches),
                 len(pipeline.split),
                 run.model.layout,
+                name,
             )
     except (RuntimeError, MemoryError) as e:
         failure = memory_explained(e, run, size, where=" in an evaluation")
@@ -352,9 +374,17 @@ def evaluate_split(run: Run, pipeline: Pipeline) -> dict[str, float]:
 
 def unless_stopped(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Pass `batches` on, asking all ranks before each; they have equally many. Raises Stopped."""
-    for batch in batches:
+    alone = run.ranks.world == 1
+    batch: Batch | None
+    while True:
+        batch = None
+        # The images may never come.
+        with suppress(Stopped), run.stop.watched(), run.stop.interruptible(alone):
+            batch = next(batches, None)
         if agree(run)[0]:
             raise Stopped
+        if batch is None:
+            return
         yield batch
 
 
@@ -376,6 +406,12 @@ def seed_dropout(plan: Plan, ranks: Ranks, step: int, micro: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+def write_preempted(run: Run, state: State) -> None:
+    """Say in the run folder that the training stopped, and that the same command goes on."""
+    mark_preempted(run, state)
+    write_summary(run, state, "preempted")
+
+
 def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseException:
     """Say in summary.json and to the tracker how a training failed; what to raise for it.
 
@@ -383,8 +419,7 @@ def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseExce
     """
     if isinstance(error, KeyboardInterrupt):
         # A signal before the first step, or a second Ctrl-C. Checkpoints that are there are kept.
-        mark_preempted(run, state)
-        write_summary(run, state, "preempted")
+        write_preempted(run, state)
         log.tracker.finish({"status": "preempted"}, STOPPED)
         return error
     # In an evaluation it was explained already; what comes here is nearly always a step's.

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,9 @@ TINY = (
     "--limit-train 256 --limit-test 100 "
     "--batch-size 32 --epochs 4 --learning-rate 3e-3 --log-every 3"
 ).split()
+
+# What the functions of `stub` may use.
+STUB_HEADERS = ("dlfcn", "errno", "sys/stat", "unistd")
 
 # The long form of a test: `pytest -m faults` runs it.
 LONG = pytest.mark.faults
@@ -142,6 +146,23 @@ def parquet_folder(root: Path, rows=12, columns=("img", "fine_label"), names=Tru
             table = table.replace_schema_metadata({"huggingface": metadata})
         pq.write_table(table, root / f"{split}-00000-of-00001.parquet")
     return root
+
+
+@pytest.fixture
+def stub(tmp_path) -> Callable[[str], dict[str, str]]:
+    """Put C functions in the place of the system's, for processes with the environment it gives."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler")
+
+    def made(functions: str) -> dict[str, str]:
+        source, library = tmp_path / "stub.c", tmp_path / "stub.so"
+        headers = "".join(f"#include <{name}.h>\n" for name in STUB_HEADERS)
+        source.write_text(f"#define _GNU_SOURCE\n{headers}{functions}\n")
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        return os.environ | {"LD_PRELOAD": str(library)}
+
+    return made
 
 
 # ---- running the trainer

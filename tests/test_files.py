@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home, read_as, read_json, write_json
+from cifar_accel.files import home, read_as, read_json, share, sync, write_json
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def test_other_types_than_dataclasses(file):
 
 
 def test_what_is_written_is_read_back(file):
-    value = {"a": [1, 2.5, None, True], "b": {"ä": "x"}, "c": math.inf}
+    value = {"a": [1, 2.5, None, True], "b": {"ä": "x"}}
     write_json(file, value)
     assert read_json(file) == value == json.loads(file.read_text())
 
@@ -103,6 +106,38 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(file):
         write_json(file, {"step": object()})
     assert read_json(file) == {"step": 1}
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_does_not_have_is_not_written(file, number):
+    write_json(file, {"loss": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"loss": number})
+    assert read_json(file) == {"loss": 1.0}
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that cannot be synced")
+def test_a_file_system_that_syncs_no_folder_is_passed_over(tmp_path):
+    """/proc answers as some network file systems do; /dev/null does so for what is no folder."""
+    assert sync(tmp_path)
+    assert not sync(Path("/proc"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(Path("/dev/null"))
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_file_gets_the_rights_that_the_umask_leaves(tmp_path, mask, mode):
+    folder = tmp_path / "folder"
+    before = os.umask(mask)
+    try:
+        folder.mkdir()
+    finally:
+        os.umask(before)
+    file = folder / "weights"
+    file.touch(mode=0o600)
+    share(file)
+    assert stat.S_IMODE(file.stat().st_mode) == mode
 
 
 def test_a_home_directory_is_filled_in_or_refused(monkeypatch):

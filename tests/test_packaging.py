@@ -52,16 +52,23 @@ def test_a_wheel_has_the_yaml_files(installed, folder):
 
 
 def test_an_installed_package_finds_them(installed, tmp_path):
+    """On a machine with two GPUs, says its nvidia-smi."""
     code = """
+from cifar_accel.launch.command import command_for
 from cifar_accel.launch.yaml_files import shipped_folder
 print(shipped_folder("studies") / "tour.yaml")
-print(shipped_folder("accelerate_configs") / "cpu.yaml")
+print(*command_for([]).command[4:])
 """
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: one'\necho 'GPU 1: two'\n")
+    program.chmod(0o755)
     # In the place of the checkout, which the tests run from.
-    env = os.environ | {"PYTHONPATH": str(installed)}
+    env = os.environ | {"PYTHONPATH": str(installed), "HF_HOME": str(tmp_path)}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    env.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         str(installed / "cifar_accel" / "studies" / "tour.yaml"),
-        str(installed / "cifar_accel" / "accelerate_configs" / "cpu.yaml"),
+        f"{installed}/cifar_accel/accelerate_configs/multi_gpu.yaml --num_processes 2 -m cifar_accel",
     ]

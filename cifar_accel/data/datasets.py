@@ -4,17 +4,18 @@
 in `find_source`.
 """
 
-import json
 import os
 import re
 import socket
 import urllib.error
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from numpy.typing import NDArray
 
 from cifar_accel.data.order import stratified_subset
 from cifar_accel.errors import BadInput, did_you_mean, first_line
-from cifar_accel.files import home
+from cifar_accel.files import adapter, home
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 # What the names of parquet files, or of the folders they lie in, begin with (regular expressions).
 SPLITS = {"train": "train", "test": "test", "val": "val(idation)?"}
+
+# Labels without names are below this: what is larger is an id or the like.
+MOST_UNNAMED_CLASSES = 100_000
 
 # A connection of torchvision's download may be silent for so long; the whole may take longer.
 NETWORK_TIMEOUT_S = 15
@@ -65,20 +69,23 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Raw:
-    """One split before decoding."""
+    """One split before decoding. Both splits of a data set have the same classes."""
 
     # Encoded images (paths, or cells of a parquet column), or an array uint8 [N, 3, H, W].
     items: Sequence[Any] | NDArray[np.uint8]
-    # Whole numbers [N], places in `classes`.
-    labels: Sequence[int] | NDArray[Any]
+    # int64 [N], places in `classes`.
+    labels: NDArray[np.int64]
     classes: list[str]
-    # Where items that are not paths come from, for error messages.
-    origin: str = ""
+    # The files that hold cells, one after the other, with the number of rows in each.
+    files: Sequence[tuple[Path, int]] = ()
 
     def item_name(self, i: int) -> str:
-        """How item `i` is called in an error message."""
-        item = self.items[i]
-        return str(item) if isinstance(item, Path) else f"row {i} of {self.origin}"
+        """How item `i`, which is encoded, is called in an error message."""
+        for file, rows in self.files:
+            if i < rows:
+                return f"row {i} of {file}"
+            i -= rows
+        return str(self.items[i])
 
 
 @dataclass(frozen=True)
@@ -131,10 +138,10 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
     # A folder, in one of two layouts.
     path = home(name)
     if path.is_dir():
-        if any(path.rglob("*.parquet")):
-            return _parquet_folder(path)
+        if _visible(path, path.rglob("*.parquet"), Counter()):
+            return _parquet_folder(path, say)
         if (path / "train").is_dir():
-            return _image_folder(path)
+            return _image_folder(path, say)
         raise BadInput(
             f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder "
             "per class"
@@ -174,7 +181,7 @@ def _read_cifar(
         with _download_failures_named(name, kind.filename, root):
             data = kind(str(root), train=split == "train", download=True)
         images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
-        yield split, Raw(images, data.targets, data.classes)
+        yield split, Raw(images, np.asarray(data.targets, np.int64), data.classes)
 
 
 @contextmanager
@@ -246,14 +253,14 @@ def _hub(name: str, root: Path, say: Callable[[str], None]) -> Source:
     marker = hub_marker(root, name)
     stored = root / "hub" / f"datasets--{name.replace('/', '--')}"
     if marker.exists() and stored.is_dir():
-        return _parquet_folder(Path(snapshot(local_files_only=True)))
+        return _parquet_folder(Path(snapshot(local_files_only=True)), say)
 
     require_network(f"--dataset {name}", "pass a local folder in the same layout")
     say(f"data: downloading {name} from {constants.ENDPOINT} into {root / 'hub'}")
     with _hub_failures_named(name, constants.ENDPOINT):
         folder = Path(snapshot())
     marker.touch()
-    return _parquet_folder(folder)
+    return _parquet_folder(folder, say)
 
 
 @contextmanager
@@ -275,12 +282,13 @@ def _hub_failures_named(name: str, endpoint: str) -> Iterator[None]:
 # ---- folders of parquet files
 
 
-def _parquet_folder(path: Path) -> Source:
+def _parquet_folder(path: Path, say: Callable[[str], None]) -> Source:
     """A folder in the hub's parquet layout: files, or folders, named train-* and test-*."""
     # The files of each split.
     files: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.parquet")):
-        files.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    left_out: Counter[str] = Counter()
+    for file in _visible(path, path.rglob("*.parquet"), left_out):
+        files.setdefault(_split_of(file.relative_to(path).parts), []).append(file)
     if "test" not in files and "val" in files:
         files["test"] = files["val"]
     for split in ("train", "test"):
@@ -288,145 +296,236 @@ def _parquet_folder(path: Path) -> Source:
             raise BadInput(f"--dataset {path}: no parquet file is named {split}-*.parquet")
 
     # Files of no split, and validation files beside a test split, are left out.
-    used = {split: files[split] for split in ("train", "test")}
-    identity = partial(_digest, path, used["train"] + used["test"])
-    return Source(identity, partial(_read_parquet_folder, used))
+    shards = {split: [_shard(path, f) for f in files[split]] for split in ("train", "test")}
+    first = shards["train"][0]
+    for shard in chain(*shards.values()):
+        if shard.kind != first.kind:
+            raise BadInput(
+                f"--dataset: {shard.file} ({shard.kind}) and {first.file} ({first.kind}) are not "
+                "of one data set; give one of the folders"
+            )
+    _say_left_out(left_out, say)
+    identity = partial(_digest, path, files["train"] + files["test"])
+    return Source(identity, partial(_read_parquet_folder, shards))
 
 
-def _split_of(file: Path) -> str:
+def _split_of(parts: Sequence[str]) -> str:
     """The split that a parquet file belongs to, by a part of its relative path, or "other"."""
-    words = [part.lower() for part in file.parts]
     for split, beginning in SPLITS.items():
         # No letter may follow: training-notes.parquet is none of the training split.
         pattern = re.compile(rf"{beginning}(?![a-z])")
-        if any(pattern.match(word) for word in words):
+        if any(pattern.match(part.lower()) for part in parts):
             return split
     return "other"
 
 
-def _read_parquet_folder(files: dict[str, list[Path]]) -> Iterator[tuple[str, Raw]]:
-    for split, files_of_split in files.items():
-        yield split, _read_parquet(files_of_split)
+@dataclass(frozen=True)
+class _Shard:
+    """A parquet file, the columns of images and labels, and the classes' names, if it has them."""
+
+    file: Path
+    image: str
+    label: str
+    names: list[str]
+    # What all files of a data set have in common, in words.
+    kind: str
 
 
-def _read_parquet(files: list[Path]) -> Raw:
-    """Encoded images, labels and class names of one split's parquet files."""
+def _shard(root: Path, file: Path) -> _Shard:
+    """What a parquet file says of itself. Raises BadInput where it cannot be used."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    # Read the two columns that are needed.
-    first = files[0]
-    with _parquet_failures_named(first):
-        schema = pq.read_schema(first)
-        image, label = _image_and_label(schema, first)
-        table = pa.concat_tables(pq.read_table(file, columns=[image, label]) for file in files)
+    with _open_parquet(file) as parquet:
+        schema = parquet.schema_arrow
 
-    # Images are bytes, or structs that hold them.
-    cells = table.column(image).combine_chunks()
-    if pa.types.is_struct(cells.type):
-        cells = cells.field("bytes")
+    # Of images the usual names come first, then any column; `bytes` is a field of a struct.
+    fields = schema.empty_table().flatten().schema
+    binary = [f.name for f in fields if f.type in (pa.binary(), pa.large_binary())]
+    usual = [name + end for name in ("img", "image", "images") for end in ("", ".bytes")]
+    others = [name for name in binary if name in schema.names or name.endswith(".bytes")]
+    images = [name for name in (*usual, *others) if name in binary]
+    labels = [name for name in ("fine_label", "label", "labels") if name in schema.names]
+    missing = "label column (fine_label or label)"
+    if not images:
+        missing = "image column (bytes, or a struct with bytes)"
+    if not images or not labels:
+        raise BadInput(f"--dataset: {file} has no {missing}; it has {', '.join(schema.names)}")
 
-    # Labels must be whole numbers.
-    column = table.column(label)
-    if not pa.types.is_integer(column.type) or column.null_count:
-        raise BadInput(f"--dataset: column {label} of {first} must hold whole numbers without gaps")
-    labels = column.to_numpy().astype(np.int64)
+    # Two configurations of a data set lie in folders that differ in more than the split.
+    names = _class_names(schema, labels[0], file)
+    folders = [f for f in file.relative_to(root).parent.parts if _split_of([f]) == "other"]
+    kind = f"folder {'/'.join(folders) or '.'}, {labels[0]} {'with' if names else 'without'} names"
+    return _Shard(file, images[0], labels[0], names, kind)
 
-    # The classes' names are in the hub's own metadata; without it, the numbers are the names.
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get(label, {})
-    classes = feature.get("names") or [str(c) for c in range(labels.max(initial=-1) + 1)]
-    return Raw(cells, labels, classes, origin=f"{first.name} and its sisters")
+
+def _class_names(schema: Any, label: str, file: Path) -> list[str]:
+    """The classes' names in the hub's own metadata; empty where there are none."""
+    text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        metadata = adapter(dict[str, Any]).validate_json(text)
+        feature = metadata.get("info", {}).get("features", {}).get(label, {})
+        names = adapter(list[str]).validate_python(feature.get("names") or [], strict=True)
+    except (ValueError, AttributeError) as e:
+        place = f"info.features.{label}.names"
+        raise BadInput(f"--dataset: {file}: its metadata has no list of names at {place}") from e
+    if len(set(names)) < len(names):
+        raise BadInput(f"--dataset: {file} gives two classes one name")
+    return names
 
 
 @contextmanager
-def _parquet_failures_named(file: Path) -> Iterator[None]:
-    """Turn what pyarrow says of a damaged file into BadInput."""
+def _open_parquet(file: Path) -> Iterator[Any]:
+    """The opened file. What pyarrow and the system say of a damaged one becomes BadInput."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        yield
-    except pa.ArrowException as e:
+        # Opened here, because pyarrow takes no name that is not UTF-8.
+        with file.open("rb") as stream:
+            yield pq.ParquetFile(stream)
+    except (pa.ArrowException, OSError) as e:
         reason = first_line(e)
         raise BadInput(f"--dataset: {file} cannot be read as parquet ({reason})") from e
 
 
-def _image_and_label(schema: Any, file: Path) -> tuple[str, str]:
-    """Names of the image and the label column: the usual names first, then any column of images."""
-    names = schema.names
-    images = [c for c in ("img", "image", "images", *names) if c in names and _is_image(schema, c)]
-    labels = [c for c in ("fine_label", "label", "labels") if c in names]
-    missing = ""
-    if not images:
-        missing = "image column (bytes, or a struct with bytes)"
-    elif not labels:
-        missing = "label column (fine_label or label)"
-    if missing:
-        raise BadInput(f"--dataset: {file} has no {missing}; it has {', '.join(names)}")
-    return images[0], labels[0]
-
-
-def _is_image(schema: Any, column: str) -> bool:
-    """Whether a column's type can hold encoded images."""
+def _read_parquet_folder(shards: dict[str, list[_Shard]]) -> Iterator[tuple[str, Raw]]:
+    """The splits, with the classes of the first training file."""
     import pyarrow as pa
 
-    kind = schema.field(column).type
-    if pa.types.is_struct(kind):
-        if kind.get_field_index("bytes") < 0:
-            return False
-        kind = kind.field("bytes").type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    classes = shards["train"][0].names
+    for split, own in shards.items():
+        columns = [_read_shard(shard) for shard in own]
+        if not any(len(labels) for _, labels in columns):
+            raise BadInput(f"--dataset: {own[0].file}: the {split} split holds no image")
+        # Without names the numbers are the names.
+        if not classes:
+            largest = max(labels.max(initial=0) for _, labels in columns)
+            if largest >= MOST_UNNAMED_CLASSES:
+                raise BadInput(
+                    f"--dataset: {own[0].file.parent} has the label {largest}; without names of "
+                    f"classes labels must be below {MOST_UNNAMED_CLASSES:,}"
+                )
+            classes = [str(number) for number in range(largest + 1)]
+        places = [
+            _places(labels, shard.names or classes, classes, shard.file)
+            for shard, (_, labels) in zip(own, columns, strict=True)
+        ]
+        # Pieces stay pieces: together they may have more than 2 GiB.
+        pieces = [piece for images, _ in columns for piece in images.chunks]
+        cells = pa.chunked_array(pieces, pa.large_binary())
+        rows = [(shard.file, len(labels)) for shard, labels in zip(own, places, strict=True)]
+        yield split, Raw(cells, np.concatenate(places), classes, rows)
+
+
+def _read_shard(shard: _Shard) -> tuple[Any, NDArray[np.int64]]:
+    """Encoded images (a chunked array of large_binary) and labels, as the file has them."""
+    import pyarrow as pa
+
+    with _open_parquet(shard.file) as parquet:
+        table = parquet.read([shard.image, shard.label])
+    column = table.column(shard.label)
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise BadInput(
+            f"--dataset: column {shard.label} of {shard.file} must hold whole numbers without gaps"
+        )
+    images = table.flatten().column(shard.image).cast(pa.large_binary())
+    return images, column.to_numpy().astype(np.int64)
 
 
 # ---- folders of image files
 
 
-def _image_folder(path: Path) -> Source:
+def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
     """train/CLASS/*.png and test/CLASS/*.png (or val/, validation/)."""
     test_folders = [path / n for n in ("test", "val", "validation") if (path / n).is_dir()]
     if not test_folders:
         raise BadInput(
-            f"--dataset {path}: has a train/ folder but no test/, val/ or validation/ folder"
+            f"--dataset {path}: has a train/ folder but no test/, val/ or validation/ folder; "
+            "move images of each class there"
         )
-    train = path / "train"
-    classes = sorted(f.name for f in train.iterdir() if f.is_dir())
-    if not classes:
-        raise BadInput(f"--dataset {train}: is empty; it must hold one folder of images per class")
-    splits = {
-        "train": _images_by_class(train, classes),
-        "test": _images_by_class(test_folders[0], classes),
-    }
-    files = [*splits["train"].items, *splits["test"].items]
-    return Source(partial(_digest, path, files), partial(iter, list(splits.items())))
+
+    # The training split's folders are the classes.
+    splits: list[tuple[str, Raw]] = []
+    left_out: Counter[str] = Counter()
+    classes: list[str] = []
+    for split, folder in (("train", path / "train"), ("test", test_folders[0])):
+        images = _images_by_class(folder, left_out)
+        names = list(images)
+        classes = classes or names
+        numbers = np.repeat(np.arange(len(names)), [len(images[name]) for name in names])
+        labels = _places(numbers, names, classes, folder)
+        splits.append((split, Raw(list(chain(*images.values())), labels, classes)))
+    _say_left_out(left_out, say)
+    files = [file for _, raw in splits for file in raw.items]
+    return Source(partial(_digest, path, files), partial(iter, splits))
 
 
-def _images_by_class(folder: Path, classes: list[str]) -> Raw:
-    """The image files in the class folders of `folder`. Raises BadInput for one without images."""
-    paths: list[Path] = []
-    labels: list[int] = []
+def _images_by_class(folder: Path, left_out: Counter[str]) -> dict[str, list[Path]]:
+    """The image files in each class folder of `folder`. Raises BadInput for one without images."""
+    images: dict[str, list[Path]] = {}
     for class_folder in sorted(f for f in folder.iterdir() if f.is_dir()):
-        if class_folder.name not in classes:
-            raise BadInput(
-                f"--dataset {class_folder}: there is no class of this name in "
-                f"{folder.with_name('train')}"
-            )
-        found = sorted(f for f in class_folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
-        if not found:
+        files = _visible(folder, class_folder.rglob("*"), left_out)
+        found = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
+        left_out.update(file.suffix or file.name for file in set(files) - set(found))
+        if found:
+            images[class_folder.name] = found
+        elif not class_folder.name.startswith("."):
             raise BadInput(
                 f"--dataset {class_folder}: this class folder holds no image "
                 f"({', '.join(IMAGE_ENDINGS)})"
             )
-        paths += found
-        labels += [classes.index(class_folder.name)] * len(found)
-    if not paths:
+    if not images:
         raise BadInput(f"--dataset {folder}: is empty; it must hold one folder of images per class")
-    return Raw(paths, labels, classes)
+    return images
+
+
+# ---- either kind of folder
+
+
+def _visible(root: Path, paths: Iterable[Path], left_out: Counter[str]) -> list[Path]:
+    """The files among `paths`, sorted; those hidden below `root` are counted in `left_out`."""
+    files = []
+    for path in sorted(paths):
+        # A link to nothing is no folder: it is refused when it is read.
+        if path.is_dir():
+            continue
+        hidden = [part for part in path.relative_to(root).parts if part.startswith(".")]
+        if hidden:
+            left_out[hidden[0]] += 1
+        else:
+            files.append(path)
+    return files
+
+
+def _places(
+    labels: NDArray[np.int64], names: list[str], classes: list[str], origin: Path
+) -> NDArray[np.int64]:
+    """Labels, which are places in `names`, as the places of these names in `classes`."""
+    place = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        raise BadInput(f"--dataset {origin}: {unknown[0]!r} is no class of the training split")
+    if labels.min(initial=0) < 0 or labels.max(initial=-1) >= len(names):
+        raise BadInput(f"--dataset {origin}: a label is not in 0..{len(names) - 1}")
+    return np.array([place[name] for name in names], np.int64)[labels]
+
+
+def _say_left_out(left_out: Counter[str], say: Callable[[str], None]) -> None:
+    """Say in one line how many files are left out, and of which kinds."""
+    if left_out:
+        kinds = ", ".join(map(repr, sorted(left_out)[:5]))
+        say(f"data: files left out, hidden or of another kind: {left_out.total():,} ({kinds})")
 
 
 def _digest(root: Path, files: list[Path]) -> str:
     """Digest of the files' names and bytes."""
     digest = blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
+        # Names need not be UTF-8.
+        head = f"{file.relative_to(root)}\0{file.stat().st_size}\0"
+        digest.update(head.encode(errors="surrogateescape"))
+        # A parquet file may be larger than the memory.
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
     return digest.hexdigest()

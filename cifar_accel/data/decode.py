@@ -6,26 +6,35 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from cifar_accel.data.datasets import Dataset, Raw, Source, Split, find_source
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home, sync
+from cifar_accel.files import home, sha256, sync
 
-# Part of every cache key: raise it when the arrays' meaning changes.
-CACHE_FORMAT = 1
+# Part of the name of the arrays' folder: raise it when their meaning or their files change.
+CACHE_VERSION = 2
+
+# What comes of reading a folder of arrays that is not whole.
+NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError)
 
 # Images decoded ahead of the disk: a pool that maps over all of them would hold all of them.
 IMAGES_IN_FLIGHT = 2048
+
+# How many damaged images are named at once.
+NAMED_IMAGES = 10
+
+# How often as long as wide a picture may be that is resized as a whole.
+LONGEST = 10
 
 
 def load_dataset(
@@ -34,7 +43,7 @@ def load_dataset(
     """Load data set `name`, decoding it only if that was not done before.
 
     The first process to take the lock downloads and decodes; the others wait and then map the same
-    files.
+    files. Where the arrays are whole already nothing is locked and nothing written.
 
     Args:
         name: see `--dataset`.
@@ -48,73 +57,110 @@ def load_dataset(
             written.
     """
     root = home(data_dir)
-    with _disk_failures_named(data_dir):
+    with system_failures_named(f"--data-dir {data_dir}"):
         root.mkdir(parents=True, exist_ok=True)
+    with system_failures_named(f"--dataset {name}"):
         source = find_source(name, root, say)
-        # The key is also the data set's fingerprint, which a resumed run compares.
-        key_text = f"{CACHE_FORMAT} {source.identity()}"
-        key = blake2b(key_text.encode(), digest_size=12).hexdigest()
-        with FileLock(root / f"decoded-{key}.lock"):
-            return _open_or_decode(source, name, root, key, image_size, say)
+        # Resumed runs compare it, older ones too: what is hashed never changes.
+        fingerprint = blake2b(f"1 {source.identity()}".encode(), digest_size=12).hexdigest()
+
+    # Images of unequal size have a folder for each size that they were brought to.
+    folder = root / f"decoded-v{CACHE_VERSION}-{fingerprint}"
+    folders = [folder, folder.with_name(f"{folder.name}-{image_size}px")]
+    with system_failures_named(f"--data-dir {data_dir}"):
+        # Another user's folder, or one that may only be read, will do if it is whole.
+        arrays = _open_first(folders, lambda damaged, error: None)
+        if arrays is None:
+            with _locked(root / f"{folder.name}.lock", say):
+                arrays = _open_or_decode(source, name, folders, image_size, say)
+    train, test = arrays
+    return Dataset(name, train, test, fingerprint)
 
 
 @contextmanager
-def _disk_failures_named(data_dir: str) -> Iterator[None]:
-    """Turn what the system says of a file or folder into BadInput."""
+def system_failures_named(option: str) -> Iterator[None]:
+    """Turn what the system says of a file or folder into BadInput, which names `option`."""
     try:
         yield
     except OSError as e:
-        raise BadInput(f"--data-dir {data_dir}: {e.strerror or e}") from e
+        file = f" ({e.filename})" if e.filename else ""
+        raise BadInput(f"{option}: {e.strerror or e}{file}") from e
+
+
+@contextmanager
+def _locked(file: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock `file`; a line says that another process has it."""
+    lock = FileLock(file)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        say(f"data: waiting for another process that decodes it; if there is none, remove {file}")
+        held = lock.acquire()
+    with held:
+        try:
+            yield
+        finally:
+            # A file that stays keeps out other users, and a system without locks waits for it.
+            with suppress(OSError):
+                file.unlink()
 
 
 def _open_or_decode(
-    source: Source, name: str, root: Path, key: str, image_size: int, say: Callable[[str], None]
-) -> Dataset:
-    """The data set from its decoded arrays, which are made where they are missing or damaged."""
-    # Images of unequal size have a folder for each size that they were brought to.
-    folder = root / f"decoded-{key}"
-    resized_folder = root / f"decoded-{key}-{image_size}px"
-    for made in (folder, resized_folder):
-        data = _open_cache(made, name, key, say) if made.exists() else None
-        if data is not None:
-            return data
+    source: Source, name: str, folders: list[Path], image_size: int, say: Callable[[str], None]
+) -> tuple[Split, Split]:
+    """Training and test split from arrays that are made where they are missing or damaged."""
+
+    def remove(damaged: Path, error: Exception) -> None:
+        say(f"data: {damaged} is damaged ({error}) and is made anew")
+        shutil.rmtree(damaged)
+
+    # Another process may have made them meanwhile.
+    arrays = _open_first(folders, remove)
+    if arrays is not None:
+        return arrays
 
     # Whether all images are of one size shows only when they are decoded.
+    folder, resized_folder = folders
     say(f"data: decoding {name} into {folder} (once)")
     if not _decode(source, name, folder, None):
         say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
         folder = resized_folder
         _decode(source, name, folder, image_size)
-    data = _open_cache(folder, name, key, say)
-    assert data is not None, "what was just written can be read"
-    return data
+    return _open(folder)
 
 
 # ---- the decoded arrays on disk
 
 
-def _open_cache(folder: Path, name: str, key: str, say: Callable[[str], None]) -> Dataset | None:
-    """Map the arrays in `folder`; a damaged folder is removed, and None returned."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        classes = meta["classes"]
-        train = _map_split(folder, "train", classes)
-        test = _map_split(folder, "test", classes)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
-        say(f"data: {folder} is damaged ({e}) and is made anew")
-        shutil.rmtree(folder)
-        return None
-    return Dataset(name, train, test, key)
+def _open_first(
+    folders: list[Path], if_damaged: Callable[[Path, Exception], None]
+) -> tuple[Split, Split] | None:
+    """The splits in the first of `folders` that is there and whole."""
+    for folder in folders:
+        if not folder.exists():
+            continue
+        try:
+            return _open(folder)
+        except NOT_WHOLE as error:
+            if_damaged(folder, error)
+    return None
+
+
+def _open(folder: Path) -> tuple[Split, Split]:
+    """Map the arrays in `folder`. Raises what is in NOT_WHOLE if they are not what was written."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for name, digest in meta["sha256"].items():
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    train = _map_split(folder, "train", meta["classes"])
+    test = _map_split(folder, "test", meta["classes"])
+    return train, test
 
 
 def _map_split(folder: Path, split: str, classes: list[str]) -> Split:
-    """Map the images of one split and read its labels. Raises ValueError where they do not fit."""
     # Copy-on-write, because torch wants writable memory; nobody writes.
     images = np.load(folder / f"{split}_images.npy", mmap_mode="c")
-    labels = np.load(folder / f"{split}_labels.npy")
-    if images.dtype != np.uint8 or labels.dtype != np.int64 or len(images) != len(labels):
-        raise ValueError(f"the {split} images and labels do not belong together")
-    return Split(images, labels, classes)
+    return Split(images, np.load(folder / f"{split}_labels.npy"), classes)
 
 
 def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
@@ -141,59 +187,84 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
 
 def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> bool:
     """Write images, labels and meta.json to `folder`; False as soon as sizes turn out unequal."""
-    # Images and labels. A split may lack names of the last classes, so the longer list counts.
+    # Images and labels. All damaged images are found before the data set is refused.
     shape = (side, side) if side else None
-    classes: list[str] = []
-    labels: dict[str, NDArray[np.int64]] = {}
+    damaged: dict[str, str] = {}
     for split, raw in source.read():
         if not len(raw.items):
             raise BadInput(f"--dataset {name}: the {split} split holds no image")
-        if len(raw.classes) > len(classes):
-            classes = raw.classes
-        shape = _write_images(raw, folder / f"{split}_images.npy", shape, resizes=bool(side))
+        shape = _write_images(raw, folder / f"{split}_images.npy", shape, bool(side), damaged)
         if shape is None:
             return False
-        labels[split] = np.asarray(raw.labels, np.int64)
-        np.save(folder / f"{split}_labels.npy", labels[split])
+        # By way of memory: of a full disk np.save says only how much it wrote.
+        labels = io.BytesIO()
+        np.save(labels, raw.labels)
+        (folder / f"{split}_labels.npy").write_bytes(labels.getvalue())
+    _refuse(damaged)
 
-    # Each label has a class.
-    for split, own in labels.items():
-        if own.min() < 0 or own.max() >= len(classes):
-            raise BadInput(
-                f"--dataset {name}: a label of the {split} split is not in 0..{len(classes) - 1}"
-            )
-    # Older versions wrote more keys, which are passed over.
-    (folder / "meta.json").write_text(json.dumps({"name": name, "classes": classes}))
+    # Every split has the same classes.
+    digests = {file.name: sha256(file) for file in folder.iterdir()}
+    meta = {"name": name, "classes": raw.classes, "sha256": digests}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return True
 
 
 def _write_images(
-    raw: Raw, path: Path, shape: tuple[int, int] | None, resizes: bool
+    raw: Raw, path: Path, shape: tuple[int, int] | None, resizes: bool, damaged: dict[str, str]
 ) -> tuple[int, int] | None:
     """Decode `raw` into a .npy file uint8 [N, 3, H, W] and return (H, W).
 
-    `shape` is the (H, W) to keep to; None: that of the first image. Images of another size are
-    resized on their shorter side and cut to the centre if `resizes`, else None is returned.
+    `shape` is the (H, W) to keep to; None: that of the first whole image. Images of another size
+    are resized on their shorter side and cut to the centre if `resizes`, else None is returned.
+    What is wrong with images that are not whole goes to `damaged`, by their names.
     """
-    if isinstance(raw.items, np.ndarray):
-        np.save(path, raw.items)
-        return raw.items.shape[2:]
+    images = _decoded_images(raw, shape[0] if shape and resizes else None)
+    # Written, not mapped: where a disk is full, writing to a map ends the process.
+    with open(path, "wb") as file:
+        for i, image in enumerate(images):
+            if isinstance(image, str):
+                damaged[raw.item_name(i)] = image
+                continue
+            shape = shape or image.shape[1:]
+            if image.shape[1:] != shape:
+                return None
+            if not file.tell():
+                _write_head(file, (len(raw.items), 3, *shape))
+            file.write(image.tobytes())
+    if shape is None:
+        _refuse(damaged)
+    return shape
 
-    shape = shape or image_shape(raw, 0)
-    decode = partial(_decoded, raw, shape[0] if resizes else None)
+
+def _write_head(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Begin a .npy file of uint8."""
+    head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
+
+
+def _decoded_images(raw: Raw, side: int | None) -> Iterator[NDArray[np.uint8] | str]:
+    """What `_decoded` gives for each image of `raw`, in their order."""
+    if isinstance(raw.items, np.ndarray):
+        yield from raw.items
+        return
+    decode = partial(_decoded, raw, side)
     n = len(raw.items)
-    # A file on the disk that is filled as if it were an array in memory.
-    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, *shape))
     # Pillow decodes without Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, n, IMAGES_IN_FLIGHT):
             rows = range(start, min(start + IMAGES_IN_FLIGHT, n))
-            for i, image in zip(rows, pool.map(decode, rows), strict=True):
-                if image.shape[:2] != shape:
-                    return None
-                out[i] = image.transpose(2, 0, 1)
-    out.flush()
-    return shape
+            yield from pool.map(decode, rows)
+
+
+def _refuse(damaged: dict[str, str]) -> None:
+    """Raise BadInput if there are images that are not whole, and name them."""
+    if len(damaged) == 1:
+        raise BadInput(*damaged.values())
+    if damaged:
+        names = ", ".join(list(damaged)[:NAMED_IMAGES])
+        more = len(damaged) - NAMED_IMAGES
+        rest = f" and {more:,} more" if more > 0 else ""
+        raise BadInput(f"--dataset: {len(damaged):,} images are not whole: {names}{rest}")
 
 
 # ---- single images
@@ -207,12 +278,15 @@ def image_shape(raw: Raw, i: int) -> tuple[int, int]:
     return height, width
 
 
-def _decoded(raw: Raw, side: int | None, i: int) -> NDArray[np.uint8]:
-    """Image `i` as uint8 [H, W, 3], brought to side x side pixels if there is a `side`."""
-    image = _open_image(raw, i)
+def _decoded(raw: Raw, side: int | None, i: int) -> NDArray[np.uint8] | str:
+    """Image `i` as uint8 [3, H, W], cut to side x side if there is a `side`; or what is amiss."""
+    try:
+        image = _open_image(raw, i)
+    except BadInput as damage:
+        return str(damage)
     if side is not None:
         image = _resize_and_cut(image, side)
-    return np.asarray(image)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _open_image(raw: Raw, i: int) -> Image.Image:
@@ -241,5 +315,10 @@ def _resize_and_cut(image: Image.Image, side: int) -> Image.Image:
     w, h = (max(side, round(v * scale)) for v in image.size)
     left = (w - side) // 2
     top = (h - side) // 2
+    if max(image.size) > LONGEST * min(image.size):
+        # The same, up to rounding, without the memory that 65,000 x 1 would take as a whole.
+        x, y = image.width / w, image.height / h
+        box = (left * x, top * y, (left + side) * x, (top + side) * y)
+        return image.resize((side, side), Image.Resampling.BICUBIC, box)
     resized = image.resize((w, h), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + side, top + side))

@@ -1,8 +1,11 @@
 """Pixels made by timm's transforms in worker processes: the other way to make them."""
 
+import multiprocessing
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,11 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifar_accel.data.order import MicroBatch, random_bits
-from cifar_accel.errors import BadInput
+from cifar_accel.errors import BadInput, TrainingError
 from cifar_accel.options.options import TrainingArguments
 
 # What one item of the loader is asked for: a MicroBatch, or the samples of an evaluation batch.
 Request = TypeVar("Request")
+
+# How torch and the system say that a worker is gone, or that batches find no shared memory.
+WORKERS_FAIL = ("exited unexpectedly", "shared memory", "No space left on device")
+# How long workers may take to end, in seconds. One that is stuck would take the loader ten.
+SECONDS_TO_END = 1.0
 
 
 class TimmImages:
@@ -63,7 +71,20 @@ class TimmImages:
             # Its own generator, so that it draws nothing from the global one.
             generator=torch.Generator(),
         )
-        yield from loader
+        others = multiprocessing.active_children()
+        with _told_in_one_line():
+            batches = iter(loader)
+            workers = [child for child in multiprocessing.active_children() if child not in others]
+            if workers:
+                # Torch's handler would raise for a dead worker wherever the process is by then.
+                # Without it the loader finds out when it waits for the worker's batch.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            try:
+                yield from batches
+            finally:
+                killer = threading.Timer(SECONDS_TO_END, _kill, [workers])
+                killer.daemon = True
+                killer.start()
 
     def _augmented(self, micro_batch: MicroBatch) -> torch.Tensor:
         samples = micro_batch.samples
@@ -92,7 +113,34 @@ class _Items(torch.utils.data.Dataset[Any]):
         self.make_pixels = make_pixels
 
     def __getitem__(self, request: Any) -> tuple[Any, torch.Tensor]:
-        return request, self.make_pixels(request)
+        pixels = self.make_pixels(request)
+        if torch.utils.data.get_worker_info() is not None:
+            # As the loader would do it, but in a thread of its own, where a failure is lost and the
+            # batch awaited for ever.
+            pixels.share_memory_()
+        return request, pixels
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Around a loader: workers that are gone or find no room are a TrainingError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        # What a worker raised comes with its traceback.
+        text = str(e).strip().rpartition("\n")[2]
+        if not any(words in text for words in WORKERS_FAIL):
+            raise
+        raise TrainingError(
+            f"--pipeline timm: {text}; workers need memory and shared memory (docker run "
+            "--shm-size): give them more, or --workers 0"
+        ) from e
+
+
+def _kill(workers: list[Any]) -> None:
+    """End what is left of a loader's workers, were they stopped or waiting for a dead disk."""
+    for worker in workers:
+        worker.kill()
 
 
 def _unchanged(item: Any) -> Any:

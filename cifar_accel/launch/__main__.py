@@ -54,7 +54,7 @@ def train(words: Sequence[str]) -> int:
     start = command_for(list(words))
     directly = [sys.executable, "-m", "cifar_accel", *words]
     # What only prints needs one process, which for --dry-run knows how many a start would have.
-    if "-h" in words or "--help" in words:
+    if {"-h", "--help", "--version"} & set(words):
         replace_this_process(directly, {})
     if "--dry-run" in words:
         print(start.reason, flush=True)

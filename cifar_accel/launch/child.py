@@ -97,6 +97,4 @@ def _shell_code(code: int) -> int:
 
 def _written_at(file: Path) -> int | None:
     """When `file` was written last, in nanoseconds, or None where it is not there."""
-    if not os.path.exists(file):
-        return None
-    return file.stat().st_mtime_ns
+    return file.stat().st_mtime_ns if os.path.exists(file) else None

@@ -9,7 +9,6 @@ nothing heavy.
 import functools
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -18,26 +17,23 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, IPvAnyAddress, ValidationError
 
+from cifar_accel.console import say
 from cifar_accel.errors import BadInput
 from cifar_accel.files import adapter
 from cifar_accel.launch.yaml_files import read_yaml, shipped_folder
+from cifar_accel.machine.environment import SHARDING, check_port
 from cifar_accel.options.options import NotNegativeInt, PositiveInt
 
 # The port at which accelerate launch lets processes meet where its config names none.
 DEFAULT_PORT = 29500
 
-# Sections of a config file that only accelerate launch understands.
-SECTIONS = (
-    "dynamo_config",
-    "fsdp_config",
-    "deepspeed_config",
-    "megatron_lm_config",
-    "ipex_config",
-    "mpirun_config",
-)
+# How long nvidia-smi may take, in seconds. With a driver that is not kept loaded it takes several.
+PATIENCE = 30.0
 
-# Types that shard a model. Accelerate sets ACCELERATE_USE_<TYPE> for their processes.
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+# Sections of a config file that only accelerate launch understands.
+SECTIONS = [
+    f"{name}_config" for name in ("dynamo", "fsdp", "deepspeed", "megatron_lm", "ipex", "mpirun")
+]
 
 # A host's name. Its last part is no mere number, else it is an IP address that went wrong.
 HostName = Annotated[str, Field(pattern=r"^([\w-]+\.)*[\w-]*[A-Za-z_-][\w-]*$")]
@@ -103,17 +99,15 @@ def config_file() -> tuple[Path, str]:
     gpus = count_gpus()
     plural = "" if gpus == 1 else "s"
     why = f"{gpus} GPU{plural} here, and no accelerate config of your own"
-    if gpus == 0:
-        return shipped_folder("accelerate_configs") / "cpu.yaml", why
-    if gpus == 1:
-        return shipped_folder("accelerate_configs") / "single_gpu.yaml", why
-    return _shipped_multi_gpu(), why
+    name = ("cpu", "single_gpu", "multi_gpu")[min(gpus, 2)]
+    return shipped_folder("accelerate_configs") / f"{name}.yaml", why
 
 
 def _hub_home() -> Path:
     """The folder in which the Hugging Face libraries, Accelerate among them, keep their files."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("HF_HOME", Path(caches, "huggingface"))).expanduser()
+    # Not by pathlib, which raises where a user without a name has no home.
+    return Path(os.path.expanduser(os.environ.get("HF_HOME", f"{caches}/huggingface")))
 
 
 def _shipped_multi_gpu() -> Path:
@@ -123,12 +117,11 @@ def _shipped_multi_gpu() -> Path:
 
 def count_gpus() -> int:
     """CUDA devices that a process would see, without loading torch."""
-    there = _installed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return there
+        return _installed_gpus()
     named = [gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
-    return min(there, len(named))
+    return min(_installed_gpus(), len(named))
 
 
 # Cached, because nvidia-smi may take a second.
@@ -136,8 +129,15 @@ def count_gpus() -> int:
 def _installed_gpus() -> int:
     if not shutil.which("nvidia-smi"):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return listed.count("GPU ")
+    quiet = subprocess.DEVNULL
+    asked = subprocess.Popen(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=quiet, text=True)
+    try:
+        return asked.communicate(timeout=PATIENCE)[0].count("GPU ")
+    except subprocess.TimeoutExpired:
+        # Not waited for: behind a broken driver it may outlive even this.
+        asked.kill()
+        say(f"launch: nvidia-smi does not answer within {PATIENCE:g} s; going on as without a GPU")
+        return 0
 
 
 def read_launcher_config(file: Path) -> LauncherConfig:
@@ -145,9 +145,7 @@ def read_launcher_config(file: Path) -> LauncherConfig:
 
     Raises BadInput where it cannot be read, or where a value cannot be what its key stands for.
     """
-    content = read_yaml(file, "cannot be read as an accelerate config")
-    if content is None:
-        content = {}
+    content = read_yaml(file, "cannot be read as an accelerate config") or {}
     if not isinstance(content, dict):
         raise BadInput(
             f"{file}: is no accelerate config (it holds no keys); make one with accelerate config"
@@ -155,10 +153,9 @@ def read_launcher_config(file: Path) -> LauncherConfig:
 
     # A key without a value counts as left out. YAML reads an unquoted NO as false.
     values = {name: value for name, value in content.items() if value is not None}
-    if values.get("distributed_type") is False:
-        values["distributed_type"] = "NO"
-    if values.get("mixed_precision") is False:
-        values["mixed_precision"] = "no"
+    for name, no in (("distributed_type", "NO"), ("mixed_precision", "no")):
+        if values.get(name) is False:
+            values[name] = no
     values["sections"] = tuple(name for name in SECTIONS if values.get(name))
 
     # Keys that are no field of LauncherConfig are accelerate's alone.
@@ -273,12 +270,4 @@ def check_launcher() -> None:
     if config.needs_no_launcher or not opens_a_known_port or "RANK" in os.environ:
         return
     port = DEFAULT_PORT if config.main_process_port is None else config.main_process_port
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError as error:
-            raise BadInput(
-                f"{file}: main_process_port {port}: {error.strerror}; name another one there, "
-                "on every machine"
-            ) from error
+    check_port(port, f"{file}: main_process_port", "name another one there, on every machine")

@@ -6,6 +6,7 @@ instead list its runs: `runs`, each a table of options laid over `parameters`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ from cifar_accel.launch.yaml_files import read_yaml
 from cifar_accel.options.options import StudyArguments, TrainingArguments
 from cifar_accel.options.parsing import parse_training
 from cifar_accel.records.summary import read_config, read_summary
+
+# Most runs of a study. To look through their options takes minutes.
+MOST_RUNS = 10_000
 
 # Options of one run by name, as a study file gives them.
 Options = dict[str, Any]
@@ -83,8 +87,7 @@ def is_finished(run: PlannedRun) -> bool:
     """Whether the folder holds this very run, finished: the command that made it had its words."""
     if read_summary(run.folder).get("status") != "finished":
         return False
-    config = read_config(run.folder) or {}
-    command = config.get("command", [])
+    command = (read_config(run.folder) or {}).get("command", [])
     # The first word is the program's path, which depends on how it was started.
     return command[1:] == run.words
 
@@ -107,12 +110,16 @@ def read_study(path: str) -> Study:
     # Either may be left out: no parameters are one empty point of a grid, no runs one empty run.
     parameters = content.get("parameters") or {}
     rows = content.get("runs") or [{}]
-    if not isinstance(parameters, dict) or not _is_list_of_tables(rows):
+    is_list_of_tables = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not isinstance(parameters, dict) or not is_list_of_tables:
         raise BadInput(
             f"{path}: `parameters` must be a table, and `runs` a list of tables of options"
         )
     values = {name: _values_of(path, name, choice) for name, choice in parameters.items()}
     _check_names(path, [*values, *itertools.chain.from_iterable(rows)])
+
+    if len(rows) * math.prod(map(len, values.values())) > MOST_RUNS:
+        raise BadInput(f"{path}: more than {MOST_RUNS:,} runs; make several studies of it")
 
     # Every run of the list, at every point of the grid; what a run says itself wins.
     name = str(content.get("name") or Path(path).stem)
@@ -121,18 +128,15 @@ def read_study(path: str) -> Study:
     return Study(name, runs)
 
 
-def _is_list_of_tables(rows: Any) -> bool:
-    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-
-
 def _values_of(path: str, name: str, choice: Any) -> list[Any]:
     """The values that a parameter of a sweep takes, one after the other."""
     if isinstance(choice, dict):
-        if isinstance(choice.get("values"), list):
-            return choice["values"]
+        values = choice.get("values")
+        if isinstance(values, list) and values:
+            return values
         if "value" in choice:
             return [choice["value"]]
-    raise BadInput(f"{path}: parameter {name} needs `value` or a list `values`")
+    raise BadInput(f"{path}: parameter {name} needs `value` or a list `values` that is not empty")
 
 
 def _check_names(path: str, names: list[Any]) -> None:

@@ -1,25 +1,33 @@
 """The processes of a run: how they find each other, and what they do together, on Accelerate."""
 
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from cifar_accel.console import say
-from cifar_accel.errors import BadInput, PeerLost
+from cifar_accel.console import is_main_process, say
+from cifar_accel.errors import BadInput, PeerLost, first_line
+from cifar_accel.machine import environment
 
 # What torch says once in each rank about an argument that Accelerate has no other name for, and
 # about kernels of 1x1 in channels-last layout.
 HARMLESS = ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides")
-# What every launcher of several processes sets.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Plugins that cut one model over several devices.
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+# How long a process waits for the others, in seconds. A killed process closes its connections; a
+# dead host or a pulled cable tells nobody, and only this ends the others.
+LONG_WAIT = 600.0
+# Between two steps, where no process does anything alone.
+SHORT_WAIT = 90.0
+# The devices wait longer than the hosts by this factor: hosts that give up say so in a line, while
+# NCCL ends the process.
+DEVICES_WAIT = 1.2
 
 
 class Ranks:
@@ -34,10 +42,28 @@ class Ranks:
         self.rank = accelerator.process_index
         self.is_main = bool(accelerator.is_main_process)
         self.device = accelerator.device
-        # A group of its own for the hosts, which NCCL cannot be.
+        # Accelerate's group, and one of its own for the hosts, which NCCL cannot be.
+        self.devices: Any = torch.distributed.group.WORLD
         self.hosts: Any = None
+        self.patient = False
         if self.world > 1:
             self.hosts = torch.distributed.new_group(backend="gloo")
+            self.be_patient()
+
+    def be_patient(self, patient: bool = True) -> None:
+        """From here on wait long for the others, or only as long as they may take for a step.
+
+        All ranks enter. Before they wait briefly they meet, so that nobody is elsewhere still.
+        Raises PeerLost.
+        """
+        if self.hosts is None or patient == self.patient:
+            return
+        if not patient:
+            self.wait_for_all()
+        self.patient = patient
+        wait = timedelta(seconds=LONG_WAIT if patient else SHORT_WAIT)
+        self.hosts.set_timeout(wait)
+        self.devices.set_timeout(wait * DEVICES_WAIT)
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag, true when it is true on any rank. All ranks enter. Raises PeerLost."""
@@ -85,11 +111,15 @@ class Ranks:
 
 @contextmanager
 def peers_expected() -> Iterator[None]:
-    """Around what the hosts do together: when it fails, another of them is gone."""
+    """Around what processes do together: PeerLost where torch says that another of them is gone."""
     try:
         yield
     except RuntimeError as e:
-        reason = " ".join(str(e).split())[:120]
+        # gloo's errors are of no kind of their own; they begin with [file:line] of its source.
+        text = first_line(e)
+        if not isinstance(e, torch.distributed.DistError) and "gloo/" not in text:
+            raise
+        reason = text.rpartition("] ")[2].partition(". ")[0][:120]
         raise PeerLost(
             f"another process of this run is gone ({reason}); the same command goes on"
         ) from e
@@ -104,7 +134,9 @@ def join_processes(device: str, mixed_precision: str | None = None) -> Ranks:
     # Before the first process group, which would already warn.
     for text in HARMLESS:
         warnings.filterwarnings("ignore", message=text)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    for name in environment.NUMBERS:
+        environment.whole_number(name)
+    world = environment.whole_number("WORLD_SIZE")
     if world > 1:
         say(f"processes: waiting for all {world}")
     return Ranks(make_accelerator(device, world, mixed_precision))
@@ -115,21 +147,23 @@ def make_accelerator(device: str, world: int, mixed_precision: str | None = None
     # What can be refused is refused before anybody waits for anybody.
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     cpu = check_device(device, precision)
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    missing = [name for name in environment.LAUNCHER_VARIABLES if name not in os.environ]
     if world > 1 and missing:
         raise BadInput(
             f"WORLD_SIZE says {world} processes, but {', '.join(missing)} is not set: "
             "start with a launcher, or unset WORLD_SIZE"
         )
+    local_world = environment.whole_number("LOCAL_WORLD_SIZE", world)
+    if world > 1:
+        find_first_host(several=world > local_world)
 
     # Gradients live in the buckets that are exchanged: no copy.
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     gpus = torch.cuda.device_count()
     if not cpu and local_world > gpus > 0:
         # Several processes share a GPU, which NCCL refuses.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        os.environ["LOCAL_RANK"] = str(environment.whole_number("LOCAL_RANK", 0) % gpus)
     # Schedules are functions of the step and are never handed to Accelerate.
     accelerator = Accelerator(
         cpu=cpu,
@@ -147,9 +181,30 @@ def make_accelerator(device: str, world: int, mixed_precision: str | None = None
     return accelerator
 
 
-def is_set(variable: str) -> bool:
-    """Whether an environment variable says yes, in any of the ways that Accelerate takes."""
-    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
+def find_first_host(several: bool) -> None:
+    """See that MASTER_ADDR and MASTER_PORT are a place to meet; raises BadInput where they are not.
+
+    Where there are `several` hosts, gloo is told the interface that leads there: else it takes the
+    one that this host's own name stands for, which often is the loopback.
+    """
+    # torchrun has opened the port already.
+    has_opened = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_main_process() and not has_opened:
+        port = environment.whole_number("MASTER_PORT")
+        environment.check_port(port, "MASTER_PORT", "name another one in all processes")
+    host = os.environ["MASTER_ADDR"]
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        # Finds the way and sends nothing.
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)
+            own = probe.getsockname()[0]
+    except OSError as e:
+        raise BadInput(f"MASTER_ADDR {host}: {e.strerror}; it must be the first host") from e
+    if several and "GLOO_SOCKET_IFNAME" not in os.environ:
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in [address.address for address in addresses]:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def chosen_device(device: str) -> torch.device:
@@ -164,7 +219,7 @@ def chosen_device(device: str) -> torch.device:
         raise BadInput(
             f"--device {device}: torch {torch.__version__} sees no such device on this machine"
         )
-    if is_set("ACCELERATE_USE_CPU"):
+    if environment.is_set("ACCELERATE_USE_CPU"):
         if device in ("cuda", "mps"):
             raise BadInput(
                 f"--device {device}: the accelerate config says use_cpu; change one of them"
@@ -178,7 +233,12 @@ def chosen_device(device: str) -> torch.device:
 
 def check_device(device: str, precision: str) -> bool:
     """Whether the processor is what computes. Raises BadInput when the device cannot compute so."""
-    cpu = chosen_device(device).type == "cpu"
+    chosen = chosen_device(device).type
+    cpu = chosen == "cpu"
+    # Accelerate takes the device that this names, whether or not it is there.
+    named = os.environ.get("ACCELERATE_TORCH_DEVICE", chosen)
+    if named.partition(":")[0] != chosen:
+        raise BadInput(f"ACCELERATE_TORCH_DEVICE={named}: this run is on {chosen}; unset it")
     if precision not in ("no", "fp16", "bf16"):
         raise BadInput(
             f"mixed precision {precision}: unknown here; "
@@ -189,8 +249,8 @@ def check_device(device: str, precision: str) -> bool:
             "mixed precision fp16 needs a GPU; on a CPU launch with --mixed_precision bf16 or no"
         )
     # Accelerate passes over these plugins on a CPU without a word.
-    for name in SHARDING:
-        if is_set(f"ACCELERATE_USE_{name}"):
+    for name in environment.SHARDING:
+        if environment.is_set(f"ACCELERATE_USE_{name}"):
             raise BadInput(
                 f"the accelerate config asks for {name}: here every device holds the whole model "
                 "(MULTI_GPU)"

@@ -1,18 +1,28 @@
 """Requests to stop: signals, the launcher's end, and --max-time."""
 
 import contextlib
+import multiprocessing
 import os
+import select
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 
+from cifar_accel.console import STOPPED
+from cifar_accel.errors import Stopped
 from cifar_accel.options.values import parse_duration
 
 # One of these is set in a process that torchrun, `accelerate launch` or our own launcher started.
 # Only there does the parent's end leave an orphan; elsewhere a parent may go, as under nohup.
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND", "CIFAR_ACCEL_LAUNCHED")
+# What asks for an end, beside SIGHUP where it is not ignored.
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A process that is stuck is ended so many seconds after the signal, and two of its longest turns.
+PATIENCE = 4.0
 
 
 class StopRequest:
@@ -22,6 +32,9 @@ class StopRequest:
     the launcher that started this process asks too, and `max_time` (`2h` from its start).
 
     Until `training` is set there is nothing to save: the first signal raises KeyboardInterrupt.
+
+    All this is Python, which does not run while the process waits inside a library: for other
+    processes mostly. A thread watches the start and what is `watched`, and ends the process.
     """
 
     def __init__(self, max_time: str | None = None):
@@ -32,15 +45,30 @@ class StopRequest:
         self.max_time = max_time
         self.deadline: float | None = None
         if max_time:
-            self.deadline = psutil.Process().create_time() + parse_duration(max_time)
+            # By a clock that nobody sets; the system's tells once how old this process is.
+            age = time.time() - psutil.Process().create_time()
+            self.deadline = time.monotonic() - age + parse_duration(max_time)
         self.launched = any(name in os.environ for name in LAUNCHED)
         self.parent = os.getppid()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        # Whether a signal raises Stopped at once; see `interruptible`.
+        self.interrupts = False
+        # Since when the process is watched; the start is the first turn.
+        self.turn_began: float | None = time.monotonic()
+        self.longest_turn = 0.0
+        # What the watching thread has to do before it ends the process.
+        self.last_act: Callable[[], None] = lambda: None
+
+        for number in ASKING:
             signal.signal(number, self._on_signal)
         # A SIGHUP that is ignored already is nohup's, which asked to outlive the terminal.
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self._on_signal)
+        # The system's own handler writes each signal's number here, whatever Python is at.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def asked(self) -> bool:
         """Whether this process has been asked to stop; `reason` then says by what."""
@@ -51,12 +79,38 @@ class StopRequest:
         return self.reason is not None
 
     def _time_is_up(self) -> bool:
-        return self.deadline is not None and time.time() >= self.deadline
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a step or a vote: after a signal it may take no longer than its like did before.
+
+        Not around a save, which is never cut short.
+        """
+        self.turn_began = began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.turn_began = None
+            self.longest_turn = max(self.longest_turn, time.monotonic() - began)
+
+    @contextlib.contextmanager
+    def interruptible(self, allowed: bool) -> Iterator[None]:
+        """Around what a signal may break off, where that is `allowed`. Raises Stopped."""
+        self.interrupts = allowed
+        try:
+            if allowed and self.reason is not None:
+                raise Stopped
+            yield
+        finally:
+            self.interrupts = False
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
         if not self.training:
+            # It is heard and needs no watching.
+            self.turn_began = None
             raise KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:
@@ -66,3 +120,43 @@ class StopRequest:
                 os.write(
                     2, b"\nstopping after this step with a checkpoint; Ctrl-C again stops at once\n"
                 )
+        if self.interrupts:
+            self.interrupts = False
+            raise Stopped
+
+    def _watch(self, reader: int) -> None:
+        """End the process when it was asked to stop and does not come to it; in a thread."""
+        # Numbers of other signals come along.
+        number = 0
+        while number not in (*ASKING, signal.SIGHUP):
+            number = os.read(reader, 1)[0]
+        asked = time.monotonic()
+        while not self._is_stuck(asked):
+            time.sleep(0.1)
+        # Otherwise the command is over, and the process somebody else's.
+        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+            self._end(signal.Signals(number).name)
+
+    def _is_stuck(self, asked: float) -> bool:
+        began = self.turn_began
+        if began is None:
+            return False
+        return time.monotonic() > max(asked, began) + PATIENCE + 2 * self.longest_turn
+
+    def _end(self, signal_name: str) -> None:
+        """End the process from outside the main thread, which is stuck."""
+        self.reason = self.reason or signal_name
+        text = (
+            f"\ncifar_accel: stopped by {self.reason} while it waited for something, without a "
+            "checkpoint; checkpoints already written are kept\n"
+        )
+        try:
+            # Loader workers, were they stopped. They would wait for their parent.
+            for child in multiprocessing.active_children():
+                child.kill()
+            # Nobody may be reading.
+            if select.select([], [2], [], 0)[1]:
+                os.write(2, text.encode())
+            self.last_act()
+        finally:
+            os._exit(STOPPED)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cifar_accel.errors import first_line
+
 # Dense peak of one device in FLOP/s by a part of its name, in bf16 or fp16 with fp32 sums, from the
 # makers' data sheets (without sparsity). A device that is not here gets no MFU.
 PEAK_FLOPS = {
@@ -78,9 +80,8 @@ def compile_model(
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     # Whatever the missing compiler or triton raises.
     except Exception as e:
-        lines = [line for line in str(e).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(e).__name__
-        say(f"warning: --compile does not work here and is left out ({reason[:150]})")
+        reason = first_line(e)[:150]
+        say(f"warning: --compile does not work here and is left out ({reason})")
         return False
     if mode == "reduce-overhead" and device.type != "cuda":
         say(

@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from cifar_accel.errors import BadInput, did_you_mean, first_line
 from cifar_accel.files import read_as
 from cifar_accel.models import surgery
-from cifar_accel.models.weights import load_weights
+from cifar_accel.models.weights import check_finite, load_weights
 from cifar_accel.network import require_network
 from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD, TrainingArguments
 from cifar_accel.options.values import parse_keywords
+from cifar_accel.records.summary import Deviation, Mean
 
 # The report's two models. Another short name is one line here.
 ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in21k_ft_in1k"}
@@ -127,8 +128,8 @@ class _PretrainedConfig:
     """timm's `pretrained_cfg`."""
 
     fixed_input_size: bool = False
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
+    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _read_local_config(name: str, folder: Path) -> _LocalConfig:
     if config is None:
         raise BadInput(
             f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg "
-            "in timm's form"
+            "in timm's form, with mean finite and std above 0"
         )
     return config
 
@@ -163,8 +164,8 @@ def build_model(
     Says with `say` what --checkpoint matched.
 
     Raises:
-        BadInput: unknown name or arguments, weights that cannot be had or do not fit, an image size
-            that the model cannot take.
+        BadInput: unknown name or arguments, weights that cannot be had, do not fit or are not
+            finite, an image size that the model cannot take, a model that gives no logits.
     """
     name = name_of(args)
     keywords = parse_keywords(args.model_kwargs)
@@ -174,10 +175,13 @@ def build_model(
     # The initial values of all that is not loaded follow from the seed.
     torch.manual_seed(args.seed)
     model = _create(args, num_classes, keywords)
+    origin = f"--model {args.model}"
     if args.checkpoint:
         say(load_weights(model, args.checkpoint))
+        origin = f"--checkpoint {args.checkpoint}"
     # A CNN may fail at a small size when its maps run out of pixels.
-    _check_image_size(model, args)
+    check_logits(model, args.image_size, num_classes, f"--model {args.model}")
+    check_finite(model, origin)
     surgery.apply(model)
     return model
 
@@ -211,22 +215,24 @@ def _takes_image_size(name: str) -> bool:
     return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
 
 
-def _check_image_size(model: torch.nn.Module, args: TrainingArguments) -> None:
-    """Raise BadInput when the model cannot take an image of --image-size; one image tells."""
+def check_logits(model: torch.nn.Module, image_size: int, classes: int, where: str) -> None:
+    """Raise BadInput, which names the model as `where`, unless an image gives logits [classes]."""
     try:
-        _forward_one_image(model, args.image_size)
+        logits = _forward_one_image(model, image_size)
     except (RuntimeError, AssertionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
+        raise BadInput(f"--image-size {image_size}: {where} cannot take it: {reason}") from e
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         raise BadInput(
-            f"--image-size {args.image_size}: --model {args.model} cannot take it: {reason}"
-        ) from e
+            f"{where} does not give {classes} logits (see --model-kwargs, its model_args)"
+        )
 
 
 @torch.no_grad()
-def _forward_one_image(model: torch.nn.Module, image_size: int) -> None:
+def _forward_one_image(model: torch.nn.Module, image_size: int) -> Any:
     """One forward pass on the CPU; leaves `model` in evaluation mode, so no statistics change."""
     model.eval()
-    model(torch.zeros(1, 3, image_size, image_size))
+    return model(torch.zeros(1, 3, image_size, image_size))
 
 
 # ---- its layout and its cost

@@ -1,6 +1,7 @@
 """Weights in and out: starting weights in any form, and the saved form."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cifar_accel.errors import BadInput, first_line
-from cifar_accel.files import home
+from cifar_accel.files import home, read_json
 from cifar_accel.models import surgery
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.records import checkpoint
@@ -118,7 +119,7 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     # Only the classifier may have another shape than the file's, or not be in it at all.
     for name in own:
         if name in state and name not in matched and name not in head:
-            shapes = f"{_shape(state[name])}, the model's is {_shape(own[name])}"
+            shapes = f"{list(state[name].shape)}, the model's is {list(own[name].shape)}"
             raise BadInput(f"--checkpoint {file}: does not fit --model: {name} has shape {shapes}")
     missing = [name for name in own if name not in state and name not in head]
     if missing:
@@ -139,9 +140,11 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     return line
 
 
-def _shape(tensor: torch.Tensor) -> str:
-    """`3x32x32`, for a message."""
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def check_finite(model: torch.nn.Module, where: str) -> None:
+    """Raise BadInput, beginning with `where`, for a parameter or buffer that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise BadInput(f"{where}: its weights are damaged: {name} is not finite")
 
 
 # ---- what timm's configuration says of a model
@@ -200,12 +203,16 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
         safe_serialization=True,
         data_config=data_config,
     )
+    # The number of classes stands beside them already, and transformers takes it once only.
+    config = read_json(folder / "config.json")
+    config.get("model_args", {}).pop("num_classes", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_model(folder: Path) -> torch.nn.Module:
     """The model that `save_model` wrote to `folder`, on the CPU, changed as in training.
 
-    Raises BadInput when the folder cannot be read as one.
+    Raises BadInput when the folder cannot be read as one, or the weights are not finite.
     """
     try:
         model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -213,5 +220,6 @@ def load_model(folder: Path) -> torch.nn.Module:
     except Exception as e:
         reason = " ".join(str(e).split())[:150]
         raise BadInput(f"{folder}: cannot be read as a model ({reason})") from e
+    check_finite(model, str(folder))
     surgery.apply(model)
     return model

@@ -37,7 +37,8 @@ def check_optimizer(args: TrainingArguments) -> None:
     if args.optimizer not in of_timm:
         near = did_you_mean(args.optimizer, OPTIMIZERS) or did_you_mean(args.optimizer, of_timm)
         raise BadInput(
-            f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's{near}"
+            f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's, "
+            f"such as lamb, lion and muon{near}"
         )
     if timm.optim.get_optimizer_info(args.optimizer).second_order:
         raise BadInput(

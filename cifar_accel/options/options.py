@@ -229,15 +229,22 @@ class ReportArguments:
     """A folder with run folders at any depth below it."""
 
 
-def _volatile_options() -> frozenset[str]:
-    hints = get_type_hints(TrainingArguments, include_extras=True)
-    return frozenset(
-        name for name, hint in hints.items() if _VOLATILE in getattr(hint, "__metadata__", ())
-    )
+@dataclass(frozen=True)
+class CacheArguments:
+    """List the decoded data sets in a data folder."""
+
+    data_dir: str = TrainingArguments.data_dir
+    """Where they are kept."""
+    clear: bool = False
+    """Remove them; each is made anew when a training needs it."""
 
 
 # The options that may differ between a run and its continuation.
-VOLATILE = _volatile_options()
+VOLATILE = frozenset(
+    name
+    for name, hint in get_type_hints(TrainingArguments, include_extras=True).items()
+    if _VOLATILE in getattr(hint, "__metadata__", ())
+)
 
 
 def flag(field: str) -> str:

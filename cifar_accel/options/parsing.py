@@ -2,17 +2,18 @@
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from pydantic import ValidationError
 
 from cifar_accel.console import fail
-from cifar_accel.errors import BadInput
+from cifar_accel.errors import BadInput, did_you_mean
 from cifar_accel.files import adapter
 from cifar_accel.options.options import TrainingArguments, flag
 from cifar_accel.options.recipes import recipe_defaults
@@ -23,7 +24,7 @@ T = TypeVar("T")
 # The options of a training by name, with their types without bounds.
 TYPES: dict[str, Any] = get_type_hints(TrainingArguments)
 
-# What other trainers call an option of ours.
+# What flags of other trainers are here.
 SYNONYMS = {
     "--lr": "--learning-rate",
     "--wd": "--weight-decay",
@@ -32,10 +33,12 @@ SYNONYMS = {
     "--sched": "--scheduler",
     "--data": "--dataset",
     "--output": "--save-dir",
+    "--output-dir": "--save-dir",
+    "--wandb": "--tracker wandb",
+    "--freeze": "missing: every weight is trained",
 }
-
-# Flags of other trainers for what is the launcher's here.
-PRECISION = ("--mixed-precision", "--amp", "--fp16", "--bf16", "--precision")
+for _flag in ("--mixed-precision", "--amp", "--fp16", "--bf16", "--precision"):
+    SYNONYMS[_flag] = "the launcher's: --mixed_precision, or ACCELERATE_MIXED_PRECISION"
 
 
 def parse_training(argv: Sequence[str]) -> tuple[TrainingArguments, dict[str, str]]:
@@ -57,9 +60,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
     Exits with 2 after one line for what tyro cannot read, and with 0 after --help. Raises BadInput
     for a value outside the bounds of its type.
     """
-    given_default: dict[str, Any] = {}
-    if default is not None:
-        given_default["default"] = default
+    given_default: dict[str, Any] = {} if default is None else {"default": default}
     boxed_complaint = io.StringIO()
     # tyro prints its complaint and exits.
     try:
@@ -70,27 +71,21 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
         if not end.code:
             raise
         complaint = out_of_the_box(boxed_complaint.getvalue())
-        raise SystemExit(fail(f"{complaint} ({_remedy(argv, prog)})")) from None
+        raise SystemExit(fail(f"{complaint} ({_remedy(complaint, argv, kind, prog)})")) from None
     check_bounds(args)
     return args
 
 
 def normal_words(argv: Sequence[str]) -> list[str]:
-    """The words as tyro reads them: --no-flag for --flag=False, and a number or None for none."""
-    words = []
-    previous = ""
-    for word in argv:
-        if word.startswith("--") and "=" in word:
-            words.append(_normal_assignment(word))
-        else:
-            words.append(_normal_value(previous, word))
-        previous = word
-    return words
+    """The words as tyro reads them: --no-flag for --flag=False, 0 or None for none, names small."""
+    return [_normal_word(previous, word) for previous, word in pairwise(["", *argv])]
 
 
-def _normal_assignment(word: str) -> str:
-    """The word --name=value as tyro reads it."""
-    name, _, value = word.partition("=")
+def _normal_word(previous: str, word: str) -> str:
+    """One word as tyro reads it, which may be --name=value, or the value of the `previous` one."""
+    name, equals, value = word.partition("=")
+    if not word.startswith("--") or not equals:
+        return _normal_value(previous, word)
     if TYPES.get(_field_of(name)) is not bool:
         return f"{name}={_normal_value(name, value)}"
     # Sweeps write --pretrained=False, tyro wants --no-pretrained.
@@ -103,15 +98,28 @@ def _normal_assignment(word: str) -> str:
 
 def _normal_value(name: str, value: str) -> str:
     """`value` as tyro reads it for the flag `name`: None or 0 for the `none` that turns it off."""
+    field = _field_of(name)
+    kind = TYPES.get(field)
+    if _is_a_name(field, value):
+        value = value.lower()
     if value.lower() != "none":
         return value
-    kind = TYPES.get(_field_of(name))
     if type(None) in get_args(kind):
         return "None"
     if kind in (int, float):
         return "0"
     # For a text it is one of the texts: --aa none.
     return value
+
+
+def _is_a_name(field: str, value: str) -> bool:
+    """Whether `value` is a name of ours or timm's, all in lower case, and no path or hub id."""
+    if field == "dataset":
+        return value.lower() in ("cifar100", "cifar10", "digits") and not os.path.exists(value)
+    if field == "model":
+        return re.fullmatch(r"[\w.]+", value) is not None and not os.path.exists(value)
+    is_choice = get_origin(TYPES.get(field)) is Literal
+    return is_choice or field in ("aa", "optimizer", "recipe", "scheduler")
 
 
 def _field_of(word: str) -> str:
@@ -134,15 +142,9 @@ def chosen_recipe(words: Sequence[str]) -> str:
 
 def given_fields(argv: Sequence[str]) -> set[str]:
     """The fields of TrainingArguments that the words set."""
-    given = set()
-    for word in argv:
-        field = _field_of(word.partition("=")[0])
-        # A switch is turned off by --no-pretrained.
-        if field not in TYPES:
-            field = field.removeprefix("no_")
-        if field in TYPES:
-            given.add(field)
-    return given
+    names = [_field_of(word.partition("=")[0]) for word in argv]
+    # A switch is turned off by --no-pretrained.
+    return TYPES.keys() & {*names, *(name.removeprefix("no_") for name in names)}
 
 
 def check_bounds(args: Any) -> None:
@@ -167,32 +169,22 @@ def check_bounds(args: Any) -> None:
 
 
 def out_of_the_box(text: str) -> str:
-    """tyro's complaint as one line, without the box around it and the help below it."""
+    """The first paragraph of tyro's complaint as one line, without title and box."""
     # Colours, and bold as tyro marks it in some texts.
     text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", text)
-    lines = []
-    for line in text.splitlines():
-        is_end_of_the_box = line.startswith(("╭", "╰"))
-        line = line.strip(" │─")
-        # What follows is for a screen, not for a line.
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        # Where stdout is not UTF-8, rules are drawn with hyphens.
-        is_rule = not line.strip("-")
-        if not is_end_of_the_box and not is_rule:
-            lines.append(line)
-    return " ".join(lines)
+    # The title is a line. Where stdout is not UTF-8, rules are drawn with hyphens.
+    lines = [line.strip(" │─╰╯") for line in text.splitlines()[1:]]
+    body = "\n".join(line if line.strip("-") else "" for line in lines)
+    return body.strip().partition("\n\n")[0].replace("\n", " ")
 
 
-def _remedy(argv: Sequence[str], prog: str) -> str:
+def _remedy(complaint: str, argv: Sequence[str], kind: Any, prog: str) -> str:
     """What to do about a usage error, as the end of its line."""
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
         if name in SYNONYMS:
             return f"here {name} is {SYNONYMS[name]}"
-        if name in PRECISION:
-            return (
-                "precision is the launcher's: accelerate launch --mixed_precision, "
-                "or ACCELERATE_MIXED_PRECISION"
-            )
-    return f"{prog} --help lists all options"
+    unknown = re.match(r"Unrecognized options: (--[\w-]+)", complaint)
+    known = [flag(field.name) for field in fields(kind)]
+    near = did_you_mean(unknown[1], known, cutoff=0.7) if unknown else ""
+    return f"{prog} --help lists all options{near}"

@@ -4,8 +4,11 @@ RandAugment: Cubuk et al. 2020, with the rules of timm's auto_augment. `data/dra
 policy, and `data/pixels.py` holds the operations' pixels.
 """
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cifar_accel.errors import BadInput
 
@@ -44,6 +47,19 @@ class Policy:
     choice: str = ""
 
 
+# The field that each key sets, and how its value is read. Of mstd timm takes more than 100 to mean
+# a uniform magnitude.
+FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "m": ("magnitude", int),
+    "n": ("layers", int),
+    "p": ("prob", float),
+    "mmax": ("ceiling", int),
+    "inc": ("increasing", lambda value: int(value) == 1),
+    "t": ("choice", str),
+    "mstd": ("std", lambda value: float(value) if float(value) <= 100 else math.inf),
+}
+
+
 def read_policy(text: str) -> Policy:
     """Read `rand-m9-n2-mstd0.5-inc1`.
 
@@ -70,7 +86,8 @@ def read_policy(text: str) -> Policy:
         fault = _out_of_range(key, value)
         if fault:
             raise BadInput(f"--aa {text}: '{part}' must be {fault}")
-        policy = _with_part(policy, key, value)
+        field, read = FIELDS[key]
+        policy = replace(policy, **{field: read(value)})
 
     # What follows from the parts together.
     if policy.choice:
@@ -93,25 +110,6 @@ def _out_of_range(key: str, value: str) -> str:
     if key == "inc" and int(value) > 1:
         return "0 or 1"
     return ""
-
-
-def _with_part(policy: Policy, key: str, value: str) -> Policy:
-    """`policy` with one part of the string read into it."""
-    if key == "m":
-        return replace(policy, magnitude=int(value))
-    if key == "n":
-        return replace(policy, layers=int(value))
-    if key == "p":
-        return replace(policy, prob=float(value))
-    if key == "mmax":
-        return replace(policy, ceiling=int(value))
-    if key == "inc":
-        return replace(policy, increasing=int(value) == 1)
-    if key == "t":
-        return replace(policy, choice=value)
-    # mstd, of which timm takes more than 100 to mean a uniform magnitude.
-    std = float(value)
-    return replace(policy, std=float("inf") if std > 100 else std)
 
 
 def strength(policy: Policy) -> str:

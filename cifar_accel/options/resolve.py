@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -79,14 +80,9 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
     check_values(args)
 
     # Where each value comes from so far. Any flag outdoes the recipe, also with the recipe's value.
-    origin = {}
-    for field in fields(args):
-        if field.name in given:
-            origin[field.name] = "flag"
-        elif field.name in RECIPES[args.recipe]:
-            origin[field.name] = "recipe"
-        else:
-            origin[field.name] = "default"
+    origin = {field.name: "default" for field in fields(args)}
+    origin.update(dict.fromkeys(RECIPES[args.recipe], "recipe"))
+    origin.update(dict.fromkeys(given, "flag"))
 
     # The origin of a path stays, for it is still what the user said.
     args = replace(args, **absolute_paths(args))
@@ -142,6 +138,8 @@ def check_run_name(name: str) -> None:
     # File systems count bytes, not characters.
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
         raise BadInput(f"--run-name {name[:40]}...: File name too long")
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", name):
+        raise BadInput(f"--run-name {name!r}: holds a control character, such as a newline")
     is_save_dir_itself = os.path.normpath(name) == "."
     if os.path.isabs(name) or ".." in parts or is_save_dir_itself:
         raise BadInput(

@@ -4,12 +4,12 @@ Every process holds the same weights and optimizer state, and nothing random has
 main process alone writes, and a checkpoint is whole without the others.
 """
 
-import hashlib
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cifar_accel import console
 from cifar_accel.errors import BadInput, first_line
-from cifar_accel.files import read_as, sync, write_json
-from cifar_accel.records.folder import is_checkpoint
+from cifar_accel.files import adapter, read_as, sha256, share, sync, write_json
+from cifar_accel.records.folder import Opened, is_checkpoint
+from cifar_accel.records.state import State
 
 # The format of a checkpoint folder that this version writes. It loads every earlier one too:
 # 1 and 2 hold the sums of state.json as lists, without names; 1 has no time spent waiting for
@@ -42,6 +44,9 @@ UNFINISHED = re.compile(r"step-\d{8}(\.old)?\.tmp")
 REQUIRED = {"model.safetensors", "optimizer.pt", "state.json"}
 
 REMEDY = "take its folder away to go on from the one before"
+
+# Says a line that it has not said before.
+say_once = functools.cache(console.say)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def _write_files(
         if averages is not None:
             save_file(averages, folder / "ema.safetensors")
         torch.save(optimizer, folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
 
 
 def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -149,6 +154,7 @@ def _write_manifest(folder: Path, step: int) -> None:
     # the folder a checkpoint.
     files = {}
     for file in sorted(folder.iterdir()):
+        share(file)
         sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": files})
@@ -164,7 +170,8 @@ def _put_in_place(scratch: Path, final: Path) -> None:
         replaced = _set_aside_to_remove(final)
     os.rename(scratch, final)
     # The rename itself must survive a power cut before anything older is removed.
-    sync(final.parent)
+    if not sync(final.parent):
+        say_once(f"warning: {final.parent} cannot be synced: a power cut may take a checkpoint")
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -216,14 +223,14 @@ def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def choose(sources: Iterable[Path | None], say: Callable[[str], None]) -> Path | None:
-    """The first whole checkpoint that `sources` give: run folders, checkpoint folders, or None.
+def choose(opened: Opened, say: Callable[[str], None]) -> Path | None:
+    """The whole checkpoint that a run goes on from; None for a run that begins.
 
-    Raises BadInput for a checkpoint folder that is not whole.
+    What is passed over is said, and where nothing is left to go on from. Raises BadInput where
+    --resume PATH leads to no whole checkpoint.
     """
+    sources = [source for source in (opened.resume_from, opened.fallback) if source]
     for source in sources:
-        if source is None:
-            continue
         if not is_checkpoint(source):
             found = newest_valid(source, say)
             if found is not None:
@@ -233,6 +240,12 @@ def choose(sources: Iterable[Path | None], say: Callable[[str], None]) -> Path |
         if problem is not None:
             raise BadInput(f"--resume {source}: {problem}")
         return source
+    if opened.by_path:
+        raise BadInput(
+            f"--resume {sources[-1]}: holds no whole checkpoint; give another, or leave it out"
+        )
+    if sources:
+        say(f"resume: {opened.path} holds no whole checkpoint: the run begins anew")
     return None
 
 
@@ -290,24 +303,21 @@ def _file_fault(folder: Path, name: str, described: File) -> str | None:
     return None
 
 
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def read_state(path: Path) -> State:
+    """The loop's state in checkpoint folder `path`, whose `fault` is None.
 
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The loop's state in checkpoint folder `path`, whose `fault` is None, in this version's form.
-
-    The types of its values are not looked at. Raises BadInput where state.json is no table.
+    Raises BadInput when no training wrote it.
     """
     manifest = read_as(Manifest, path / "manifest.json")
-    state = read_as(dict[str, Any], path / "state.json")
-    if manifest is None or state is None:
-        raise BadInput(
-            f"--resume {path}: its state.json is none that this trainer writes; {REMEDY}"
-        )
-    return upgrade(state, manifest.format)
+    values = read_as(dict[str, Any], path / "state.json")
+    if manifest and values:
+        # Strictly, by the rules of JSON: there a whole number is a float too.
+        text = json.dumps(upgrade(values, manifest.format))
+        with suppress(ValueError):
+            state: State = adapter(State).validate_json(text, strict=True)
+            if state.step >= 0:
+                return state
+    raise BadInput(f"--resume {path}: its state.json is none that this trainer writes; {REMEDY}")
 
 
 def upgrade(state: dict[str, Any], written_format: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Imports nothing heavy, so that a refusal comes before torch is loaded.
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +17,13 @@ from filelock import FileLock, SoftFileLock, Timeout
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import VOLATILE, TrainingArguments, flag
-from cifar_accel.records.summary import read_config, read_summary
+from cifar_accel.records.summary import read_config, read_summary, starting_weights
 
 # The file that is locked while a run writes its folder; it says which process that is.
 LOCK = ".lock"
+
+# The folders that a run writes in its own.
+WRITTEN = re.compile(r"(model|model-epoch-\d+)(\.tmp)?|checkpoints|wandb|profile")
 
 
 @dataclass
@@ -31,6 +35,10 @@ class Opened:
     resume_from: Path | None = None
     # Another one, for where `resume_from` holds no whole checkpoint.
     fallback: Path | None = None
+    # Whether --resume PATH asks for a checkpoint, without which there is nothing to do.
+    by_path: bool = False
+    # config.json of the run that goes on, where it has work that must fit.
+    config: dict[str, Any] | None = None
     # The summary of a run that has nothing left to do.
     finished: dict[str, Any] | None = None
     # Held as long as this object lives.
@@ -78,17 +86,33 @@ def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]
 
 
 def folder_of(args: TrainingArguments) -> Path:
-    """SAVE_DIR/RUN_NAME; with --resume never, RUN_NAME-2, -3, ... if something is there."""
+    """SAVE_DIR/RUN_NAME; with --resume never, RUN_NAME-2, -3, ... if something is there.
+
+    Raises BadInput where another run would write there, or this one in another's folder.
+    """
     assert args.run_name is not None
     path = home(args.save_dir) / args.run_name
-    if args.resume != "never":
-        return path
     fresh = path
     n = 1
-    while fresh.exists() and any(fresh.iterdir()):
+    while args.resume == "never" and fresh.exists() and any(fresh.iterdir()):
         n += 1
         fresh = path.with_name(f"{path.name}-{n}")
+    _check_place(fresh, args)
     return fresh
+
+
+def _check_place(path: Path, args: TrainingArguments) -> None:
+    """Raise BadInput where the run in `path` and one above or below it would write one folder."""
+    path = Path(os.path.realpath(path))
+    # Folders that may hold another run, with the folder of the outer run that the inner one is in.
+    others = [(folder, path.relative_to(folder).parts[0]) for folder in path.parents]
+    others += [(folder, folder.name) for folder in path.glob("*")]
+    for folder, name in others:
+        if WRITTEN.fullmatch(name) and read_config(folder) is not None:
+            raise BadInput(
+                f"--run-name {args.run_name}: a run in {path} and the one in {folder} would both "
+                f"write the folder {name}; give another --run-name"
+            )
 
 
 # ---- the lock
@@ -100,14 +124,18 @@ def _make_and_lock(path: Path, args: TrainingArguments) -> FileLock:
     lock = FileLock(lock_file)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        # Where a file system has no locks, filelock keeps a record of its own in the file.
+        # Where a file system has no locks, filelock keeps a record of its own in the file. If its
+        # process is found dead at the first look, the next finds it gone.
+        lock.acquire(timeout=0.2)
         if not isinstance(lock, SoftFileLock):
             lock_file.write_text(f"process {os.getpid()} on {platform.node()}\n")
     except Timeout:
-        owner = lock_file.read_text().strip() or "another process"
+        # Such a record has lines: process, host and more.
+        owner = " on ".join(lock_file.read_text().splitlines()[:2]) or "another process"
+        gone = f"; if it is gone, remove {lock_file}" if isinstance(lock, SoftFileLock) else ""
         raise BadInput(
             f"--run-name: {path} is in use by {owner}; wait for it, or give another --run-name"
+            f"{gone}"
         ) from None
     except OSError as error:
         reason = error.strerror or str(error)
@@ -126,7 +154,7 @@ def _make_and_lock(path: Path, args: TrainingArguments) -> FileLock:
 def look_inside(
     opened: Opened, args: TrainingArguments, precision: str, say: Callable[[str], None]
 ) -> None:
-    """Set `resume_from`, `fallback` and `finished` of `opened`; writes nothing.
+    """Set what `opened` says of the run to go on with; writes nothing.
 
     Raises BadInput as `open_run` does.
     """
@@ -137,11 +165,13 @@ def look_inside(
     if args.resume == "auto":
         _go_on_in_place(opened, args, precision, say)
         return
+    opened.by_path = True
     source = _find_source(home(args.resume))
     source_run = source.parent.parent if is_checkpoint(source) else source
     # --resume PATH, the folder holding nothing or being the one at PATH: go on, or back, to PATH.
     if source_run.resolve() == opened.path.resolve() or _is_free(opened.path):
         _check_same_options(source_run, args, precision)
+        opened.config = read_config(source_run)
         opened.resume_from = source
         return
     # --resume PATH, the folder holding a run that began at PATH: this very command began it.
@@ -179,6 +209,7 @@ def _go_on_in_place(
     _check_same_options(path, args, precision)
     summary = read_summary(path)
     if not _is_finished(summary, args):
+        opened.config = config if _has_work(path) else None
         opened.resume_from = path
         return
     opened.finished = summary
@@ -242,12 +273,16 @@ def _check_same_options(run: Path, args: TrainingArguments, precision: str) -> N
     """
     config = read_config(run)
     changed = [] if config is None else changed_options(config, args, precision)
-    if changed:
-        raise BadInput(
-            f"--resume {args.resume}: {run} holds a run of another configuration "
-            f"({'; '.join(changed)}); "
-            "give the same options, another --run-name, or --resume never"
-        )
+    if not changed:
+        return
+    ways = "give the same options, another --run-name, or --resume never"
+    more_epochs = any(change.startswith("--epochs ") for change in changed)
+    if more_epochs and read_summary(run).get("status") == "finished":
+        ways += f"; to train on from its weights: --checkpoint {run} --run-name NEW --epochs N"
+    raise BadInput(
+        f"--resume {args.resume}: {run} holds a run of another configuration "
+        f"({'; '.join(changed)}); {ways}"
+    )
 
 
 def changed_options(config: dict[str, Any], args: TrainingArguments, precision: str) -> list[str]:
@@ -261,8 +296,30 @@ def changed_options(config: dict[str, Any], args: TrainingArguments, precision: 
     changed = []
     for name, value in new.items():
         # An earlier version had fewer options.
-        if name in VOLATILE or name not in old:
+        if name in VOLATILE or name not in old or old[name] == value:
             continue
-        if old[name] != value:
+        if not _has_moved(name, config, args):
             changed.append(f"{flag(name)} {old[name]} -> {value}")
     return changed
+
+
+def _has_moved(name: str, config: dict[str, Any], args: TrainingArguments) -> bool:
+    """Whether option `name` only says where the same data or weights lie now."""
+    # Folders of images are compared once they are read, by `check_images`.
+    if name == "dataset":
+        return home(args.dataset).is_dir()
+    recorded = config.get("weights", {}).get(name)
+    return bool(recorded) and recorded == starting_weights(args).get(name)
+
+
+def check_images(opened: Opened, dataset: str, fingerprint: str) -> None:
+    """Raise BadInput where the run that goes on was trained on other images than `dataset` holds.
+
+    `fingerprint` is that of `dataset`.
+    """
+    old = opened.config["options"] if opened.config else {}
+    if old.get("data_fingerprint", fingerprint) != fingerprint:
+        raise BadInput(
+            f"--dataset {dataset}: holds other images than {old['dataset']} did, on which this run "
+            "was trained; give those, another --run-name, or --resume never"
+        )

@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from cifar_accel.files import adapter
 
 
 class Metrics:
@@ -36,8 +38,7 @@ class Metrics:
         if not self.enabled or not self.path.exists():
             return
         # A start that was killed had logged steps after the checkpoint from which this one goes on.
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        text = "".join(_line(row) for row in rows)
+        text = "".join(f"{line}\n" for line, row in _rows(self.path) if row["step"] <= step)
         # Bytes that are no UTF-8 must not stop a run: nothing of the trainer's is lost with them.
         if text == self.path.read_text(errors="replace"):
             return
@@ -49,7 +50,7 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         """Append `row`, after what could not be written before."""
         if self.enabled:
-            self.pending.append(_line(row))
+            self.pending.append(json.dumps(row, allow_nan=False) + "\n")
             self.flush()
 
     def flush(self) -> bool:
@@ -86,28 +87,18 @@ class Metrics:
             self.say(f"warning: {self.path} lacks its last {len(self.pending)} lines: no room")
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; what no training writes there is left out."""
-    rows = []
+    return [row for _, row in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is a row, and the row: numbers by name, with an integer step and an epoch."""
+    numbers = adapter(dict[str, int | float])
     for line in path.read_text(errors="replace").splitlines():
         # The last line may have been cut short by a kill, and people do edit files.
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if _is_row(row):
-            rows.append(row)
-    return rows
-
-
-def _is_row(value: Any) -> bool:
-    """Whether `value` is an object of numbers, with an integer step and an epoch."""
-    if not isinstance(value, dict):
-        return False
-    if not all(isinstance(number, int | float) for number in value.values()):
-        return False
-    return isinstance(value.get("step"), int) and "epoch" in value
+        row = {}
+        with suppress(ValueError):
+            row = numbers.validate_json(line, strict=True)
+        if isinstance(row.get("step"), int) and "epoch" in row:
+            yield line, row

@@ -8,13 +8,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cifar_accel.files import read_as, read_json
-from cifar_accel.options.options import TrainingArguments
+from pydantic import Field
+
+from cifar_accel.files import home, read_as, read_json, sha256
+from cifar_accel.options.options import PositiveInt, TrainingArguments
 
 # Packages whose version may change a result.
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cifar_accel")
+
+# A channel's mean and deviation, by which float32 can normalise.
+Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +32,9 @@ class RecordedOptions(TrainingArguments):
 
     run_name: str = field()
     mixed_precision: str
-    classes: int
-    input_mean: tuple[float, float, float]
-    input_std: tuple[float, float, float]
+    classes: PositiveInt
+    input_mean: tuple[Mean, Mean, Mean]
+    input_std: tuple[Deviation, Deviation, Deviation]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Config:
     command: list[str] = field(default_factory=list)
     # The later starts of the run.
     resumed: list[dict[str, Any]] = field(default_factory=list)
+    # What `starting_weights` gave at the first start.
+    weights: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,18 @@ def read_summary(run: Path) -> dict[str, Any]:
     if summary.status == "finished" and summary.accuracy is None:
         return {}
     return read_json(file)
+
+
+def starting_weights(args: TrainingArguments) -> dict[str, list[str]]:
+    """SHA-256 of the files here that --model local-dir and --checkpoint start from, by option."""
+    files = {}
+    if args.model.startswith("local-dir:"):
+        folder = Path(args.model.removeprefix("local-dir:"))
+        files["model"] = [folder / "config.json", folder / "model.safetensors"]
+    if args.checkpoint:
+        path = home(args.checkpoint)
+        files["checkpoint"] = [path, path / "model/model.safetensors", path / "model.safetensors"]
+    return {name: [sha256(f) for f in paths if f.is_file()] for name, paths in files.items()}
 
 
 def describe_config(

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from cifar_accel.data.batches import Pipeline
@@ -29,12 +30,13 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
         status: "finished". loss, accuracy, top5_accuracy, evaluated_images: see `evaluate`.
 
     Raises:
-        BadInput: the folder is no run, the run is not finished, or the classes differ.
+        BadInput: no finished run, weights that cannot be used, or classes the model does not know.
     """
     # What is wrong with the folder is found before the data is waited for.
     run = load_run(home(args.run))
     options = _options_here(run.options, args)
-    split = _test_images(options, say)
+    model: Any = run.model()
+    split = _test_images(options, list(model.pretrained_cfg.get("label_names") or ()), say)
 
     # As in training: its precision, layout and input statistics, so that the figures are equal to
     # the last digit on the same kind of device.
@@ -42,7 +44,6 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     layout = torch.contiguous_format
     if options.memory_format == "channels_last":
         layout = torch.channels_last
-    model: Any = run.model()
     model.to(ranks.device, memory_format=layout)
     pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
     batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
@@ -67,17 +68,25 @@ def _options_here(options: RecordedOptions, args: EvaluateArguments) -> Recorded
     return replace(options, device=args.device, **changed)
 
 
-def _test_images(options: RecordedOptions, say: Callable[[str], None]) -> Split:
-    """The test images of the run. Raises BadInput when the number of classes is another."""
+def _test_images(options: RecordedOptions, known: list[str], say: Callable[[str], None]) -> Split:
+    """The test images of the run, with labels that are places in the model's classes `known`.
+
+    Raises BadInput for images of a class that is not among them.
+    """
     test = load_dataset(options.dataset, options.data_dir, options.image_size, say).test
-    if len(test.classes) != options.classes:
+    # Other images may count the same classes in another order, so their names decide.
+    places = {name: place for place, name in enumerate(known)}
+    unknown = [name for name in test.classes if name not in places]
+    if unknown:
+        hint = ", which are numbers and no names" if unknown[0] == "0" else ""
         raise BadInput(
-            f"--dataset {options.dataset}: has {len(test.classes)} classes, the run has "
-            f"{options.classes}"
+            f"--dataset {options.dataset}: has classes {unknown[:3]}{hint}, that the run's model "
+            f"does not know; it knows {len(known)}, such as {known[:3]}"
         )
+    labels = np.array([places[name] for name in test.classes])[test.labels]
     # Another data set may have fewer images than the run was limited to.
     count = min(options.limit_test, len(test))
-    return limit(test, count, "--limit-test", options.seed)
+    return limit(replace(test, labels=labels), count, "--limit-test", options.seed)
 
 
 def _track(

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from cifar_accel.errors import BadInput
-from cifar_accel.files import read_as, read_json
+from cifar_accel.files import adapter, read_as, read_json
+from cifar_accel.models.create import check_logits
 from cifar_accel.models.weights import load_model
 from cifar_accel.records.summary import Config, RecordedOptions
 
@@ -25,9 +27,12 @@ class FinishedRun:
     def model(self) -> torch.nn.Module:
         """The run's weights, on the CPU, in the model as it was trained.
 
-        Raises BadInput when they cannot be read.
+        Raises BadInput when they cannot be read, or it gives no logits for the run's images.
         """
-        return load_model(self.folder / "model")
+        model = load_model(self.folder / "model")
+        where = f"the model of {self.folder}/config.json"
+        check_logits(model, self.options.image_size, self.options.classes, where)
+        return model
 
 
 def load_run(folder: Path) -> FinishedRun:
@@ -36,9 +41,14 @@ def load_run(folder: Path) -> FinishedRun:
     Raises BadInput when the folder is none of a run, or the run is not finished.
     """
     file = folder / "config.json"
-    recorded = read_as(Config, file)
-    if recorded is None:
-        raise BadInput(f"{folder}: is no run folder (it has no config.json of a run)")
+    try:
+        recorded = adapter(Config).validate_json(file.read_bytes(), strict=True)
+    except (OSError, ValidationError) as e:
+        # pydantic names the first key that is wrong.
+        reason = " ".join(str(e).split()).partition(" [type=")[0][:200]
+        if read_as(Config, folder.resolve().parent / "config.json"):
+            reason = "give the folder above it"
+        raise BadInput(f"{folder}: is no run folder (config.json: {reason})") from e
     if not (folder / "model" / "model.safetensors").is_file():
         raise BadInput(
             f"{folder}: has no model/ yet, the run is not finished; the command in its config.json "

@@ -10,8 +10,16 @@ import pytest
 import yaml
 from conftest import summary, wait_for
 
+import cifar_accel
 from cifar_accel.errors import BadInput
-from cifar_accel.launch.command import check_launcher, command_for, launcher_line
+from cifar_accel.launch import command as command_module
+from cifar_accel.launch.command import (
+    check_launcher,
+    command_for,
+    config_file,
+    dry_environment,
+    launcher_line,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = (sys.executable, "-m", "cifar_accel.launch")
@@ -91,6 +99,46 @@ def test_a_launcher_only_where_one_is_needed(own_config, values, launcher):
     assert (command_for([]).command[2] == "accelerate.commands.launch") == launcher
 
 
+# ---- the hardware
+
+
+@pytest.fixture
+def nvidia_smi(own_config, tmp_path, monkeypatch):
+    """Put a program of that name in front of the PATH: the lines of a shell script."""
+
+    def write(script):
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        command_module._installed_gpus.cache_clear()
+
+    yield write
+    command_module._installed_gpus.cache_clear()
+
+
+def test_several_gpus_take_the_shipped_file_for_them(nvidia_smi, monkeypatch):
+    nvidia_smi("echo 'GPU 0: one'; echo 'GPU 1: two'; echo 'GPU 2: three'")
+    command = command_for(["--epochs", "3"]).command
+    assert command[2] == "accelerate.commands.launch"
+    assert command[4].endswith("accelerate_configs/multi_gpu.yaml")
+    assert command[5:] == ["--num_processes", "3", "-m", "cifar_accel", "--epochs", "3"]
+    assert dry_environment()["CIFAR_ACCEL_PROCESSES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert config_file()[0].name == "single_gpu.yaml"
+
+
+def test_a_hung_nvidia_smi_counts_as_no_gpu(nvidia_smi, monkeypatch, capsys):
+    nvidia_smi("exec sleep 60")
+    monkeypatch.setattr(command_module, "PATIENCE", 0.2)
+    assert config_file()[0].name == "cpu.yaml"
+    assert command_for([]).command == [sys.executable, "-m", "cifar_accel"]
+    said = "launch: nvidia-smi does not answer within 0.2 s; going on as without a GPU\n"
+    assert capsys.readouterr().out == said
+
+
 # ---- what is wrong with a config
 
 
@@ -123,6 +171,12 @@ def test_a_broken_config_is_one_line(own_config, text):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "default_config.yaml" in done.stderr
+
+
+def test_a_home_that_is_not_there_holds_no_config(own_config, monkeypatch):
+    """As in a container whose user has no name."""
+    monkeypatch.setenv("HF_HOME", "~nobody-of-that-name/huggingface")
+    assert config_file()[0].name == "cpu.yaml"
 
 
 def test_a_config_that_is_not_there(own_config, monkeypatch, tmp_path):
@@ -287,6 +341,30 @@ run_child(["sh", "child.sh"], {}, Path("run"))
     process.kill()
     wait_for((tmp_path / "told").exists, 20)
     process.wait()
+
+
+# ---- words
+
+
+def test_the_version(in_process):
+    from cifar_accel.cli import main
+
+    expected = f"cifar_accel {cifar_accel.__version__}\n"
+    assert in_process(main, "--version") == (0, expected, "")
+    for module in ("cifar_accel", "cifar_accel.launch"):
+        command = [sys.executable, "-m", module, "--version"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == expected
+
+
+def test_a_python_without_the_packages_is_one_line():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Without site-packages.
+    command = [sys.executable, "-S", "-m", "cifar_accel", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 2
+    assert " has no torch, " in done.stderr
+    assert "./launch.sh" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ---- launch.sh

@@ -118,6 +118,30 @@ def test_every_kind_of_value_has_its_words():
     assert list(as_flags(options)) == words
 
 
+# Three options of a thousand values each.
+A_BILLION_RUNS = "parameters:" + "".join(
+    f"\n  {name}: {{values: {list(range(1, 1001))}}}" for name in ("seed", "epochs", "batch_size")
+)
+
+# Each line repeats the one above it ten times.
+A_BILLION_WORDS = "a0: &a0 [x]" + "".join(
+    f"\na{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)
+)
+A_BILLION_MERGES = "a0: &a0 {x: y}" + "".join(
+    f"\na{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)
+)
+
+
+def test_aliases_and_merges_are_read(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("parameters: {seed: &s {values: [1, 2]}, epochs: *s}")
+    assert len(read_study(str(file)).runs) == 4
+    file.write_text("runs: [&a {seed: 1, model: vit}, {<<: *a, seed: 2}]")
+    models = [(options["model"], options["seed"]) for options in read_study(str(file)).runs]
+    assert models == [("vit", 1), ("vit", 2)]
+
+
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -133,6 +157,11 @@ def test_every_kind_of_value_has_its_words():
         ("runs: [{seed: 1, run_name: a}, {seed: 1, run_name: a}]", "two runs are the same"),
         ("runs: [{epochs: 0}]", "--epochs 0"),
         ("runs: [{dry_run: true}]", "--dry-run looks at one run"),
+        ("parameters: {seed: {values: []}}", "a list `values` that is not empty"),
+        (A_BILLION_RUNS, "more than 10,000 runs"),
+        (A_BILLION_WORDS, "more than 1,000,000 characters, its aliases written out"),
+        (A_BILLION_MERGES, "more than 1,000,000 characters, its aliases written out"),
+        ("runs: &a [*a]", "more than 1,000,000 characters, its aliases written out"),
     ],
 )
 def test_a_bad_study_starts_nothing(in_process, tmp_path, text, message):

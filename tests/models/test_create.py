@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,10 @@ def test_the_same_seed_gives_the_same_new_weights():
         {"model_args": [1]},
         {"pretrained_cfg": {"mean": None}},
         {"pretrained_cfg": {"std": "abc"}},
+        {"pretrained_cfg": {"mean": [math.nan, 0.5, 0.5]}},
+        {"pretrained_cfg": {"mean": [0.5, 1e300, 0.5]}},
+        {"pretrained_cfg": {"std": [0.5, 0.5, 0]}},
+        {"pretrained_cfg": {"std": [math.inf, 0.5, 0.5]}},
     ],
 )
 def test_a_local_model_in_another_form_is_refused(tmp_path, changes):
@@ -61,6 +66,21 @@ def test_a_local_model_in_another_form_is_refused(tmp_path, changes):
     file.write_text(json.dumps(config | changes))
     with pytest.raises(BadInput, match="in timm's form"):
         check_model(args, quiet)
+
+
+@pytest.mark.parametrize("keywords", ["features_only=True", "global_pool=''"])
+def test_a_model_that_gives_no_logits_is_refused(keywords):
+    args = replace(PLAIN, model="test_vit", model_kwargs=(keywords,))
+    with pytest.raises(BadInput, match="does not give 10 logits"):
+        build_model(args, 10, quiet)
+
+
+def test_a_local_model_that_gives_no_logits_is_refused(tmp_path):
+    config = {"architecture": "test_nfnet", "num_classes": 7, "pretrained_cfg": {}}
+    config["model_args"] = {"features_only": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="does not give 10 logits"):
+        build_model(replace(PLAIN, model=f"local-dir:{tmp_path}"), 10, quiet)
 
 
 def test_imagenet_weights_from_a_folder(weights):

@@ -71,8 +71,27 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     state = build_model(PLAIN, 10, quiet).state_dict()
     state["stem.conv1.weight"] = torch.zeros(3, 3)
     save_file(state, tmp_path / "bent.safetensors")
-    with pytest.raises(BadInput, match=r"stem.conv1.weight has shape 3x3"):
+    with pytest.raises(BadInput, match=r"stem.conv1.weight has shape \[3, 3\], the model's is \["):
         build_model(replace(PLAIN, checkpoint=str(tmp_path / "bent.safetensors")), 10, quiet)
+
+
+@pytest.mark.parametrize("tensor", ["bn1.running_mean", "classifier.bias"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, tensor):
+    """Training would not notice a running mean: only evaluation reads it."""
+    args = replace(PLAIN, model="test_efficientnet")
+    model = build_model(args, 10, quiet)
+    model.state_dict()[tensor][0] = torch.nan
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    path = str(tmp_path / "w.pth")
+    with pytest.raises(BadInput, match=rf"--checkpoint {path}: .* {tensor} is not finite"):
+        build_model(replace(args, checkpoint=path), 10, quiet)
+
+    save_model(model, tmp_path / "model", args, DIGITS)
+    local = replace(args, model=f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    with pytest.raises(BadInput, match=rf"--model local-dir:.*/model: .* {tensor} is not finite"):
+        build_model(local, 10, quiet)
+    with pytest.raises(BadInput, match=rf"/model: .* {tensor} is not finite"):
+        load_model(tmp_path / "model")
 
 
 class Hostile:
@@ -80,7 +99,9 @@ class Hostile:
         return os.system, ("touch hostile-was-here",)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({"state_dict": Hostile()}), b"nothing", None])
+@pytest.mark.parametrize(
+    "content", [pickle.dumps({"state_dict": Hostile()}), b"nothing", b"", None]
+)
 def test_hostile_and_broken_files_are_refused_unread(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
@@ -140,8 +161,22 @@ def test_a_saved_model_is_a_local_dir_of_timm(tmp_path, name, keywords):
     assert torch.equal(model(x), again(x))
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["num_classes"] == 10
+    # A second time it would be too much for transformers, which gives both to the model.
+    assert "num_classes" not in config["model_args"]
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["pretrained_cfg"]["mean"] == list(model.pretrained_cfg["mean"])
+
+
+def test_a_model_of_an_earlier_version_is_loaded(tmp_path):
+    """It has the number of classes among the model's arguments too."""
+    model = build_model(PLAIN, 10, quiet)
+    save_model(model, tmp_path, PLAIN, DIGITS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["num_classes"] = 10
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(tmp_path)
+    assert loaded.num_classes == 10
+    assert list(loaded.pretrained_cfg["label_names"]) == DIGITS
 
 
 def test_saving_leaves_the_layout_of_a_model_in_training(tmp_path):

@@ -1,5 +1,6 @@
 """Options: defaults, where values come from, what one means for another, and their page."""
 
+import io
 import subprocess
 import sys
 from dataclasses import fields
@@ -115,6 +116,59 @@ def test_parsing_imports_nothing_heavy(words):
 def test_a_default_yields_to_what_the_user_says(words, name, value, origin):
     args, origins = parse_training(words)
     assert (getattr(args, name), origins[name]) == (value, origin)
+
+
+def test_names_in_another_case_are_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--model NFNet --optimizer SGDM --scheduler=Cosine --dataset CIFAR10 --recipe Plain"
+    words += " --device CPU --tracker=None --interpolation Bicubic"
+    args, origin = parse_training(words.split())
+    assert (args, origin) == parse_training(words.lower().split())
+    assert (args.model, args.dataset, args.run_name) == (
+        "nfnet",
+        "cifar10",
+        "nfnet/sgdm-cosine-s3407",
+    )
+
+
+def test_the_case_of_folders_and_hub_ids_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_training(["--dataset", "Me/Images"])[0].dataset == "Me/Images"
+    assert parse_training(["--dataset", "Birds"])[0].dataset == "Birds"
+    (tmp_path / "CIFAR10").mkdir()
+    args, _ = parse_training(["--dataset", "CIFAR10", "--model", "local-dir:Mine"])
+    assert args.dataset == str(tmp_path / "CIFAR10")
+    assert args.model == f"local-dir:{tmp_path / 'Mine'}"
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        ("--optim sgd", "did you mean --optimizer?"),
+        ("--lr-scheduler cosine", "did you mean --scheduler?"),
+        ("--epoch 3", "did you mean --epochs, --save-epochs?"),
+        ("--output-dir x", "here --output-dir is --save-dir"),
+        ("--wandb", "here --wandb is --tracker wandb"),
+        ("--freeze 3", "here --freeze is missing: every weight is trained"),
+        ("--foo", "--help lists all options)"),
+        ("--scale 1", "Error parsing --scale"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_usage_error_has_two_lines_of_a_screen(in_process, monkeypatch, words, hint, encoding):
+    # tyro draws its boxes for the encoding of stdout.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    code, _, err = in_process(parse_training, *words.split())
+    assert code == 2
+    assert hint in err
+    assert len(err) <= 200 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\n--recipe=plain", "\x1b[31m", "a\x9b", "a\tb", "\x7f"])
+def test_a_run_name_has_no_control_characters(name):
+    with pytest.raises(BadInput, match="holds a control character"):
+        parse_training(["--run-name", name])
+    assert parse_training(["--run-name", "é \udcff"])[0].run_name == "é \udcff"
 
 
 @pytest.mark.parametrize("value", ["0.5", "1"])

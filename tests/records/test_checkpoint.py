@@ -1,6 +1,7 @@
 """Checkpoint folders: what comes back from one, and what no kill, disk or stranger may do to it."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -11,6 +12,8 @@ import torch
 
 from cifar_accel.errors import BadInput
 from cifar_accel.records import checkpoint
+from cifar_accel.records.folder import Opened
+from cifar_accel.records.state import State
 
 
 @pytest.fixture
@@ -58,11 +61,24 @@ def test_weights_optimizer_and_state_come_back_bit_for_bit(saved):
     optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
     checkpoint.load_checkpoint(path, model, optimizer, None)
     assert checkpoint.fault(path) is None
-    assert checkpoint.read_state(path) == {"step": 7}
+    assert checkpoint.read_state(path) == State(step=7)
     assert torch.equal(model.weight, saved.model.weight)
     for a, b in zip(optimizer.state.values(), saved.optimizer.state.values(), strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_its_files_have_the_rights_of_any_new_file(saved, tmp_path):
+    (tmp_path / "new").touch()
+    for file in saved(1).iterdir():
+        assert file.stat().st_mode == (tmp_path / "new").stat().st_mode, file.name
+
+
+def test_a_state_that_is_not_finite_is_not_written(saved):
+    state = {"step": 1, "gradient_norm": math.inf}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.save_checkpoint(saved.run, saved.model.state_dict(), {}, None, state, 1)
+    assert names(saved.run) == []
 
 
 def test_older_checkpoints_go_once_the_new_one_is_safe(saved):
@@ -184,6 +200,34 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, what):
     assert len(said) == 1
     assert words in said[0]
     assert "step-00000002" in said[0]
+
+
+# ---- where a run goes on
+
+
+def test_a_run_without_a_whole_checkpoint_begins_anew_and_says_so(saved):
+    flip_a_bit(saved(1))
+    said = []
+    opened = Opened(saved.run, resume_from=saved.run)
+    assert checkpoint.choose(opened, said.append) is None
+    assert "step-00000001 is passed over" in said[0]
+    assert said[1] == f"resume: {saved.run} holds no whole checkpoint: the run begins anew"
+
+
+def test_a_run_that_was_named_and_has_no_whole_checkpoint_is_refused(saved, tmp_path):
+    flip_a_bit(saved(1))
+    opened = Opened(tmp_path / "other", resume_from=saved.run, by_path=True)
+    with pytest.raises(BadInput, match=f"--resume {saved.run}: holds no whole checkpoint"):
+        checkpoint.choose(opened, print)
+    # Begun there by an earlier start, which was killed before it saved anything.
+    opened = Opened(tmp_path, resume_from=tmp_path / "own", fallback=saved.run, by_path=True)
+    with pytest.raises(BadInput, match=f"--resume {saved.run}: holds no whole checkpoint"):
+        checkpoint.choose(opened, print)
+    good = saved(2)
+    assert checkpoint.choose(opened, print) == good
+
+
+# ---- loading one
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved):

@@ -1,6 +1,9 @@
 """metrics.jsonl: one line a logged step, whatever happened to the file."""
 
 import json
+import math
+
+import pytest
 
 from cifar_accel.records.metrics import Metrics, read_metrics
 
@@ -39,6 +42,32 @@ def test_a_run_that_goes_on_drops_the_rows_it_logs_again(tmp_path):
     assert [json.loads(line) for line in file.read_text().splitlines()] == [row(3), row(6)]
     write_rows(file, 8)
     assert read_metrics(file) == [row(3), row(6), row(8)]
+
+
+def test_a_figure_that_is_not_finite_is_not_written(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    write_rows(file, 3)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Metrics(file, print).write(row(6) | {"eval/loss": math.nan})
+    assert read_metrics(file) == [row(3)]
+
+
+def test_rows_of_earlier_versions_stay_as_they_are(tmp_path):
+    """They may hold what JSON does not have, and numbers beyond a float."""
+    file = tmp_path / "metrics.jsonl"
+    old = f'{{"step": 3, "epoch": 1, "eval/loss": NaN, "eval/accuracy": 1{"0" * 399}}}\n'
+    file.write_text(old + json.dumps(row(6)) + "\n")
+    Metrics(file, print).truncate(3)
+    assert file.read_text() == old
+    assert read_metrics(file)[0]["eval/accuracy"] == 10**399
+
+
+def test_a_line_of_brackets_is_no_row(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    write_rows(file, 3)
+    with open(file, "a") as f:
+        f.write("[" * 200_000 + "\n")
+    assert read_metrics(file) == [row(3)]
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -3,18 +3,23 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from conftest import contents
 
 from cifar_accel.errors import BadInput
 from cifar_accel.options.options import TrainingArguments
-from cifar_accel.records.folder import folder_of, open_run
+from cifar_accel.records.folder import check_images, folder_of, open_run
+from cifar_accel.records.summary import starting_weights
 
 FACTS = {
     "mixed_precision": "no",
     "classes": 10,
+    "data_fingerprint": "f17f",
     "input_mean": [0.5] * 3,
     "input_std": [0.5] * 3,
 }
@@ -134,6 +139,105 @@ def test_a_strangers_config_without_work_stays(args):
     assert (run / "config.json").read_text() == '{"architecture": "mine"}'
 
 
+# ---- runs inside runs
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("exp/model", "exp"),
+        ("exp", "exp/model"),
+        ("exp/model-epoch-0002", "exp"),
+        ("exp", "exp/checkpoints/step-00000001"),
+        ("exp", "exp/wandb/x"),
+    ],
+)
+def test_a_run_cannot_lie_where_another_writes(args, first, second):
+    write_run(replace(args, run_name=first))
+    before = contents(Path(args.save_dir))
+    with pytest.raises(BadInput, match=f"--run-name {second}: a run in .*{second} and the one in "):
+        opened(replace(args, run_name=second))
+    assert contents(Path(args.save_dir)) == before
+
+
+@pytest.mark.parametrize("first, second", [("exp/lr1", "exp"), ("exp", "exp/lr1")])
+def test_a_run_may_lie_beside_what_another_writes(args, first, second):
+    write_run(replace(args, run_name=first))
+    assert opened(replace(args, run_name=second)).starts_anew
+
+
+def test_a_saved_model_is_no_run(args):
+    run = write_run(args)
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text('{"architecture": "test_vit"}')
+    assert opened(args).resume_from == run
+
+
+# ---- data and weights that moved
+
+
+def test_images_may_lie_elsewhere_and_are_compared_when_they_are_read(args, tmp_path):
+    run = write_run(replace(args, dataset="old/place"), checkpoint=False)
+    with pytest.raises(BadInput, match=r"--dataset old/place -> .*new\)"):
+        opened(replace(args, dataset=str(tmp_path / "new")))
+    (tmp_path / "new").mkdir()
+    result = opened(replace(args, dataset=str(tmp_path / "new")))
+    assert result.resume_from == run
+    check_images(result, "new/place", FACTS["data_fingerprint"])
+    with pytest.raises(BadInput, match="--dataset new/place: holds other images than old/place"):
+        check_images(result, "new/place", "another")
+
+
+def test_a_run_that_did_nothing_may_begin_on_other_images(args):
+    write_run(args, row=False, checkpoint=False)
+    check_images(opened(args), args.dataset, "another")
+
+
+def write_weights(path, text):
+    """Weights as each of the two options takes them: a folder of timm's, and its file."""
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("option", ["model", "checkpoint"])
+def test_weights_are_known_by_their_content(args, tmp_path, option):
+    same = write_weights(tmp_path / "same", "weights")
+    other = write_weights(tmp_path / "other", "others")
+
+    def at(path):
+        value = f"local-dir:{path}" if option == "model" else str(path)
+        return replace(args, **{option: value})
+
+    # Written by a start that found them where they lie no more.
+    run = write_run(at(tmp_path / "old"))
+    config = json.loads((run / "config.json").read_text())
+    with pytest.raises(BadInput, match=f"--{option} .*old -> .*same"):
+        opened(at(same))
+    config["weights"] = starting_weights(at(same))
+    (run / "config.json").write_text(json.dumps(config))
+    assert opened(at(same)).resume_from == run
+    for path in (other, tmp_path / "nowhere"):
+        with pytest.raises(BadInput, match=f"--{option} .*old -> .*{path.name}"):
+            opened(at(path))
+
+
+# ---- more epochs
+
+
+@pytest.mark.parametrize("resume", ["auto", "its folder"])
+def test_more_epochs_of_a_finished_run_name_the_way(args, resume):
+    run = write_run(args, summary=FINISHED)
+    resume = resume if resume == "auto" else str(run)
+    way = f"to train on from its weights: --checkpoint {run} --run-name NEW --epochs N"
+    with pytest.raises(BadInput, match=f"--epochs 25 -> 30.*{way}"):
+        opened(replace(args, epochs=30, resume=resume))
+    with pytest.raises(BadInput) as refusal:
+        opened(replace(args, mixup=0.5, resume=resume))
+    assert way not in str(refusal.value)
+
+
 # ---- --resume never
 
 
@@ -207,3 +311,35 @@ def test_the_lock_names_its_owner(args):
         open_run(args, "no", print)
     first.lock.release()
     opened(args)
+
+
+HOLD = """
+import sys, time
+from cifar_accel.options.options import TrainingArguments
+from cifar_accel.records.folder import open_run
+opened = open_run(TrainingArguments(save_dir=sys.argv[1], run_name="a"), "no", print)
+(opened.path / "config.json").touch()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_file_system_without_locks(args, stub):
+    """The lock is a record there: a living process is named, a dead one does not count."""
+    environment = stub("int flock(int fd, int operation) { errno = ENOSYS; return -1; }")
+    command = [sys.executable, "-W", "ignore", "-c", HOLD, args.save_dir]
+    options = {"env": environment, "text": True, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
+    assert first.stdout.readline() == "held\n"
+
+    refused = subprocess.run(command, **options).stderr.splitlines()[-1]
+    file = f"{args.save_dir}/a/.lock"
+    assert f"is in use by {first.pid} on {platform.node()}" in refused
+    assert refused.endswith(f"if it is gone, remove {file}")
+
+    first.kill()
+    first.wait()
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
+    assert second.stdout.readline() == "held\n"
+    second.kill()
+    second.wait()

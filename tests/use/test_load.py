@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -25,6 +26,7 @@ FACTS = {
     "input_std": [0.25, 0.25, 0.25],
     "total_steps": 12,
 }
+DIGITS = [str(digit) for digit in range(10)]
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def folder(tmp_path):
     options = asdict(ARGS) | FACTS
     (tmp_path / "config.json").write_text(json.dumps({"options": options, "provenance": {}}))
     model = build_model(ARGS, 10, str)
-    save_model(model, tmp_path / "model", ARGS, [str(digit) for digit in range(10)])
+    save_model(model, tmp_path / "model", ARGS, DIGITS)
     return tmp_path
 
 
@@ -58,6 +60,52 @@ def test_the_model_is_the_runs(folder):
     made = build_model(ARGS, 10, str).state_dict()
     assert loaded.keys() == made.keys()
     assert all(torch.equal(loaded[name], made[name]) for name in made)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("crop_pct", 0),
+        ("image_size", -1),
+        ("seed", -1),
+        ("classes", 0),
+        ("input_mean", [0.5, 0.5, 1e300]),
+        ("input_std", [0.5, 0, 0.5]),
+        ("input_std", [math.nan, 0.5, 0.5]),
+    ],
+)
+def test_a_recorded_option_keeps_to_its_bounds(folder, name, value):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["options"][name] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=rf"\(config.json: .* options.{name}.* Input should be"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("image_size", [10**9, 30])
+def test_a_size_that_the_model_cannot_take_is_refused(folder, image_size):
+    args = replace(ARGS, model="test_vit")
+    save_model(build_model(args, 10, str), folder / "model", args, DIGITS)
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["image_size"] = image_size
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        BadInput, match=rf"--image-size {image_size}: the model of .* cannot take it"
+    ):
+        load_run(folder).model()
+
+
+def test_a_model_that_gives_no_logits_is_refused(folder):
+    file = folder / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_args": {"num_classes": 0}}))
+    with pytest.raises(BadInput, match="does not give 10 logits"):
+        load_run(folder).model()
+
+
+def test_a_folder_inside_a_run_is_none(folder):
+    with pytest.raises(BadInput, match=r"is no run folder .*give the folder above it"):
+        load_run(folder / "model")
 
 
 def test_what_is_no_finished_run_is_refused(folder):

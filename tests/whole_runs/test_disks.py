@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import forked_runs
@@ -114,6 +115,46 @@ def test_a_full_disk_leaves_the_old_json_and_no_part_of_the_new(small_disk):
         write_json(file, {"step": 2, "text": "x" * 20_000})
     assert json.loads(file.read_text()) == {"step": 1}
     assert list(file.parent.iterdir()) == [file]
+
+
+# Answers `folder` for a folder and `file` for a file, if they are errors.
+FSYNC = """
+int fsync(int fd) {{
+    struct stat about;
+    fstat(fd, &about);
+    errno = S_ISDIR(about.st_mode) ? {folder} : {file};
+    return errno ? -1 : 0;
+}}
+"""
+
+SAVE_THREE = """
+import sys, torch
+from pathlib import Path
+from cifar_accel.records.checkpoint import save_checkpoint
+weights = {"w": torch.ones(2)}
+for step in (1, 2, 3):
+    save_checkpoint(Path(sys.argv[1]), weights, {}, None, {"step": step}, keep=2)
+"""
+
+
+def test_a_file_system_that_syncs_no_folder_keeps_checkpoints(stub, tmp_path):
+    """As network and FUSE file systems may: said once, and older checkpoints go all the same."""
+    environment = stub(FSYNC.format(folder="EINVAL", file="0"))
+    command = [sys.executable, "-c", SAVE_THREE, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("cannot be synced") == 1
+    kept = checkpoint.list_checkpoints(tmp_path)
+    assert [path.name for path in kept] == ["step-00000003", "step-00000002"]
+    assert all(checkpoint.fault(path) is None for path in kept)
+
+
+def test_a_file_that_does_not_reach_the_disk_makes_no_checkpoint(stub, tmp_path):
+    environment = stub(FSYNC.format(folder="0", file="EIO"))
+    command = [sys.executable, "-c", SAVE_THREE, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "OSError: [Errno 5]" in done.stderr
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_disk_that_may_only_be_read(small_disk, words, in_process):

@@ -84,6 +84,7 @@ def test_everything_with_its_origin(dry):
     schedule = "cosine, 32 steps, 6 of warm-up: 1e-05 at 0, 0.003 at 6,"
     assert schedule in line(out, "schedule")
     assert "MiB a process" in line(out, "memory")
+    assert "; decoded images: 0 MiB, " in line(out, "disk")
     assert "a new run" in line(out, "run")
 
 
@@ -111,10 +112,19 @@ def test_each_remedy(dry):
     code, out = dry("--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})
     assert code == 2
     assert "sees no such device" in line(out, "device")
-    assert "BAD" in line(out, "memory")
+    assert "see above" in line(out, "memory")
     code, out = dry(env={"ACCELERATE_MIXED_PRECISION": "fp16"})
     assert code == 2
     assert "needs a GPU" in line(out, "device")
+
+
+def test_a_name_that_is_wrong_is_told_once(dry):
+    for words, name in (("--model nonsense", "model"), ("--optimizer nonsense", "schedule")):
+        code, out = dry(*words.split())
+        assert code == 2
+        assert "BAD" in line(out, name)
+        assert "note" in line(out, "memory")
+        assert "1 of 11 checks failed" in out
 
 
 def test_a_port_that_is_taken(dry, tmp_path):

@@ -129,7 +129,7 @@ def save_for_ever(run: Path, log: Path) -> None:
     """
     parameter = torch.nn.Parameter(torch.zeros(200, 200))
     optimizer = torch.optim.SGD([parameter], 0.1, momentum=0.9)
-    saved = [checkpoint.read_state(path)["step"] for path in checkpoint.list_checkpoints(run)]
+    saved = [checkpoint.read_state(path).step for path in checkpoint.list_checkpoints(run)]
     step = max(saved, default=0)
     with open(log, "a") as f:
         while True:
@@ -172,7 +172,7 @@ def test_a_kill_in_a_save_never_mixes_steps_and_never_loses_one(tmp_path, kills)
         newest = checkpoint.newest_valid(tmp_path, lambda line: None)
         assert newest is not None
         assert newest == checkpoint.list_checkpoints(tmp_path)[0], "what has its name is whole"
-        step = checkpoint.read_state(newest)["step"]
+        step = checkpoint.read_state(newest).step
         last_noted = int(log.read_text().splitlines()[-1])
         assert step >= last_noted, "what was safe is still there"
 

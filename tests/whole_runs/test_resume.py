@@ -4,11 +4,16 @@ import shutil
 import signal
 import subprocess
 
+import forked_runs
 import pytest
+import timm
 from conftest import (
+    ROOT,
     TWO,
+    contents,
     files_of,
     heed_signals,
+    image_folder,
     rows,
     sha256,
     steps,
@@ -18,9 +23,21 @@ from conftest import (
     wandb_summary,
     without_clock,
 )
+from safetensors.torch import save_file
+
+from cifar_accel.cli import train_command
+from cifar_accel.files import read_json
 
 # A run in the folder ck/a of the test.
 RUN_A = "--run-name a --tracker none".split()
+
+# Where run folders of earlier versions are kept, and the command that most of them are runs of.
+STORED = ROOT / "tests" / "records"
+TINY_VIT = (
+    "--model test_vit --no-pretrained --recipe digits --limit-test 100 --batch-size 32 --epochs 2 "
+    "--learning-rate 3e-3 --log-every 2 --tracker none "
+    "--model-kwargs embed_dim=8 depth=1 num_heads=1 patch_size=16"
+).split()
 
 
 # ---- killed
@@ -271,6 +288,82 @@ def test_a_run_that_goes_back_keeps_its_later_checkpoints_aside(trainer):
     done = trainer(*RUN_A)
     assert "after step 24" in done.stdout
     assert without_clock(rows(run)) == whole
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(in_process, tmp_path, cache):
+    """--resume PATH is refused, and nothing is written; the run's own command says what it does."""
+    run = tmp_path / "ck" / "old"
+    shutil.copytree(STORED / "format-3", run)
+    (run / "checkpoints" / "step-00000008" / "state.json").write_text("{}")
+    words = [*TINY_VIT, "--data-dir", cache, "--save-dir", tmp_path / "ck"]
+    words += "--dataset digits --limit-train 256".split()
+
+    code, out, err = in_process(train_command, *words, "--run-name", "new", "--resume", run)
+    assert code == 2
+    assert "step-00000008 is passed over: state.json has the wrong size" in out
+    assert err == (
+        f"cifar_accel: --resume {run}: holds no whole checkpoint; give another, or leave it out\n"
+    )
+    assert not (tmp_path / "ck" / "new").exists()
+
+    code, out, err = in_process(train_command, *words, "--run-name", "old", "--max-steps", "1")
+    assert code == 0, err
+    assert f"resume: {run} holds no whole checkpoint: the run begins anew" in out
+    assert f"is kept as {run}/checkpoints/step-00000008.aside-1" in out
+
+
+# ---- what lies elsewhere now
+
+
+def test_data_and_weights_that_moved(in_process, tmp_path, cache):
+    """They are what they hold, wherever that lies; config.json keeps what the first start said."""
+    data = image_folder(tmp_path / "data")
+    start = tmp_path / "start.safetensors"
+    model = timm.create_model("test_vit", num_classes=2, img_size=32)
+    save_file(model.state_dict(), start)
+    words = "--model test_vit --recipe plain --batch-size 2 --epochs 2 --tracker none".split()
+    words += ["--run-name", "a", "--data-dir", cache, "--save-dir", tmp_path / "ck"]
+
+    def train(*more):
+        return in_process(train_command, *words, *more)
+
+    code, _, err = train("--dataset", data, "--checkpoint", start, "--max-steps", "1")
+    assert code == 0, err
+    run = tmp_path / "ck" / "a"
+    options = read_json(run / "config.json")["options"]
+    weights = run / "model" / "model.safetensors"
+    assert weights.stat().st_mode == (run / "model" / "config.json").stat().st_mode
+
+    data = data.rename(tmp_path / "moved")
+    start = start.rename(tmp_path / "moved.safetensors")
+    moved = ("--dataset", data, "--checkpoint", start)
+    code, out, err = train(*moved, "--max-steps", "2")
+    assert code == 0, err
+    assert "after step 1" in out
+    assert read_json(run / "config.json")["options"] == options
+
+    # Other images in the same place, with checkpoints and without.
+    shutil.copy(data / "train" / "cat" / "0.png", data / "train" / "cat" / "1.png")
+    for _ in range(2):
+        before = contents(run)
+        code, _, err = train(*moved)
+        assert code == 2
+        assert f"--dataset {data}: holds other images than {tmp_path / 'data'} did" in err
+        assert contents(run) == before
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def test_a_run_of_the_first_release_goes_on_with_moved_cifar100(tmp_path, cache, cifar):
+    """Its checkpoint has format 2, and the fingerprint that its version gave these images."""
+    run = tmp_path / "ck" / "old"
+    shutil.copytree(STORED / "cifar100-format-2", run)
+    before = rows(run)
+    words = [*TINY_VIT, "--data-dir", cache, "--save-dir", str(tmp_path / "ck")]
+    words += ["--run-name", "old", "--dataset", cifar, "--limit-train", "128"]
+    forked_runs.finish(words, tmp_path / "log")
+    assert "after step 4" in (tmp_path / "log").read_text()
+    assert rows(run)[: len(before)] == before
+    assert steps(run) == [2, 4, 6, 8]
 
 
 # ---- what is in the folder

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import forked_runs
 import psutil
@@ -185,6 +186,119 @@ def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
     assert training.codes == [143]
     assert "stopped at once" in log.read_text()
     assert not (tmp_path / "ck" / "a" / "checkpoints").exists()
+
+
+# ---- a process that is stuck
+
+
+def suspend_worker(run: Path, evaluation: bool) -> None:
+    """Hook: a loader worker stops for ever, as on a dead disk.
+
+    It is asked for the images of step 12, or of the evaluation after step 16.
+    """
+    from cifar_accel.data.timm_loader import TimmImages
+
+    make = "_centred" if evaluation else "_augmented"
+    make_pixels = getattr(TimmImages, make)
+
+    def make_or_stop(self, request):
+        due = steps(run)[-1] == 15 if evaluation else request.step == 12
+        if due:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return make_pixels(self, request)
+
+    setattr(TimmImages, make, make_or_stop)
+
+
+def suspended(training: forked_runs.Training) -> bool:
+    """Whether a loader worker of the training is stopped."""
+    workers = psutil.Process(training.ranks[-1].pid).children()
+    return any(worker.status() == psutil.STATUS_STOPPED for worker in workers)
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_stuck_worker_does_not_keep_the_checkpoint(words, tmp_path, evaluation):
+    options = words(*"--pipeline timm --workers 2 --save-every none --tracker none".split())
+    whole = tmp_path / "ck" / "whole"
+    forked_runs.finish([*options, "--run-name", "whole"], tmp_path / "a")
+
+    run = tmp_path / "ck" / "b"
+    log = tmp_path / "b"
+    options += ["--run-name", "b"]
+    hook = partial(suspend_worker, run, evaluation)
+    training = forked_runs.Training(options, log, hook=hook)
+    wait_for(lambda: suspended(training))
+    began = time.monotonic()
+    os.kill(training.ranks[0].pid, signal.SIGTERM)
+    assert training.wait(20)
+    seconds = time.monotonic() - began
+    assert training.codes == [143]
+    assert seconds < 5, f"{seconds:.1f} s"
+    said = log.read_text()
+    assert "Traceback" not in said and "stopped by SIGTERM after step" in said
+    step = 16 if evaluation else 12
+    assert checkpoint.newest_valid(run, print).name == f"step-{step:08d}"
+
+    forked_runs.finish(options, log)
+    assert_same_run(run, whole)
+
+
+def test_a_stuck_worker_of_several_processes(words, tmp_path):
+    """They cannot agree, so they end without a checkpoint: one waits for images, one for it."""
+    options = words(*"--pipeline timm --workers 1 --run-name a --tracker none".split())
+    run = tmp_path / "ck" / "a"
+    log = tmp_path / "log"
+    hook = partial(suspend_worker_of_rank_1, run)
+    training = forked_runs.Training(options, log, 2, hook=hook)
+    wait_for(lambda: suspended(training))
+    family = [child.pid for rank in training.ranks for child in psutil.Process(rank.pid).children()]
+    began = time.monotonic()
+    for rank in training.ranks:
+        os.kill(rank.pid, signal.SIGTERM)
+    assert training.wait(20)
+    seconds = time.monotonic() - began
+    assert training.codes == [143, 143]
+    assert seconds < 6, f"{seconds:.1f} s"
+
+    # The same command goes on from the last checkpoint.
+    said = log.read_text()
+    assert "Traceback" not in said and "stopped by SIGTERM while it waited" in said
+    assert "goes on from step 8" in (run / "PREEMPTED").read_text()
+    assert summary(run)["status"] == "preempted"
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in family), 10)
+
+
+def suspend_worker_of_rank_1(run: Path) -> None:
+    """Hook: as `suspend_worker`, on rank 1 alone."""
+    if os.environ["RANK"] == "1":
+        suspend_worker(run, evaluation=False)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_stopped_while_it_waits_for_the_other_processes(words, tmp_path, rank):
+    """The other of the two never comes."""
+    log = tmp_path / "log"
+    # What torchrun sets.
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(forked_runs._free_port()),
+    }
+    options = words(*"--run-name a --tracker none".split())
+    training = forked_runs.Training(options, log, environment=environment)
+    waits = psutil.Process(training.ranks[0].pid)
+    # It has come to wait when it listens, or asks again and again.
+    time.sleep(2)
+    assert waits.is_running()
+    began = time.monotonic()
+    waits.terminate()
+    assert training.wait(20)
+    assert training.codes == [143]
+    assert time.monotonic() - began < 5
+    assert log.read_text().count("stopped by SIGTERM while it waited") == 1
+    assert not (tmp_path / "ck").exists()
 
 
 # ---- every launcher

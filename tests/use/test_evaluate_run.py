@@ -1,0 +1,99 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import image_folder, parquet_folder
+from safetensors.torch import load_file, save_file
+
+from cifar_accel.errors import BadInput
+from cifar_accel.models.create import build_model
+from cifar_accel.models.weights import save_model
+from cifar_accel.options.options import EvaluateArguments
+from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.use.evaluate_run import evaluate_run
+
+NAMES = ["ant", "bee", "cow", "dog"]
+
+
+@pytest.fixture
+def made_run(tmp_path):
+    """Gives the folder of a run on `dataset` whose model names its classes `names`."""
+
+    def make(dataset, names):
+        args = replace(
+            recipe_defaults("digits"),
+            model="test_nfnet",
+            pretrained=False,
+            run_name="a",
+            dataset=str(dataset),
+            data_dir=str(tmp_path / "cache"),
+        )
+        facts = {
+            "mixed_precision": "no",
+            "classes": len(names),
+            "input_mean": [0.5, 0.5, 0.5],
+            "input_std": [0.25, 0.25, 0.25],
+        }
+        config = {"options": asdict(args) | facts, "provenance": {}}
+        folder = tmp_path / "run"
+        save_model(build_model(args, len(names), str), folder / "model", args, names)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def figures(run, **options):
+    return evaluate_run(EvaluateArguments(str(run), device="cpu", **options), lambda line: None)
+
+
+def test_labels_are_matched_by_the_names_of_the_classes(tmp_path, made_run):
+    """A model that counts its classes backwards, each with its weights, scores the same."""
+    data = parquet_folder(tmp_path / "data")
+    run = made_run(data, NAMES)
+    expected = figures(run)
+    # The same model, its outputs in reverse.
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    for name in ("head.fc.weight", "head.fc.bias"):
+        weights[name] = weights[name].flip(0).contiguous()
+    save_file(weights, file)
+    config = json.loads((run / "model" / "config.json").read_text())
+    config["label_names"] = NAMES[::-1]
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    for given in (None, str(data)):
+        again = figures(run, dataset=given)
+        assert again["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert again["accuracy"] == expected["accuracy"]
+
+
+def test_images_may_be_of_some_of_the_classes(tmp_path, made_run):
+    run = made_run("digits", ["ant", "cat", "dog", "eel"])
+    data = image_folder(tmp_path / "data")
+    assert figures(run, dataset=str(data))["evaluated_images"] == 6
+
+
+def test_a_class_that_the_model_does_not_know_is_refused(tmp_path, made_run):
+    data = image_folder(tmp_path / "data")
+    run = made_run(data, ["cat", "eel"])
+    # As many classes as the model's. The run's own data may have changed as well.
+    for given in (None, str(data)):
+        with pytest.raises(BadInput, match=r"\['dog'\], that .* does not know; it knows 2, such"):
+            figures(run, dataset=given)
+
+
+def test_numbers_are_no_names(tmp_path, made_run):
+    data = parquet_folder(tmp_path / "data", names=False)
+    with pytest.raises(BadInput, match=r"\['0', '1', '2'\], which are numbers and no names"):
+        figures(made_run(data, NAMES))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, made_run):
+    run = made_run(image_folder(tmp_path / "data"), ["cat", "dog"])
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["head.fc.bias"][1] = torch.inf
+    save_file(weights, file)
+    with pytest.raises(BadInput, match=r"run/model: .* head.fc.bias is not finite"):
+        figures(run)
