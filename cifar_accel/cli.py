@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import cifar_accel
-from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, say
+from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, open_streams, say
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.signals import StopRequest
@@ -29,6 +29,7 @@ from cifar_accel.records.folder import Opened, open_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script `cifar-accel`; returns the exit code."""
+    open_streams()
     # The console script calls it without arguments.
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -61,6 +62,7 @@ def guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], i
 
     @functools.wraps(work)
     def command(argv: Sequence[str]) -> int:
+        open_streams()
         try:
             return work(argv)
         except (BadInput, TrainingError) as error:

@@ -1,10 +1,12 @@
 """What a command tells: lines of the main process, one line for what went wrong, exit codes."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 # Exit codes of every command: 0 is done, and 143 what a shell reports for a process that SIGTERM
 # ended: a training that was stopped, after a checkpoint.
@@ -21,10 +23,37 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _Output(io.FileIO):
+    """A file for which a reader that has gone away, as in `| head`, is no error."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            return super().write(data)
+        return len(data)
+
+
+def open_streams() -> None:
+    """Let stdout and stderr take any character, and go on when nobody reads them any longer."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # None is a stream that was closed; any other but the system's is somebody else's.
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue
+        file = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+        errors, lines = "backslashreplace", stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, errors, line_buffering=lines))
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with `\\x1b` and the like for what is no visible character."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def say(line: str) -> None:
     """Print a line on the main process, above the progress bar if there is one."""
     if not is_main_process():
         return
+    line = "\n".join(map(printable, line.split("\n")))
     # A full disk behind stdout, or a reader that is gone, costs the line and not the run.
     with contextlib.suppress(OSError):
         if "tqdm" in sys.modules:
@@ -46,6 +75,6 @@ def fail(message: str, code: int = BAD_INPUT) -> int:
         # The launcher's SIGTERM ends the wait.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(WAIT_FOR_MAIN_PROCESS)
-    one_line = " ".join(message.split())
+    one_line = printable(" ".join(message.split()))
     print(f"{head} {one_line}", file=sys.stderr, flush=True)
     return code

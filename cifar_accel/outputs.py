@@ -217,29 +217,27 @@ def save_weights(run: Run, name: str) -> None:
             os.replace(file, final / file.name)
     except SafetensorError as e:
         # How safetensors reports a write that failed.
-        raise OSError(f"{final} cannot be written ({e})") from e
+        raise OSError(str(e)) from e
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def keep_weights(run: Run, name: str) -> None:
-    """Keep the weights of an epoch; a failure costs them, not the run."""
-    try:
-        save_weights(run, name)
-    except OSError as e:
-        say(f"warning: {name} is not kept: {e.strerror or e}; training goes on")
-
-
-# ---- how it ended
-
-
 @contextmanager
-def no_room_is_a_warning(file: Path) -> Iterator[None]:
-    """Around a file that says how a run ended: a full disk costs the file, not the end."""
+def no_room_is_a_warning(path: Path) -> Iterator[None]:
+    """Around what a run can do without: a full disk costs the file or folder, not the run."""
     try:
         yield
     except OSError as e:
-        say(f"warning: {file} cannot be written ({e.strerror or e})")
+        say(f"warning: {path} cannot be written ({e.strerror or e})")
+
+
+def keep_weights(run: Run, name: str) -> None:
+    """Keep the weights of an epoch, where there is room."""
+    with no_room_is_a_warning(run.folder.path / name):
+        save_weights(run, name)
+
+
+# ---- how it ended
 
 
 def write_summary(

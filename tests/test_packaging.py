@@ -70,5 +70,6 @@ print(*command_for([]).command[4:])
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         str(installed / "cifar_accel" / "studies" / "tour.yaml"),
-        f"{installed}/cifar_accel/accelerate_configs/multi_gpu.yaml --num_processes 2 -m cifar_accel",
+        f"{installed}/cifar_accel/accelerate_configs/multi_gpu.yaml --num_processes 2 "
+        "-m cifar_accel",
     ]

@@ -40,6 +40,9 @@ size is that of all processes together.
 `--aa`, `--save-every` and `--tracker` have it among their values. What 0 means, where it is not
 plain, stands beside the option. A switch `--x` is turned off by `--no-x` or `--x=False`.
 
+**Names may be in upper case.** `--optimizer SGD` is `sgd`; so with models, schedules, recipes,
+choices and data sets that come with the program, not with folders and hub ids.
+
 **An option that would have no effect is refused**, and so are two that contradict each other: one
 line, exit code 2. `--dry-run` prints every value and where it comes from.
 """

@@ -422,7 +422,10 @@ def _read_shard(shard: _Shard) -> tuple[Any, NDArray[np.int64]]:
     import pyarrow as pa
 
     with _open_parquet(shard.file) as parquet:
-        table = parquet.read([shard.image, shard.label])
+        # In small batches, because pyarrow gives no more than 2 GiB of a struct at once.
+        batches = list(parquet.iter_batches(256, columns=[shard.image, shard.label]))
+        schema = batches[0].schema if batches else parquet.schema_arrow
+        table = pa.Table.from_batches(batches, schema)
     column = table.column(shard.label)
     if not pa.types.is_integer(column.type) or column.null_count:
         raise BadInput(
@@ -467,9 +470,12 @@ def _images_by_class(folder: Path, left_out: Counter[str]) -> dict[str, list[Pat
         files = _visible(folder, class_folder.rglob("*"), left_out)
         found = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
         left_out.update(file.suffix or file.name for file in set(files) - set(found))
+        name = class_folder.name
+        if found and name.encode(errors="replace").decode() != name:
+            raise BadInput(f"--dataset {class_folder}: the name of this class is not UTF-8")
         if found:
-            images[class_folder.name] = found
-        elif not class_folder.name.startswith("."):
+            images[name] = found
+        elif not name.startswith("."):
             raise BadInput(
                 f"--dataset {class_folder}: this class folder holds no image "
                 f"({', '.join(IMAGE_ENDINGS)})"

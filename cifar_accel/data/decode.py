@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -27,14 +27,11 @@ CACHE_VERSION = 2
 # What comes of reading a folder of arrays that is not whole.
 NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError)
 
+# [3, H, W] of an image.
+Shape = tuple[int, ...]
+
 # Images decoded ahead of the disk: a pool that maps over all of them would hold all of them.
 IMAGES_IN_FLIGHT = 2048
-
-# How many damaged images are named at once.
-NAMED_IMAGES = 10
-
-# How often as long as wide a picture may be that is resized as a whole.
-LONGEST = 10
 
 
 def load_dataset(
@@ -66,15 +63,17 @@ def load_dataset(
 
     # Images of unequal size have a folder for each size that they were brought to.
     folder = root / f"decoded-v{CACHE_VERSION}-{fingerprint}"
-    folders = [folder, folder.with_name(f"{folder.name}-{image_size}px")]
+    resized = folder.with_name(f"{folder.name}-{image_size}px")
     with system_failures_named(f"--data-dir {data_dir}"):
         # Another user's folder, or one that may only be read, will do if it is whole.
-        arrays = _open_first(folders, lambda damaged, error: None)
-        if arrays is None:
+        splits = _open_first(folder, resized, say)
+        if splits is None:
             with _locked(root / f"{folder.name}.lock", say):
-                arrays = _open_or_decode(source, name, folders, image_size, say)
-    train, test = arrays
-    return Dataset(name, train, test, fingerprint)
+                # Another process may have made them meanwhile.
+                splits = _open_first(folder, resized, lambda line: None)
+                if splits is None:
+                    splits = _open(_made(source, name, folder, resized, image_size, say))
+    return Dataset(name, *splits, fingerprint)
 
 
 @contextmanager
@@ -105,44 +104,18 @@ def _locked(file: Path, say: Callable[[str], None]) -> Iterator[None]:
                 file.unlink()
 
 
-def _open_or_decode(
-    source: Source, name: str, folders: list[Path], image_size: int, say: Callable[[str], None]
-) -> tuple[Split, Split]:
-    """Training and test split from arrays that are made where they are missing or damaged."""
-
-    def remove(damaged: Path, error: Exception) -> None:
-        say(f"data: {damaged} is damaged ({error}) and is made anew")
-        shutil.rmtree(damaged)
-
-    # Another process may have made them meanwhile.
-    arrays = _open_first(folders, remove)
-    if arrays is not None:
-        return arrays
-
-    # Whether all images are of one size shows only when they are decoded.
-    folder, resized_folder = folders
-    say(f"data: decoding {name} into {folder} (once)")
-    if not _decode(source, name, folder, None):
-        say(f"data: the images are of unequal size; each is brought to {image_size}x{image_size}")
-        folder = resized_folder
-        _decode(source, name, folder, image_size)
-    return _open(folder)
-
-
 # ---- the decoded arrays on disk
 
 
 def _open_first(
-    folders: list[Path], if_damaged: Callable[[Path, Exception], None]
+    folder: Path, resized: Path, say: Callable[[str], None]
 ) -> tuple[Split, Split] | None:
-    """The splits in the first of `folders` that is there and whole."""
-    for folder in folders:
-        if not folder.exists():
-            continue
+    """Training and test split from the first of the folders that is there and whole."""
+    for made in filter(Path.exists, (folder, resized)):
         try:
-            return _open(folder)
+            return _open(made)
         except NOT_WHOLE as error:
-            if_damaged(folder, error)
+            say(f"data: {made} is damaged ({error}) and is made anew")
     return None
 
 
@@ -152,15 +125,26 @@ def _open(folder: Path) -> tuple[Split, Split]:
     for name, digest in meta["sha256"].items():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} is not what was written")
-    train = _map_split(folder, "train", meta["classes"])
-    test = _map_split(folder, "test", meta["classes"])
-    return train, test
+
+    def split(name: str) -> Split:
+        # Copy-on-write, because torch wants writable memory; nobody writes.
+        images = np.load(folder / f"{name}_images.npy", mmap_mode="c")
+        return Split(images, np.load(folder / f"{name}_labels.npy"), meta["classes"])
+
+    return split("train"), split("test")
 
 
-def _map_split(folder: Path, split: str, classes: list[str]) -> Split:
-    # Copy-on-write, because torch wants writable memory; nobody writes.
-    images = np.load(folder / f"{split}_images.npy", mmap_mode="c")
-    return Split(images, np.load(folder / f"{split}_labels.npy"), classes)
+def _made(
+    source: Source, name: str, folder: Path, resized: Path, side: int, say: Callable[[str], None]
+) -> Path:
+    """Decode `source` into one of the folders, and return it."""
+    # Whether all images are of one size shows only when they are decoded.
+    say(f"data: decoding {name} into {folder} (once)")
+    if _decode(source, name, folder, None):
+        return folder
+    say(f"data: the images are of unequal size; each is brought to {side}x{side}")
+    _decode(source, name, resized, side)
+    return resized
 
 
 def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
@@ -169,9 +153,10 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
     Without `side` the images must all be of one size, else nothing is written and False returned.
     With it, each is brought to side x side pixels.
     """
-    # What a killed process may have left goes first.
+    # What is damaged, or a killed process may have left, goes first.
     scratch = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in (folder, scratch):
+        shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir()
     try:
         if not _write_arrays(source, name, scratch, side):
@@ -188,12 +173,12 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
 def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> bool:
     """Write images, labels and meta.json to `folder`; False as soon as sizes turn out unequal."""
     # Images and labels. All damaged images are found before the data set is refused.
-    shape = (side, side) if side else None
+    shape = None
     damaged: dict[str, str] = {}
     for split, raw in source.read():
         if not len(raw.items):
             raise BadInput(f"--dataset {name}: the {split} split holds no image")
-        shape = _write_images(raw, folder / f"{split}_images.npy", shape, bool(side), damaged)
+        shape = _write_images(raw, folder / f"{split}_images.npy", shape, side, damaged)
         if shape is None:
             return False
         # By way of memory: of a full disk np.save says only how much it wrote.
@@ -210,36 +195,29 @@ def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> 
 
 
 def _write_images(
-    raw: Raw, path: Path, shape: tuple[int, int] | None, resizes: bool, damaged: dict[str, str]
-) -> tuple[int, int] | None:
-    """Decode `raw` into a .npy file uint8 [N, 3, H, W] and return (H, W).
+    raw: Raw, path: Path, shape: Shape | None, side: int | None, damaged: dict[str, str]
+) -> Shape | None:
+    """Decode `raw` into a .npy file uint8 [N, 3, H, W] and return [3, H, W]; None if they differ.
 
-    `shape` is the (H, W) to keep to; None: that of the first whole image. Images of another size
-    are resized on their shorter side and cut to the centre if `resizes`, else None is returned.
-    What is wrong with images that are not whole goes to `damaged`, by their names.
+    `shape` is the [3, H, W] to keep to; None: that of the first whole image. What is wrong with
+    images that are not whole goes to `damaged`, by their names.
     """
-    images = _decoded_images(raw, shape[0] if shape and resizes else None)
     # Written, not mapped: where a disk is full, writing to a map ends the process.
     with open(path, "wb") as file:
-        for i, image in enumerate(images):
+        for i, image in enumerate(_decoded_images(raw, side)):
             if isinstance(image, str):
                 damaged[raw.item_name(i)] = image
                 continue
-            shape = shape or image.shape[1:]
-            if image.shape[1:] != shape:
+            shape = shape or image.shape
+            if image.shape != shape:
                 return None
             if not file.tell():
-                _write_head(file, (len(raw.items), 3, *shape))
+                head = {"descr": "|u1", "fortran_order": False, "shape": (len(raw.items), *shape)}
+                np.lib.format.write_array_header_1_0(file, head)
             file.write(image.tobytes())
     if shape is None:
         _refuse(damaged)
     return shape
-
-
-def _write_head(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Begin a .npy file of uint8."""
-    head = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, head)
 
 
 def _decoded_images(raw: Raw, side: int | None) -> Iterator[NDArray[np.uint8] | str]:
@@ -261,9 +239,8 @@ def _refuse(damaged: dict[str, str]) -> None:
     if len(damaged) == 1:
         raise BadInput(*damaged.values())
     if damaged:
-        names = ", ".join(list(damaged)[:NAMED_IMAGES])
-        more = len(damaged) - NAMED_IMAGES
-        rest = f" and {more:,} more" if more > 0 else ""
+        names = ", ".join(list(damaged)[:10])
+        rest = f" and {len(damaged) - 10:,} more" if len(damaged) > 10 else ""
         raise BadInput(f"--dataset: {len(damaged):,} images are not whole: {names}{rest}")
 
 
@@ -315,7 +292,7 @@ def _resize_and_cut(image: Image.Image, side: int) -> Image.Image:
     w, h = (max(side, round(v * scale)) for v in image.size)
     left = (w - side) // 2
     top = (h - side) // 2
-    if max(image.size) > LONGEST * min(image.size):
+    if max(image.size) > 10 * min(image.size):
         # The same, up to rounding, without the memory that 65,000 x 1 would take as a whole.
         x, y = image.width / w, image.height / h
         box = (left * x, top * y, (left + side) * x, (top + side) * y)

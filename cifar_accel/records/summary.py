@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from cifar_accel.files import home, read_as, read_json, sha256
-from cifar_accel.options.options import PositiveInt, TrainingArguments
+from cifar_accel.options.options import NotNegativeInt, PositiveInt, Share, TrainingArguments
 
 # Packages whose version may change a result.
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "cifar_accel")
@@ -59,12 +59,14 @@ class Summary:
     # "finished", "preempted" or "failed".
     status: str
     # Optimizer steps taken, and those of the whole schedule.
-    steps: int
-    total_steps: int
+    steps: NotNegativeInt
+    total_steps: NotNegativeInt
     # Mean over the last whole epoch; None before the first.
-    train_loss: float | None
+    train_loss: Annotated[float | None, Field(allow_inf_nan=False)]
     # A share of 1, on the test images; None until the run has finished.
-    accuracy: float | None = None
+    accuracy: Share | None = None
+    # What ended a failed run.
+    error: str | None = None
 
 
 def read_config(run: Path) -> dict[str, Any] | None:

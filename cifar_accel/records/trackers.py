@@ -177,10 +177,13 @@ def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
     try:
         return init(mode=mode, resume="allow")
     except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
-        say(f"wandb: offline, the server does not answer ({first_line(error)})")
-        # The service still waits for the server.
-        wandb.teardown()
-        return init(mode="offline")
+        reason = first_line(error)
+    # The service still waits for the server.
+    wandb.teardown()
+    opened = init(mode="offline")
+    # Said only now: what wandb refuses offline too, such as a name, is not the server's fault.
+    say(f"wandb: offline, no run on the server ({reason})")
+    return opened
 
 
 def _kill_wandb_service() -> None:

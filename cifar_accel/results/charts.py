@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cifar_accel.console import printable
 from cifar_accel.results.runs import RunFiles, read_run
 
 # matplotlib's Axes. The library is loaded where a figure is written, since that takes a second.
@@ -30,6 +31,9 @@ MOST_SINGLE_POINTS = 30
 
 # More names than this would hide the curves behind the legend.
 MOST_NAMES = 12
+
+# A figure of this size or more is not drawn.
+LARGEST = 1e100
 
 # Size in inches, and dots an inch: 910 x 546 pixels.
 FIGURE_SIZE = (7, 4.2)
@@ -107,7 +111,7 @@ def draw_comparison(axes: Axes, runs: list[RunFiles]) -> None:
         epochs = [row["epoch"] for row in rows]
         accuracies = [100 * row["eval/accuracy"] for row in rows]
         # Without a legend the page still names every run, below the figure.
-        label = str(run.options["run_name"]) if len(runs) <= MOST_NAMES else None
+        label = printable(run.options["run_name"]) if len(runs) <= MOST_NAMES else None
         axes.plot(epochs, accuracies, marker=".", label=label)
     title = "Accuracy after each epoch, all finished runs"
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=title)
@@ -149,13 +153,18 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
 
 
 def _rows_with(run: RunFiles, key: str) -> list[dict[str, Any]]:
-    """A row has evaluation figures only where the model was evaluated, so not all have all keys."""
-    return [row for row in run.rows if key in row]
+    """The rows that have a figure `key`: those of an evaluation only where there was one.
+
+    What no axis can show, such as NaN or a number of 400 digits, is left out.
+    """
+    rows = [row for row in run.rows if key in row]
+    return [row for row in rows if abs(row[key]) < LARGEST and abs(row["epoch"]) < LARGEST]
 
 
 def _title(run: RunFiles) -> str:
     setting = run.setting
-    return f"{setting.model}, {setting.optimizer} + {setting.scheduler}, {setting.dataset}"
+    title = f"{setting.model}, {setting.optimizer} + {setting.scheduler}, {setting.dataset}"
+    return printable(title)
 
 
 def _training_images(run: RunFiles) -> str:

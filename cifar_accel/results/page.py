@@ -1,16 +1,18 @@
 """report.md and report.html of all runs below a folder."""
 
+import html
+import os
 import shlex
-from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from cifar_accel.console import printable
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import ReportArguments
 from cifar_accel.results.charts import PLOTS, draw_comparison, plot_run, save_figure
 from cifar_accel.results.runs import RunFiles, find_runs
-from cifar_accel.results.tables import LEGEND, Table, default_table, markdown, settings_table
+from cifar_accel.results.tables import LEGEND, SIGN, Table, default_table, markdown, settings_table
 
 # Of the page. On a narrow screen wide tables scroll by themselves, and the plots of a run, side by
 # side elsewhere, stand below each other.
@@ -49,28 +51,42 @@ def write_report(args: ReportArguments) -> str:
     # The tables are over finished runs; the others are listed with what became of them.
     finished = [run for run in runs if run.finished]
     unfinished = [_what_became_of(run, folder) for run in runs if not run.finished]
+    known = [run.path for run in runs]
+    for rows in sorted(folder.rglob("metrics.jsonl")):
+        if rows.parent not in known:
+            name = printable(str(rows.parent.relative_to(folder)))
+            unfinished.append(f"{name}: no config.json that a training writes")
     tables = [default_table(finished), settings_table(finished)]
     tables = [table for table in tables if table.rows]
     text = report_in_markdown(tables, unfinished)
     try:
         # Markdown may hold HTML, and names come from files that anyone may have made.
-        (folder / "report.md").write_text(escape(text, quote=False))
+        _write(folder / "report.md", html.escape(text, quote=False))
         if finished:
             save_figure(folder / "overview.png", lambda axes: draw_comparison(axes, finished))
-        (folder / "report.html").write_text(report_in_html(folder, runs, tables, unfinished))
+        _write(folder / "report.html", report_in_html(folder, runs, tables, unfinished))
     except OSError as error:
         raise BadInput(
             f"{folder}: the report cannot be written there ({error.strerror})"
         ) from error
-    return f"{text}\nThe page with the plots: {folder / 'report.html'}"
+    return f"{text}\nThe page with the plots: {printable(str(folder / 'report.html'))}"
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file of the report. Raises BadInput where somebody else's has its name."""
+    if file.exists() and SIGN not in file.read_text(encoding="utf-8", errors="replace"):
+        raise BadInput(f"{file}: is no report of cifar-accel; move it away, or rename it")
+    file.write_text(text, encoding="utf-8")
 
 
 def _what_became_of(run: RunFiles, folder: Path) -> str:
     """One line for a run that is not finished."""
-    status = run.summary.get("status", "running or killed")
+    status = "running or killed"
+    if (run.path / "summary.json").exists():
+        status = run.summary.get("status", "its summary.json is none that a training writes")
     line = f"{run.path.relative_to(folder)}: {status}"
     error = run.summary.get("error")
-    return f"{line}, {error}" if error else line
+    return printable(f"{line}, {error}" if error else line)
 
 
 def report_in_markdown(tables: list[Table], unfinished: list[str]) -> str:
@@ -84,6 +100,11 @@ def report_in_markdown(tables: list[Table], unfinished: list[str]) -> str:
 
 
 # ---- the page; whatever comes from a file is escaped where it enters a piece of HTML
+
+
+def escape(text: str) -> str:
+    """`text` as HTML shows it: neither markup nor control characters."""
+    return html.escape(printable(text))
 
 
 def report_in_html(
@@ -135,7 +156,8 @@ def run_in_html(run: RunFiles, folder: Path) -> str:
     # A report of one run's own folder has the plots beside it, and no name but the folder's.
     parts = run.path.relative_to(folder).parts
     name = "/".join(parts) or run.path.name
-    base = "".join(f"{quote(part)}/" for part in parts)
+    # As bytes, since the name of a folder need not be UTF-8.
+    base = "".join(f"{quote(os.fsencode(part))}/" for part in parts)
     images = []
     for file, shows in PLOTS.items():
         if (run.path / file).exists():

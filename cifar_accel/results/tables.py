@@ -4,6 +4,7 @@ import json
 import statistics
 from dataclasses import dataclass
 
+from cifar_accel.console import printable
 from cifar_accel.results.runs import COMPARED, RunFiles, Setting
 
 # The course report's own results: (family, optimizer, schedule) -> training loss of the last epoch
@@ -21,9 +22,10 @@ FIGURES = ["loss", "acc. %", "report"]
 # What stands in a cell without a value.
 NONE = "–"
 
-# What the columns mean, below the tables.
-LEGEND = """\
-loss: mean training loss of the last epoch (smoothing and mixing included);
+# What the columns mean, below the tables; and the words by which a file is known to be a report.
+SIGN = "mean training loss of the last epoch"
+LEGEND = f"""\
+loss: {SIGN} (smoothing and mixing included);
 acc.: top-1 on the test images. report: loss and accuracy in the course report,
 for the family, optimizer and schedule of the row, with NFNet-F0 and ViT-B/8 on
 CIFAR-100.
@@ -170,7 +172,7 @@ def markdown(table: Table) -> str:
     """A Markdown table with aligned columns, so that it reads well in a terminal too."""
     rows = [table.head]
     for row in table.rows:
-        rows.append([cell.replace("|", "\\|") for cell in row])
+        rows.append([printable(cell).replace("|", "\\|") for cell in row])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     lines = []

@@ -45,10 +45,10 @@ def load_run(folder: Path) -> FinishedRun:
         recorded = adapter(Config).validate_json(file.read_bytes(), strict=True)
     except (OSError, ValidationError) as e:
         # pydantic names the first key that is wrong.
-        reason = " ".join(str(e).split()).partition(" [type=")[0][:200]
+        reason = "config.json: " + " ".join(str(e).split()).partition(" [type=")[0][:200]
         if read_as(Config, folder.resolve().parent / "config.json"):
             reason = "give the folder above it"
-        raise BadInput(f"{folder}: is no run folder (config.json: {reason})") from e
+        raise BadInput(f"{folder}: is no run folder ({reason})") from e
     if not (folder / "model" / "model.safetensors").is_file():
         raise BadInput(
             f"{folder}: has no model/ yet, the run is not finished; the command in its config.json "

@@ -1,6 +1,7 @@
 """`cifar-accel cache` lists the decoded data sets, and removes those that nobody uses."""
 
 import os
+from pathlib import Path
 
 import pytest
 from conftest import image_folder
@@ -26,6 +27,11 @@ def data_dir(tmp_path):
     return cache
 
 
+def key_of(data_dir: Path) -> str:
+    """The fingerprint of the digits."""
+    return load_dataset("digits", str(data_dir), 32).fingerprint
+
+
 def test_each_is_listed(data_dir, in_process):
     code, out, _ = in_process(cache_command, "--data-dir", data_dir)
     assert code == 0
@@ -35,8 +41,8 @@ def test_each_is_listed(data_dir, in_process):
     assert "0.4 MB, version 2, 20" in digits
     assert digits.endswith("digits, 1,797 images of 8x8")
     assert sum(line.endswith("data, 12 images of 24x24") for line in lines) == 1
-    assert sum("version 1" in line and line.endswith("not whole") for line in lines) == 1
-    assert lines[-1] == f"       0.4 MB of decoded images in {data_dir}"
+    assert sum(line.endswith(f"decoded-{key_of(data_dir)}, not whole") for line in lines) == 1
+    assert lines[-1] == f"       0.4 MB in all, in {data_dir}"
     assert len(list(data_dir.iterdir())) == 8
 
 
@@ -44,16 +50,16 @@ def test_a_folder_with_none_is_one_line(tmp_path, in_process):
     for folder in (tmp_path, tmp_path / "nowhere"):
         code, out, _ = in_process(cache_command, "--data-dir", folder, "--clear")
         assert code == 0
-        assert out == f"       0.0 MB of decoded images in {folder}\n"
+        assert out == f"       0.0 MB in all, in {folder}\n"
 
 
 def test_all_are_removed_but_those_in_use(data_dir, in_process):
-    key = load_dataset("digits", str(data_dir), 32).fingerprint
+    key = key_of(data_dir)
     with FileLock(data_dir / f"decoded-v2-{key}.lock"):
         code, out, _ = in_process(cache_command, "--data-dir", data_dir, "--clear")
     assert code == 0
     assert out.count("; removed") == 3
-    assert out.count("; left, for a process holds its lock") == 2
+    assert out.count("; left, for a process makes it") == 2
     left = ["cifar-100-python", "decoded-by-hand"]
     kept = [f"decoded-v2-{key}{end}" for end in ("", "-8px.tmp", ".lock")]
     assert sorted(os.listdir(data_dir)) == sorted(left + kept)

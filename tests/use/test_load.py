@@ -104,7 +104,7 @@ def test_a_model_that_gives_no_logits_is_refused(folder):
 
 
 def test_a_folder_inside_a_run_is_none(folder):
-    with pytest.raises(BadInput, match=r"is no run folder .*give the folder above it"):
+    with pytest.raises(BadInput, match=r"is no run folder \(give the folder above it\)"):
         load_run(folder / "model")
 
 

@@ -1,5 +1,7 @@
 """How a run is stopped, killed and continued, in real processes."""
 
+import json
+import math
 import shutil
 import signal
 import subprocess
@@ -26,7 +28,8 @@ from conftest import (
 from safetensors.torch import save_file
 
 from cifar_accel.cli import train_command
-from cifar_accel.files import read_json
+from cifar_accel.files import read_json, write_json
+from cifar_accel.files import sha256 as sha256_of
 
 # A run in the folder ck/a of the test.
 RUN_A = "--run-name a --tracker none".split()
@@ -312,24 +315,49 @@ def test_a_run_whose_checkpoints_are_all_damaged(in_process, tmp_path, cache):
     assert f"is kept as {run}/checkpoints/step-00000008.aside-1" in out
 
 
+def test_figures_of_earlier_versions_that_are_not_finite(in_process, tmp_path, cache):
+    """A checkpoint may hold them; the JSON of this version does not."""
+    run = tmp_path / "ck" / "old"
+    shutil.copytree(STORED / "format-3", run)
+    folder = run / "checkpoints" / "step-00000008"
+    evaluation = {"loss": math.nan, "accuracy": 0.1, "top5_accuracy": 0.5, "evaluated_images": 100}
+    state = read_json(folder / "state.json") | {
+        "window": {},
+        "gradient_norm": math.inf,
+        "evaluation": evaluation,
+        "evaluated_step": 8,
+    }
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"]["state.json"] = {
+        "bytes": (folder / "state.json").stat().st_size,
+        "sha256": sha256_of(folder / "state.json"),
+    }
+    write_json(folder / "manifest.json", manifest)
+
+    words = [*TINY_VIT, "--data-dir", cache, "--save-dir", tmp_path / "ck", "--run-name", "old"]
+    words += "--dataset digits --limit-train 256 --max-steps 8".split()
+    code, out, err = in_process(train_command, *words)
+    assert code == 0, err
+    assert "after step 8" in out
+    assert summary(run)["test_loss"] is None
+    assert summary(run)["accuracy"] == 0.1
+
+
 # ---- what lies elsewhere now
 
 
-def test_data_and_weights_that_moved(in_process, tmp_path, cache):
+def test_data_and_weights_that_moved(trainer, tmp_path):
     """They are what they hold, wherever that lies; config.json keeps what the first start said."""
     data = image_folder(tmp_path / "data")
     start = tmp_path / "start.safetensors"
-    model = timm.create_model("test_vit", num_classes=2, img_size=32)
-    save_file(model.state_dict(), start)
-    words = "--model test_vit --recipe plain --batch-size 2 --epochs 2 --tracker none".split()
-    words += ["--run-name", "a", "--data-dir", cache, "--save-dir", tmp_path / "ck"]
+    save_file(timm.create_model("test_vit", num_classes=2, img_size=32).state_dict(), start)
+    words = "--model test_vit --recipe plain --batch-size 2 --epochs 2".split()
 
-    def train(*more):
-        return in_process(train_command, *words, *more)
+    def train(*more, check=0):
+        return trainer(*RUN_A, *more, base=words, check=check)
 
-    code, _, err = train("--dataset", data, "--checkpoint", start, "--max-steps", "1")
-    assert code == 0, err
-    run = tmp_path / "ck" / "a"
+    run = train("--dataset", data, "--checkpoint", start, "--max-steps", "1").run
     options = read_json(run / "config.json")["options"]
     weights = run / "model" / "model.safetensors"
     assert weights.stat().st_mode == (run / "model" / "config.json").stat().st_mode
@@ -337,20 +365,16 @@ def test_data_and_weights_that_moved(in_process, tmp_path, cache):
     data = data.rename(tmp_path / "moved")
     start = start.rename(tmp_path / "moved.safetensors")
     moved = ("--dataset", data, "--checkpoint", start)
-    code, out, err = train(*moved, "--max-steps", "2")
-    assert code == 0, err
-    assert "after step 1" in out
+    assert "after step 1" in train(*moved, "--max-steps", "2").stdout
     assert read_json(run / "config.json")["options"] == options
 
-    # Other images in the same place, with checkpoints and without.
+    # Other images in the same place; without a checkpoint, whose fingerprint would be compared too.
     shutil.copy(data / "train" / "cat" / "0.png", data / "train" / "cat" / "1.png")
-    for _ in range(2):
-        before = contents(run)
-        code, _, err = train(*moved)
-        assert code == 2
-        assert f"--dataset {data}: holds other images than {tmp_path / 'data'} did" in err
-        assert contents(run) == before
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    refused = train(*moved, check=2).stderr
+    assert f"--dataset {data}: holds other images than {tmp_path / 'data'} did" in refused
+    assert contents(run) == before
 
 
 def test_a_run_of_the_first_release_goes_on_with_moved_cifar100(tmp_path, cache, cifar):

@@ -1,6 +1,7 @@
 """Stops in order: signals, the launcher's end, --max-time, inside evaluations too."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -198,6 +199,8 @@ def suspend_worker(run: Path, evaluation: bool) -> None:
     """
     from cifar_accel.data.timm_loader import TimmImages
 
+    # As in a process of its own, whose workers have what it has.
+    multiprocessing.set_start_method("fork", force=True)
     make = "_centred" if evaluation else "_augmented"
     make_pixels = getattr(TimmImages, make)
 
@@ -210,10 +213,15 @@ def suspend_worker(run: Path, evaluation: bool) -> None:
     setattr(TimmImages, make, make_or_stop)
 
 
-def suspended(training: forked_runs.Training) -> bool:
-    """Whether a loader worker of the training is stopped."""
-    workers = psutil.Process(training.ranks[-1].pid).children()
-    return any(worker.status() == psutil.STATUS_STOPPED for worker in workers)
+def wait_until_stuck(training: forked_runs.Training, run: Path, step: int) -> None:
+    """Wait until a loader worker is stopped, and the training has come to the row of `step`."""
+    last_rank = psutil.Process(training.ranks[-1].pid)
+
+    def is_stuck() -> bool:
+        states = [worker.status() for worker in last_rank.children()]
+        return psutil.STATUS_STOPPED in states and steps(run)[-1] == step
+
+    wait_for(is_stuck)
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
@@ -227,7 +235,7 @@ def test_a_stuck_worker_does_not_keep_the_checkpoint(words, tmp_path, evaluation
     options += ["--run-name", "b"]
     hook = partial(suspend_worker, run, evaluation)
     training = forked_runs.Training(options, log, hook=hook)
-    wait_for(lambda: suspended(training))
+    wait_until_stuck(training, run, 15 if evaluation else 12)
     began = time.monotonic()
     os.kill(training.ranks[0].pid, signal.SIGTERM)
     assert training.wait(20)
@@ -250,7 +258,7 @@ def test_a_stuck_worker_of_several_processes(words, tmp_path):
     log = tmp_path / "log"
     hook = partial(suspend_worker_of_rank_1, run)
     training = forked_runs.Training(options, log, 2, hook=hook)
-    wait_for(lambda: suspended(training))
+    wait_until_stuck(training, run, 12)
     family = [child.pid for rank in training.ranks for child in psutil.Process(rank.pid).children()]
     began = time.monotonic()
     for rank in training.ranks:
