@@ -112,6 +112,7 @@ class Log:
             plan.steps_per_epoch,
             state.step,
             plan.stop_step,
+            evaluated="val" if run.args.validation_fraction else "test",
             enabled=run.ranks.is_main,
         )
         if run.args.profile and run.ranks.is_main:

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from cifar_accel.console import say
 from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.datasets import Dataset, Split, find_source, hold_out, is_hub_id, limit
-from cifar_accel.data.decode import load_dataset
+from cifar_accel.data.decode import load_dataset, system_failures_named
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.machine.processes import Ranks
@@ -177,10 +177,8 @@ def check_choices(args: TrainingArguments) -> None:
     # Whether a hub has it is known only by asking the hub.
     if is_hub_id(args.dataset):
         return
-    try:
-        find_source(args.dataset, home(args.data_dir), say)
-    except OSError as e:
-        raise BadInput(f"--dataset {args.dataset[:200]}: {e.strerror or e}") from e
+    with system_failures_named(f"--dataset {args.dataset[:200]}"):
+        find_source(args.dataset, home(args.data_dir), lambda line: None)
 
 
 # ---- data

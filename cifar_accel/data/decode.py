@@ -121,15 +121,16 @@ def _open_first(
 
 def _open(folder: Path) -> tuple[Split, Split]:
     """Map the arrays in `folder`. Raises what is in NOT_WHOLE if they are not what was written."""
-    meta = json.loads((folder / "meta.json").read_text())
-    for name, digest in meta["sha256"].items():
+    digests = json.loads((folder / "meta.json").read_text())["sha256"]
+    for name, digest in digests.items():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} is not what was written")
+    classes = json.loads((folder / "classes.json").read_text())
 
     def split(name: str) -> Split:
         # Copy-on-write, because torch wants writable memory; nobody writes.
         images = np.load(folder / f"{name}_images.npy", mmap_mode="c")
-        return Split(images, np.load(folder / f"{name}_labels.npy"), meta["classes"])
+        return Split(images, np.load(folder / f"{name}_labels.npy"), classes)
 
     return split("train"), split("test")
 
@@ -171,13 +172,11 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
 
 
 def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> bool:
-    """Write images, labels and meta.json to `folder`; False as soon as sizes turn out unequal."""
+    """Write arrays, classes and meta.json to `folder`; False as soon as sizes turn out unequal."""
     # Images and labels. All damaged images are found before the data set is refused.
     shape = None
     damaged: dict[str, str] = {}
     for split, raw in source.read():
-        if not len(raw.items):
-            raise BadInput(f"--dataset {name}: the {split} split holds no image")
         shape = _write_images(raw, folder / f"{split}_images.npy", shape, side, damaged)
         if shape is None:
             return False
@@ -188,9 +187,9 @@ def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> 
     _refuse(damaged)
 
     # Every split has the same classes.
+    (folder / "classes.json").write_text(json.dumps(raw.classes))
     digests = {file.name: sha256(file) for file in folder.iterdir()}
-    meta = {"name": name, "classes": raw.classes, "sha256": digests}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps({"name": name, "sha256": digests}))
     return True
 
 

@@ -3,7 +3,6 @@
 On a terminal that is one progress bar, elsewhere one line a logged row.
 """
 
-import shutil
 import sys
 import time
 from contextlib import suppress
@@ -11,14 +10,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Description, percentage, bar, time passed and left, then loss, accuracy and speed.
-BAR_LAYOUT = "{desc} {percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}{postfix}"
-
 # A share of the time that is spent waiting for input is shown from here on.
 NOTABLE_INPUT_SHARE = 0.05
 
-# On a terminal of fewer columns, that share is left out.
-WIDE_TERMINAL = 100
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A progress bar that leaves out what its terminal has no room for."""
+
+    # What stands behind the time, the most important first.
+    figures: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The fullest line that fits: without the picture first, then without the last figure."""
+        facts = dict(self.format_dict)
+        columns = facts.pop("ncols") or sys.maxsize
+        head = "{desc} {percentage:3.0f}%"
+        forms = [head]
+        for count in range(len(self.figures) + 1):
+            tail = ", ".join((" {elapsed}<{remaining}", *self.figures[:count]))
+            forms += [head + tail, head + "|{bar:10}|" + tail]
+        lines = [self.format_meter(**facts | {"bar_format": form}) for form in reversed(forms)]
+        return next((line for line in lines if len(line) <= columns), "")
 
 
 class Progress:
@@ -29,25 +41,31 @@ class Progress:
         steps_per_epoch: steps of one epoch.
         start: the step from which this process goes on.
         stop: the step after which it ends.
+        evaluated: "test" or "val": the images that the accuracy is of.
         enabled: whether to show anything.
     """
 
     def __init__(
-        self, total_steps: int, steps_per_epoch: int, start: int, stop: int, enabled: bool
+        self,
+        total_steps: int,
+        steps_per_epoch: int,
+        start: int,
+        stop: int,
+        evaluated: str,
+        enabled: bool,
     ):
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.start = start
         self.stop = stop
+        self.evaluated = evaluated
         self.enabled = enabled
         self.started_at = time.perf_counter()
         # The last evaluation's, shown until the next one.
         self.accuracy: float | None = None
         self.bar: Any = None
         if enabled and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=stop, initial=start, bar_format=BAR_LAYOUT, dynamic_ncols=True, leave=True
-            )
+            self.bar = Bar(total=stop, initial=start, dynamic_ncols=True, leave=True)
             self.bar.set_description_str(self._epoch_of(start), refresh=False)
 
     def step(self) -> None:
@@ -69,7 +87,8 @@ class Progress:
         figures = self._figures(row)
         if self.bar is not None:
             self.bar.set_description_str(epoch, refresh=False)
-            self.bar.set_postfix_str(figures)
+            self.bar.figures = figures
+            self.bar.refresh()
             return
         step = f"step {row['step']:,}/{self.total_steps:,}"
         left = ""
@@ -78,7 +97,7 @@ class Progress:
             left = f", {format_duration(self._seconds_left(row['step']))} left"
         # A full disk behind stdout costs the line, not the run.
         with suppress(OSError):
-            print(f"{epoch}  {step}  {figures}{left}", flush=True)
+            print(f"{epoch}  {step}  {', '.join(figures)}{left}", flush=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -91,19 +110,17 @@ class Progress:
         epoch = min(step // self.steps_per_epoch + 1, epochs)
         return f"epoch {epoch}/{epochs}"
 
-    def _figures(self, row: dict[str, Any]) -> str:
-        """`loss 1.234, acc 56.78%, 9,999 img/s`, and what else is worth a look."""
+    def _figures(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """`loss 1.234`, `test acc 56.78%`, `9,999 img/s`, and what else is worth a look."""
         figures = [f"loss {row['train/loss']:.3f}"]
         if self.accuracy is not None:
-            figures.append(f"acc {self.accuracy:.2%}")
-        speed = f"{row['train/images_per_s']:,.0f} img/s"
-        narrow = self.bar is not None and shutil.get_terminal_size().columns < WIDE_TERMINAL
-        if row["train/input_share"] >= NOTABLE_INPUT_SHARE and not narrow:
-            speed += f" ({row['train/input_share']:.0%} input)"
-        figures.append(speed)
+            figures.append(f"{self.evaluated} acc {self.accuracy:.2%}")
+        figures.append(f"{row['train/images_per_s']:,.0f} img/s")
+        if row["train/input_share"] >= NOTABLE_INPUT_SHARE:
+            figures.append(f"{row['train/input_share']:.0%} input")
         if "train/mfu" in row:
             figures.append(f"MFU {row['train/mfu']:.0%}")
-        return ", ".join(figures)
+        return tuple(figures)
 
     def _seconds_left(self, step: int) -> float:
         """Seconds to the last step, at the mean speed of this process so far."""

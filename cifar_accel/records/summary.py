@@ -61,8 +61,8 @@ class Summary:
     # Optimizer steps taken, and those of the whole schedule.
     steps: NotNegativeInt
     total_steps: NotNegativeInt
-    # Mean over the last whole epoch; None before the first.
-    train_loss: Annotated[float | None, Field(allow_inf_nan=False)]
+    # Mean over the last whole epoch; None before the first. A float32 is no larger.
+    train_loss: Annotated[float | None, Field(ge=0, le=1e39)]
     # A share of 1, on the test images; None until the run has finished.
     accuracy: Share | None = None
     # What ended a failed run.

@@ -143,6 +143,7 @@ DAMAGE = {
     "labels of another kind": ("train_labels.npy", lambda f: np.save(f, np.zeros(12))),
     "one other label": ("test_labels.npy", lambda f: flip_a_bit(f, -8)),
     "one other pixel": ("train_images.npy", lambda f: flip_a_bit(f, 1000)),
+    "another name of a class": ("classes.json", lambda f: flip_a_bit(f, 3)),
     "no images": ("test_images.npy", lambda f: f.unlink()),
     "a list": ("meta.json", lambda f: f.write_text("[1]")),
 }
