@@ -92,7 +92,9 @@ class StopRequest:
             yield
         finally:
             self.turn_began = None
-            self.longest_turn = max(self.longest_turn, time.monotonic() - began)
+            # Of the first step most is its preparation.
+            if self.has_progressed:
+                self.longest_turn = max(self.longest_turn, time.monotonic() - began)
 
     @contextlib.contextmanager
     def interruptible(self, allowed: bool) -> Iterator[None]:

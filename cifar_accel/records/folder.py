@@ -212,6 +212,13 @@ def _go_on_in_place(
         opened.config = config if _has_work(path) else None
         opened.resume_from = path
         return
+    # Nobody reads the images of a finished run, so there is no telling whether they are the same.
+    trained_on = config["options"]["dataset"]
+    if args.dataset != trained_on:
+        raise BadInput(
+            f"--dataset {args.dataset}: the run in {path} is finished, on {trained_on}; give that, "
+            "or another --run-name"
+        )
     opened.finished = summary
     say(
         f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "

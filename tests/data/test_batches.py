@@ -1,16 +1,23 @@
 """The batches of both pipelines: the same on any number of processes, exact targets and labels."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import summary
 
 from cifar_accel.data.batches import Pipeline, smooth_one_hot
 from cifar_accel.data.datasets import Split
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.data.order import Order
+from cifar_accel.errors import TrainingError
 from cifar_accel.options.recipes import recipe_defaults
 
 CPU = torch.device("cpu")
@@ -193,6 +200,61 @@ def test_all_ranks_evaluate_equal_batches(photos):
         batches = list(pipeline(PLAIN, photos).evaluation_batches(5, 7, rank))
         shapes.add((len(batches), *{batch.images.shape for batch in batches}))
     assert shapes == {(2, (4, 3, 32, 32))}
+
+
+# ---- workers that fail
+
+
+@pytest.fixture
+def stream(photos):
+    """Training batches that two workers make; the first has come."""
+    args = replace(SETTINGS["timm"], workers=2, mixup=0.0)
+    order = Order(args.seed, len(photos), 24)
+    batches = pipeline(args, photos).training_batches(order, 0, 100)
+    next(batches)
+    yield batches
+    batches.close()
+
+
+def test_workers_that_are_killed_are_one_line(stream):
+    """By the system, which has no memory left, and by a page that finds no shared memory."""
+    workers = multiprocessing.active_children()
+    for worker, number in zip(workers, (signal.SIGKILL, signal.SIGBUS), strict=True):
+        os.kill(worker.pid, number)
+    with pytest.raises(TrainingError, match="exited unexpectedly; .*--workers 0") as failure:
+        for _ in stream:
+            pass
+    assert "\n" not in str(failure.value)
+    assert str(workers[0].pid) in str(failure.value)
+
+
+def test_a_worker_that_is_stuck_does_not_hold_up_the_end(stream):
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 4
+    assert not multiprocessing.active_children()
+
+
+# The same command with a small /dev/shm of its own.
+SMALL = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "-")
+
+
+def test_workers_without_shared_memory_are_one_line(trainer):
+    """As in a container, which has 64 MB of it."""
+    if sys.platform != "linux" or subprocess.run([*SMALL, "true"]).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    done = trainer(
+        *"--pipeline timm --workers 1 --image-size 128 --tracker none".split(),
+        launcher=(*SMALL, sys.executable),
+        check=1,
+        timeout=60,
+    )
+    assert done.stderr.count("\n") == 1
+    assert "unable to allocate shared memory" in done.stderr
+    assert "--shm-size" in done.stderr and "--workers 0" in done.stderr
+    assert summary(done.run)["status"] == "failed"
 
 
 # ---- real images

@@ -193,6 +193,12 @@ def test_a_run_that_did_nothing_may_begin_on_other_images(args):
     check_images(opened(args), args.dataset, "another")
 
 
+def test_a_finished_run_reads_no_images_and_so_takes_no_other_folder(args, tmp_path):
+    run = write_run(args, summary=FINISHED)
+    with pytest.raises(BadInput, match=f"the run in {run} is finished, on cifar100"):
+        opened(replace(args, dataset=str(tmp_path)))
+
+
 def write_weights(path, text):
     """Weights as each of the two options takes them: a folder of timm's, and its file."""
     path.mkdir()

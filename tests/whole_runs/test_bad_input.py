@@ -186,7 +186,7 @@ def test_flags_are_checked_in_a_fresh_process():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "Perhaps you meant: --model" in done.stderr
+    assert "did you mean --model?" in done.stderr
     assert is_one_line(done.stderr), done.stderr
 
 

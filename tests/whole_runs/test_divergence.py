@@ -1,12 +1,15 @@
 """Losses and gradients that are not finite."""
 
+import json
 import os
 from functools import partial
 
 import forked_runs
 import pytest
-from conftest import summary
+from conftest import files_of, rows, summary
 
+from cifar_accel.cli import evaluate_command
+from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.order import Order
 from cifar_accel.files import read_json
 from cifar_accel.records import checkpoint
@@ -79,3 +82,50 @@ def test_what_a_run_prints_of_a_divergence(trainer):
     assert "is not finite" in done.stderr
     assert "no checkpoint holds it" in done.stderr
     assert summary(done.run)["status"] == "failed"
+
+
+# ---- evaluations
+
+
+def overflow_in_evaluations() -> None:
+    """Hook: the last rank evaluates images so large that the model's numbers are not finite."""
+    evaluation_batches = Pipeline.evaluation_batches
+
+    def large_batches(self, batch_size, world=1, rank=0):
+        for batch in evaluation_batches(self, batch_size, world, rank):
+            yield batch._replace(images=batch.images * 1e38) if rank == world - 1 else batch
+
+    Pipeline.evaluation_batches = large_batches
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_evaluation_that_is_not_finite(words, tmp_path, in_process, monkeypatch, world):
+    """The weights are finite, and the checkpoint of the step is there already."""
+    options = words(*"--run-name a --tracker none --epochs 2".split())
+    log = tmp_path / "log"
+    run = tmp_path / "ck" / "a"
+    failed = forked_runs.finish(options, log, world, hook=overflow_in_evaluations)
+    assert failed.codes == [1] * world
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert "Diverged: the evaluation after step 8 is not finite: loss nan over 100 images" in said
+    assert summary(run)["status"] == "failed"
+    assert [row["step"] for row in rows(run)] == [3, 6]
+    for file, held in files_of(run).items():
+        if file.suffix == ".json":
+            json.loads(held, parse_constant=no_constant)
+    assert checkpoint.newest_valid(run, print).name == "step-00000008"
+
+    # The fault was not in the weights, so the same command goes on.
+    forked_runs.finish(options, log, world)
+    assert summary(run)["status"] == "finished"
+
+    monkeypatch.setattr(Pipeline, "evaluation_batches", Pipeline.evaluation_batches)
+    overflow_in_evaluations()
+    code, _, stderr = in_process(evaluate_command, "--run", run, "--tracker", "none")
+    assert code == 1
+    assert stderr.count("\n") == 1 and "the evaluation is not finite: loss nan" in stderr

@@ -192,6 +192,10 @@ def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
 # ---- a process that is stuck
 
 
+# Hook: loader workers are forks, as in a process of its own, and so have what it has.
+FORK = partial(multiprocessing.set_start_method, "fork", force=True)
+
+
 def suspend_worker(run: Path, evaluation: bool) -> None:
     """Hook: a loader worker stops for ever, as on a dead disk.
 
@@ -199,14 +203,15 @@ def suspend_worker(run: Path, evaluation: bool) -> None:
     """
     from cifar_accel.data.timm_loader import TimmImages
 
-    # As in a process of its own, whose workers have what it has.
-    multiprocessing.set_start_method("fork", force=True)
+    FORK()
     make = "_centred" if evaluation else "_augmented"
     make_pixels = getattr(TimmImages, make)
 
     def make_or_stop(self, request):
         due = steps(run)[-1] == 15 if evaluation else request.step == 12
         if due:
+            # What it was asked for before has arrived when the training stands at its step.
+            wait_for(lambda: steps(run)[-1] >= 12)
             os.kill(os.getpid(), signal.SIGSTOP)
         return make_pixels(self, request)
 
@@ -228,7 +233,7 @@ def wait_until_stuck(training: forked_runs.Training, run: Path, step: int) -> No
 def test_a_stuck_worker_does_not_keep_the_checkpoint(words, tmp_path, evaluation):
     options = words(*"--pipeline timm --workers 2 --save-every none --tracker none".split())
     whole = tmp_path / "ck" / "whole"
-    forked_runs.finish([*options, "--run-name", "whole"], tmp_path / "a")
+    forked_runs.finish([*options, "--run-name", "whole"], tmp_path / "a", hook=FORK)
 
     run = tmp_path / "ck" / "b"
     log = tmp_path / "b"
@@ -247,7 +252,7 @@ def test_a_stuck_worker_does_not_keep_the_checkpoint(words, tmp_path, evaluation
     step = 16 if evaluation else 12
     assert checkpoint.newest_valid(run, print).name == f"step-{step:08d}"
 
-    forked_runs.finish(options, log)
+    forked_runs.finish(options, log, hook=FORK)
     assert_same_run(run, whole)
 
 
@@ -278,6 +283,7 @@ def test_a_stuck_worker_of_several_processes(words, tmp_path):
 
 def suspend_worker_of_rank_1(run: Path) -> None:
     """Hook: as `suspend_worker`, on rank 1 alone."""
+    FORK()
     if os.environ["RANK"] == "1":
         suspend_worker(run, evaluation=False)
 

@@ -68,6 +68,7 @@ def stuck(folder, training, watched, earlier_turn):
     signals.PATIENCE = 0.5
     stop = StopRequest()
     stop.training = training
+    stop.has_progressed = training
     stop.last_act = lambda: os.close(os.open("last act", os.O_CREAT))
     if training:
         with stop.watched():
