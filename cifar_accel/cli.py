@@ -12,12 +12,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import cifar_accel
-from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, open_streams, say
+from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, open_stdout, say
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
-    CacheArguments,
     EvaluateArguments,
     ReportArguments,
     StudyArguments,
@@ -29,7 +28,7 @@ from cifar_accel.records.folder import Opened, open_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script `cifar-accel`; returns the exit code."""
-    open_streams()
+    open_stdout()
     # The console script calls it without arguments.
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -62,7 +61,7 @@ def guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], i
 
     @functools.wraps(work)
     def command(argv: Sequence[str]) -> int:
-        open_streams()
+        open_stdout()
         try:
             return work(argv)
         except (BadInput, TrainingError) as error:
@@ -209,16 +208,6 @@ def report_command(argv: Sequence[str]) -> int:
     return 0
 
 
-@guarded
-def cache_command(argv: Sequence[str]) -> int:
-    """List the decoded data sets, and remove them if so asked."""
-    # numpy is loaded for this command alone.
-    from cifar_accel.data.caches import list_caches
-
-    list_caches(parse(CacheArguments, argv, "cifar-accel cache"), say)
-    return 0
-
-
 class Command(NamedTuple):
     """A command of `cifar-accel`: what it does with its words, and its line of help."""
 
@@ -231,7 +220,6 @@ COMMANDS = {
     "evaluate": Command(evaluate_command, "evaluate a run folder on its test set"),
     "study": Command(study_command, "run every run of a study file that is not finished"),
     "report": Command(report_command, "tables, plots and a page of all runs below a folder"),
-    "cache": Command(cache_command, "list the decoded data sets, or remove them"),
 }
 
 

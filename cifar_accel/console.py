@@ -32,16 +32,13 @@ class _Output(io.FileIO):
         return len(data)
 
 
-def open_streams() -> None:
-    """Let stdout and stderr take any character, and go on when nobody reads them any longer."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        # None is a stream that was closed; any other but the system's is somebody else's.
-        if stream is None or stream is not getattr(sys, f"__{name}__"):
-            continue
-        file = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-        errors, lines = "backslashreplace", stream.line_buffering or stream.write_through
-        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, errors, line_buffering=lines))
+def open_stdout() -> None:
+    """Let stdout take any character, and go on when nobody reads it any longer."""
+    system = sys.__stdout__
+    # None is a stdout that was closed; another than the system's is somebody else's.
+    if system and sys.stdout is system:
+        raw = io.BufferedWriter(_Output(system.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, system.encoding, "backslashreplace", line_buffering=True)
 
 
 def printable(text: str) -> str:

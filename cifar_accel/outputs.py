@@ -107,14 +107,10 @@ class Log:
         # A checkpoint is written before the row of its step, which is then settled again. After a
         # step whose window is empty there is nothing to settle.
         self.metrics.truncate(state.step - 1 if state.window_is_open else state.step)
-        self.progress = Progress(
-            plan.total_steps,
-            plan.steps_per_epoch,
-            state.step,
-            plan.stop_step,
-            evaluated="val" if run.args.validation_fraction else "test",
-            enabled=run.ranks.is_main,
-        )
+        if run.ranks.is_main:
+            images = "val" if run.args.validation_fraction else "test"
+            steps = (plan.total_steps, plan.steps_per_epoch, state.step, plan.stop_step)
+            self.progress = Progress(*steps, images)
         if run.args.profile and run.ranks.is_main:
             self.profiler = Profiler(run.folder.path / "profile", run.args.profile, say)
 

@@ -126,10 +126,11 @@ def _told_in_one_line() -> Iterator[None]:
     """Around a loader: workers that are gone or find no room are a TrainingError."""
     try:
         yield
-    except (OSError, RuntimeError) as e:
-        # What a worker raised comes with its traceback.
-        text = str(e).strip().rpartition("\n")[2]
-        if not any(words in text for words in WORKERS_FAIL):
+    except (OSError, RuntimeError, EOFError) as e:
+        # What a worker raised comes with its traceback. One that dies may do so in mid-sentence.
+        text = str(e).strip().rpartition("\n")[2] or "a worker is gone"
+        is_gone = isinstance(e, EOFError | ConnectionError)
+        if not is_gone and not any(words in text for words in WORKERS_FAIL):
             raise
         raise TrainingError(
             f"--pipeline timm: {text}; workers need memory and shared memory (docker run "

@@ -229,16 +229,6 @@ class ReportArguments:
     """A folder with run folders at any depth below it."""
 
 
-@dataclass(frozen=True)
-class CacheArguments:
-    """List the decoded data sets in a data folder."""
-
-    data_dir: str = TrainingArguments.data_dir
-    """Where they are kept."""
-    clear: bool = False
-    """Remove them; each is made anew when a training needs it."""
-
-
 # The options that may differ between a run and its continuation.
 VOLATILE = frozenset(
     name

@@ -1,4 +1,4 @@
-"""What a person sees of a running training; only the main process shows anything.
+"""What a person sees of a running training, on its main process.
 
 On a terminal that is one progress bar, elsewhere one line a logged row.
 """
@@ -9,6 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
+
+from cifar_accel.console import say
 
 # A share of the time that is spent waiting for input is shown from here on.
 NOTABLE_INPUT_SHARE = 0.05
@@ -41,30 +43,20 @@ class Progress:
         steps_per_epoch: steps of one epoch.
         start: the step from which this process goes on.
         stop: the step after which it ends.
-        evaluated: "test" or "val": the images that the accuracy is of.
-        enabled: whether to show anything.
+        images: "test" or "val", which the accuracy is of.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        steps_per_epoch: int,
-        start: int,
-        stop: int,
-        evaluated: str,
-        enabled: bool,
-    ):
+    def __init__(self, total_steps: int, steps_per_epoch: int, start: int, stop: int, images: str):
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.start = start
         self.stop = stop
-        self.evaluated = evaluated
-        self.enabled = enabled
+        self.images = images
         self.started_at = time.perf_counter()
         # The last evaluation's, shown until the next one.
         self.accuracy: float | None = None
         self.bar: Any = None
-        if enabled and sys.stderr.isatty():
+        if sys.stderr.isatty():
             self.bar = Bar(total=stop, initial=start, dynamic_ncols=True, leave=True)
             self.bar.set_description_str(self._epoch_of(start), refresh=False)
 
@@ -78,8 +70,6 @@ class Progress:
 
     def log(self, row: dict[str, Any]) -> None:
         """Show a logged row."""
-        if not self.enabled:
-            return
         if "eval/accuracy" in row:
             self.accuracy = row["eval/accuracy"]
         # The epoch in which the row's last step was, also where that step ended it.
@@ -94,10 +84,10 @@ class Progress:
         left = ""
         # After a resume the first row may be of the step that it begins at, which took no time.
         if row["step"] > self.start:
-            left = f", {format_duration(self._seconds_left(row['step']))} left"
-        # A full disk behind stdout costs the line, not the run.
-        with suppress(OSError):
-            print(f"{epoch}  {step}  {', '.join(figures)}{left}", flush=True)
+            # At the mean speed of this process so far.
+            step_s = (time.perf_counter() - self.started_at) / (row["step"] - self.start)
+            left = f", {tqdm.format_interval(round(step_s * (self.stop - row['step'])))} left"
+        say(f"{epoch}  {step}  {', '.join(figures)}{left}")
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -114,24 +104,10 @@ class Progress:
         """`loss 1.234`, `test acc 56.78%`, `9,999 img/s`, and what else is worth a look."""
         figures = [f"loss {row['train/loss']:.3f}"]
         if self.accuracy is not None:
-            figures.append(f"{self.evaluated} acc {self.accuracy:.2%}")
+            figures.append(f"{self.images} acc {self.accuracy:.2%}")
         figures.append(f"{row['train/images_per_s']:,.0f} img/s")
         if row["train/input_share"] >= NOTABLE_INPUT_SHARE:
             figures.append(f"{row['train/input_share']:.0%} input")
         if "train/mfu" in row:
             figures.append(f"MFU {row['train/mfu']:.0%}")
         return tuple(figures)
-
-    def _seconds_left(self, step: int) -> float:
-        """Seconds to the last step, at the mean speed of this process so far."""
-        passed = time.perf_counter() - self.started_at
-        return passed / (step - self.start) * (self.stop - step)
-
-
-def format_duration(seconds: float) -> str:
-    """`95` -> `1:35`; `4000` -> `1:06:40`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{seconds:02d}"
-    return f"{minutes}:{seconds:02d}"

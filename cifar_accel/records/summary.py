@@ -65,7 +65,6 @@ class Summary:
     train_loss: Annotated[float | None, Field(ge=0, le=1e39)]
     # A share of 1, on the test images; None until the run has finished.
     accuracy: Share | None = None
-    # What ended a failed run.
     error: str | None = None
 
 

@@ -1,5 +1,6 @@
 """Plots of one run and of several."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ MOST_SINGLE_POINTS = 30
 # More names than this would hide the curves behind the legend.
 MOST_NAMES = 12
 
-# A figure of this size or more is not drawn.
+# Figures of this size are not drawn: some a float cannot hold.
 LARGEST = 1e100
 
 # Size in inches, and dots an inch: 910 x 546 pixels.
@@ -45,18 +46,13 @@ def plot_run(path: Path, say: Callable[[str], None]) -> None:
     try:
         run = read_run(path)
         if run is not None and run.rows:
-            write_plots(run)
+            save_figure(path / "loss.png", lambda axes: draw_loss(axes, run))
+            save_figure(path / "accuracy.png", lambda axes: draw_accuracy(axes, run))
+            save_figure(path / "lr.png", lambda axes: draw_learning_rate(axes, run))
             say(f"plots: {', '.join(PLOTS)} in {path}")
     # Whatever goes wrong in here, the training before it is done and stays so.
     except Exception as error:
         say(f"warning: no plots ({type(error).__name__}: {error})")
-
-
-def write_plots(run: RunFiles) -> None:
-    """Write the plots of a run that has rows."""
-    save_figure(run.path / "loss.png", lambda axes: draw_loss(axes, run))
-    save_figure(run.path / "accuracy.png", lambda axes: draw_accuracy(axes, run))
-    save_figure(run.path / "lr.png", lambda axes: draw_learning_rate(axes, run))
 
 
 # ---- what is drawn
@@ -79,14 +75,12 @@ def draw_accuracy(axes: Axes, run: RunFiles) -> None:
     training = f"train ({_training_images(run)})"
     draw_curve(axes, run, "train/accuracy", training, "tab:blue", scale=100)
     draw_curve(axes, run, "eval/accuracy", _evaluated_images(run), "tab:orange", scale=100)
-    evaluations = _rows_with(run, "eval/accuracy")
-    if evaluations:
-        last = evaluations[-1]
-        accuracy = last["eval/accuracy"]
+    epochs, accuracies = _points(run, "eval/accuracy", 100)
+    if epochs:
         # Below the last point, 16 points of a font's size away from it.
         axes.annotate(
-            f"{accuracy:.2%}",
-            (last["epoch"], accuracy * 100),
+            f"{accuracies[-1]:.2f}%",
+            (epochs[-1], accuracies[-1]),
             xytext=(0, -16),
             textcoords="offset points",
             ha="right",
@@ -96,10 +90,7 @@ def draw_accuracy(axes: Axes, run: RunFiles) -> None:
 
 def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
     """The learning rate by epoch."""
-    rows = _rows_with(run, "train/lr")
-    epochs = [row["epoch"] for row in rows]
-    rates = [row["train/lr"] for row in rows]
-    axes.plot(epochs, rates, color="tab:green", label="learning rate")
+    axes.plot(*_points(run, "train/lr"), color="tab:green", label="learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.set(ylabel="learning rate", title=f"Schedule: {_title(run)}")
 
@@ -107,12 +98,9 @@ def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
 def draw_comparison(axes: Axes, runs: list[RunFiles]) -> None:
     """The test accuracy of several runs in percent by epoch."""
     for run in runs:
-        rows = _rows_with(run, "eval/accuracy")
-        epochs = [row["epoch"] for row in rows]
-        accuracies = [100 * row["eval/accuracy"] for row in rows]
         # Without a legend the page still names every run, below the figure.
         label = printable(run.options["run_name"]) if len(runs) <= MOST_NAMES else None
-        axes.plot(epochs, accuracies, marker=".", label=label)
+        axes.plot(*_points(run, "eval/accuracy", 100), marker=".", label=label)
     title = "Accuracy after each epoch, all finished runs"
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=title)
 
@@ -121,9 +109,7 @@ def draw_curve(
     axes: Axes, run: RunFiles, key: str, label: str, color: str, scale: float = 1.0
 ) -> None:
     """The metric `key` by epoch, times `scale`."""
-    rows = _rows_with(run, key)
-    epochs = [row["epoch"] for row in rows]
-    values = [row[key] * scale for row in rows]
+    epochs, values = _points(run, key, scale)
     if len(values) <= MOST_SINGLE_POINTS:
         axes.plot(epochs, values, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
         return
@@ -152,19 +138,16 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
 # ---- what is said about it
 
 
-def _rows_with(run: RunFiles, key: str) -> list[dict[str, Any]]:
-    """The rows that have a figure `key`: those of an evaluation only where there was one.
-
-    What no axis can show, such as NaN or a number of 400 digits, is left out.
-    """
-    rows = [row for row in run.rows if key in row]
-    return [row for row in rows if abs(row[key]) < LARGEST and abs(row["epoch"]) < LARGEST]
+def _points(run: RunFiles, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
+    """The epochs in which `key` was logged, and its values, times `scale`; NaN is left out."""
+    rows = [row for row in run.rows if abs(row.get(key, math.nan)) < LARGEST]
+    rows = [row for row in rows if abs(row["epoch"]) < LARGEST]
+    return [row["epoch"] for row in rows], [scale * row[key] for row in rows]
 
 
 def _title(run: RunFiles) -> str:
-    setting = run.setting
-    title = f"{setting.model}, {setting.optimizer} + {setting.scheduler}, {setting.dataset}"
-    return printable(title)
+    dataset, model, optimizer, scheduler = run.setting
+    return printable(f"{model}, {optimizer} + {scheduler}, {dataset}")
 
 
 def _training_images(run: RunFiles) -> str:

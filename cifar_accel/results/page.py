@@ -51,42 +51,35 @@ def write_report(args: ReportArguments) -> str:
     # The tables are over finished runs; the others are listed with what became of them.
     finished = [run for run in runs if run.finished]
     unfinished = [_what_became_of(run, folder) for run in runs if not run.finished]
-    known = [run.path for run in runs]
-    for rows in sorted(folder.rglob("metrics.jsonl")):
-        if rows.parent not in known:
-            name = printable(str(rows.parent.relative_to(folder)))
-            unfinished.append(f"{name}: no config.json that a training writes")
+    lost = {file.parent for file in folder.rglob("metrics.jsonl")} - {run.path for run in runs}
+    unfinished += [f"{path.relative_to(folder)}: no config.json of a run" for path in sorted(lost)]
     tables = [default_table(finished), settings_table(finished)]
     tables = [table for table in tables if table.rows]
     text = report_in_markdown(tables, unfinished)
     try:
+        for file in (folder / "report.md", folder / "report.html"):
+            if file.exists() and SIGN not in file.read_text(encoding="utf-8", errors="replace"):
+                raise BadInput(f"{file}: is no report of cifar-accel; move it away, or rename it")
         # Markdown may hold HTML, and names come from files that anyone may have made.
-        _write(folder / "report.md", html.escape(text, quote=False))
+        (folder / "report.md").write_text(html.escape(text, quote=False), encoding="utf-8")
         if finished:
             save_figure(folder / "overview.png", lambda axes: draw_comparison(axes, finished))
-        _write(folder / "report.html", report_in_html(folder, runs, tables, unfinished))
+        page = report_in_html(folder, runs, tables, unfinished)
+        (folder / "report.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise BadInput(
             f"{folder}: the report cannot be written there ({error.strerror})"
         ) from error
-    return f"{text}\nThe page with the plots: {printable(str(folder / 'report.html'))}"
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file of the report. Raises BadInput where somebody else's has its name."""
-    if file.exists() and SIGN not in file.read_text(encoding="utf-8", errors="replace"):
-        raise BadInput(f"{file}: is no report of cifar-accel; move it away, or rename it")
-    file.write_text(text, encoding="utf-8")
+    return f"{text}\nThe page with the plots: {folder / 'report.html'}"
 
 
 def _what_became_of(run: RunFiles, folder: Path) -> str:
     """One line for a run that is not finished."""
-    status = "running or killed"
-    if (run.path / "summary.json").exists():
-        status = run.summary.get("status", "its summary.json is none that a training writes")
-    line = f"{run.path.relative_to(folder)}: {status}"
+    damaged = (run.path / "summary.json").exists()
+    otherwise = "no summary.json of a run" if damaged else "running or killed"
+    line = f"{run.path.relative_to(folder)}: {run.summary.get('status', otherwise)}"
     error = run.summary.get("error")
-    return printable(f"{line}, {error}" if error else line)
+    return f"{line}, {error}" if error else line
 
 
 def report_in_markdown(tables: list[Table], unfinished: list[str]) -> str:
@@ -95,7 +88,7 @@ def report_in_markdown(tables: list[Table], unfinished: list[str]) -> str:
     parts.append(LEGEND)
     if unfinished:
         parts.append("\n## Not finished\n\n")
-        parts += [f"- {line}\n" for line in unfinished]
+        parts += [f"- {printable(line)}\n" for line in unfinished]
     return "".join(parts)
 
 
@@ -115,7 +108,7 @@ def report_in_html(
     title = escape(folder.resolve().name)
     parts = [f"<h1>{title}</h1>"]
     parts += [table_in_html(table) for table in tables]
-    parts.append(f"<p>{escape(LEGEND)}</p>")
+    parts.append(f"<p>{LEGEND}</p>")
     if unfinished:
         lines = "".join(f"<li>{escape(line)}</li>" for line in unfinished)
         parts.append(f"<h2>Not finished</h2><ul>{lines}</ul>")

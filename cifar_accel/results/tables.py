@@ -158,12 +158,8 @@ def _published(setting: Setting) -> str:
     """Loss and accuracy (in percent) of the course report for a setting, by the model's family."""
     # A DeiT is a ViT that was trained otherwise.
     model = setting.model.lower().replace("deit", "vit")
-    for family in ("nfnet", "vit"):
-        if family in model:
-            figures = PUBLISHED.get((family, setting.optimizer, setting.scheduler))
-            if figures is None:
-                return NONE
-            loss, accuracy = figures
+    for (family, *how), (loss, accuracy) in PUBLISHED.items():
+        if family in model and how == [setting.optimizer, setting.scheduler]:
             return f"{loss:.4f}, {100 * accuracy:.2f}"
     return NONE
 

@@ -217,15 +217,17 @@ def stream(photos):
 
 
 def test_workers_that_are_killed_are_one_line(stream):
-    """By the system, which has no memory left, and by a page that finds no shared memory."""
+    """By the system, which has no memory left, and by a page that finds no shared memory.
+
+    Some are in the middle of handing over a batch.
+    """
     workers = multiprocessing.active_children()
     for worker, number in zip(workers, (signal.SIGKILL, signal.SIGBUS), strict=True):
         os.kill(worker.pid, number)
-    with pytest.raises(TrainingError, match="exited unexpectedly; .*--workers 0") as failure:
+    with pytest.raises(TrainingError, match="^--pipeline timm: .*--workers 0$") as failure:
         for _ in stream:
             pass
     assert "\n" not in str(failure.value)
-    assert str(workers[0].pid) in str(failure.value)
 
 
 def test_a_worker_that_is_stuck_does_not_hold_up_the_end(stream):

@@ -162,6 +162,13 @@ def test_a_damaged_cache_is_made_anew(tmp_path, how):
     assert np.array_equal(again.test.images, first.test.images)
 
 
+def test_a_folder_of_arrays_says_which_data_set_it_holds(tmp_path):
+    folder = str(parquet_folder(tmp_path / "data"))
+    load_dataset(folder, str(tmp_path / "cache"), 32)
+    (meta,) = tmp_path.glob("cache/decoded-*/meta.json")
+    assert meta.read_text().startswith(json.dumps({"name": folder})[:-1])
+
+
 def test_arrays_of_other_versions_are_not_looked_at(tmp_path):
     """Their labels may have been joined by position. The fingerprint stays, for runs go on."""
     folder = str(parquet_folder(tmp_path / "data"))

@@ -1,5 +1,8 @@
 """A tracker is called by a thread: nothing that it does ends the training, or holds it up."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -75,3 +78,21 @@ def test_a_tracker_that_does_not_open_is_silent(monkeypatch, tmp_path):
 def test_no_tracker_needs_no_thread(tmp_path):
     run = trackers.TrackedRun("project", "name", None, "train", {}, tmp_path, None)
     assert trackers.start_tracker("none", print, run) is trackers.SILENT
+
+
+@pytest.mark.parametrize("name", ["WANDB_RUN_ID", "WANDB_PROJECT"])
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_name_that_wandb_refuses_is_one_honest_line(tmp_path, name, mode):
+    """It is no fault of the server, and the training goes on without a tracker."""
+    code = (
+        "from pathlib import Path; from cifar_accel.records.trackers import *; "
+        "run = TrackedRun('project', 'name', None, 'train', {}, Path(), None); "
+        "assert start_tracker('wandb', print, run) is SILENT"
+    )
+    wandb = {"WANDB_MODE": mode, "WANDB_BASE_URL": "http://127.0.0.1:9", name: "a/b"}
+    wandb["WANDB_API_KEY"] = "0123456789" * 4
+    command = [sys.executable, "-c", code]
+    out = subprocess.check_output(command, env=os.environ | wandb, text=True, cwd=tmp_path)
+    assert out.startswith("warning: no wandb tracking (UsageError: ")
+    assert "cannot contain" in out
+    assert out.count("\n") == 1

@@ -1,11 +1,12 @@
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 
 import pytest
-from conftest import TINY, forked, summary
+from conftest import BIN, TINY, forked, summary
 from made_runs import make_run
 
 from cifar_accel.cli import main
@@ -114,6 +115,135 @@ def test_a_report_that_cannot_be_written(in_process, tmp_path):
     code, _, err = in_process(main, "report", tmp_path)
     assert code == 2
     assert "the report cannot be written there (Is a directory)" in err
+
+
+# ---- files that no training wrote
+
+
+def ending(**changes) -> str:
+    """A summary.json with other values."""
+    whole = {"status": "finished", "steps": 16, "total_steps": 16, "accuracy": 0.5}
+    return json.dumps(whole | {"train_loss": 2.0} | changes)
+
+
+SPOILT_SUMMARIES = {
+    "a loss of text": ending(train_loss="x"),
+    "a loss beyond floats": ending(train_loss=10**400),
+    "an accuracy beyond floats": ending(accuracy=10**400),
+    "an accuracy of NaN": ending(accuracy=float("nan")),
+    "steps without end": ending(steps=10**400),
+    "an error that is a list": ending(status="failed", error=[1]),
+    "brackets": "[" * 200_000,
+}
+
+
+def test_a_spoilt_summary_leaves_the_others_their_report(in_process, tmp_path):
+    make_run(tmp_path / "good")
+    for name, text in SPOILT_SUMMARIES.items():
+        run = make_run(tmp_path / name)
+        (run / "summary.json").write_text(text)
+    code, out, err = in_process(main, "report", tmp_path)
+    assert (code, err) == (0, "")
+    for name in SPOILT_SUMMARIES:
+        assert f"- {name}: no summary.json of a run\n" in out
+    assert "50.00 " in out
+    assert "n=" not in out
+
+
+def test_a_spoilt_config_is_told(in_process, tmp_path):
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    (tmp_path / "b" / "config.json").write_text("[" * 200_000)
+    code, out, err = in_process(main, "report", tmp_path)
+    assert (code, err) == (0, "")
+    assert "- b: no config.json of a run\n" in out
+
+
+@pytest.mark.parametrize("figure", [str(10**399), "NaN", "-1e400", "1e308"])
+@pytest.mark.parametrize("key", ["eval/accuracy", "epoch"])
+def test_a_figure_that_no_axis_can_show_is_left_out(in_process, tmp_path, figure, key):
+    """Of the plots, which are drawn without it."""
+    run = make_run(tmp_path / "a")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 17, "epoch": 3, "{key}": {figure}}}\n')
+    code, _, err = in_process(main, "report", tmp_path)
+    assert (code, err) == (0, "")
+    assert (run / "accuracy.png").exists()
+    assert (tmp_path / "overview.png").exists()
+
+
+def test_no_control_character_reaches_the_terminal_or_the_page(in_process, tmp_path):
+    escape = "x\x1b]0;title\x07\x9b\ny"
+    options = dict.fromkeys(("dataset", "model", "optimizer", "scheduler", "run_name"), escape)
+    make_run(tmp_path / "a", **options)
+    make_run(tmp_path / "b", **options, checkpoint=escape)
+    make_run(tmp_path / f"c{escape}", {"status": escape, "error": escape})
+    shutil.copy(tmp_path / "a" / "metrics.jsonl", tmp_path)
+    code, out, err = in_process(main, "report", tmp_path)
+    assert (code, err) == (0, "")
+    texts = [out, *((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))]
+    for text in texts:
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+        assert r"x\x1b]0;title\x07\x9b\ny" in text
+    # The legend has lines of its own.
+    assert r"included);\n" not in texts[2]
+
+
+def test_a_folder_whose_name_is_not_utf_8(in_process, tmp_path):
+    make_run(tmp_path / "a").rename(tmp_path / "a\udcff")
+    code, _, err = in_process(main, "report", tmp_path)
+    assert (code, err) == (0, "")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert r'src="a%FF/loss.png" alt="loss of a\udcff"' in page
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_report_of_somebody_else_stays(in_process, tmp_path, name):
+    make_run(tmp_path / "a")
+    (tmp_path / name).write_text("mine")
+    code, _, err = in_process(main, "report", tmp_path)
+    assert code == 2
+    assert f"{name}: is no report of cifar-accel" in err
+    assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "overview.png").exists()
+
+    # Our own is written anew.
+    (tmp_path / name).unlink()
+    assert in_process(main, "report", tmp_path)[0] == 0
+    assert in_process(main, "report", tmp_path)[0] == 0
+
+
+# What a shell may say of its characters.
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0"},
+    "ASCII": {"PYTHONIOENCODING": "ascii"},
+    "Latin-1": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+@pytest.mark.parametrize("environment", LOCALES.values(), ids=LOCALES)
+def test_a_report_is_utf_8_in_any_locale(tmp_path, environment):
+    """A dash stands in a cell without a value."""
+    make_run(tmp_path / "a", {"train_loss": None}, dataset="caf\u00e9")
+    command = [BIN / "cifar-accel", "report", tmp_path]
+    done = subprocess.run(command, capture_output=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    assert b"| NFNet-F0 | caf" in done.stdout
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "\u2013" in text
+        assert "caf\u00e9" in text
+
+
+def test_a_report_that_is_not_read_to_its_end_is_written(tmp_path):
+    make_run(tmp_path / "a")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [BIN / "cifar-accel", "report", tmp_path]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "report.html").exists()
 
 
 # Counts what a browser shows of the page, into its title.

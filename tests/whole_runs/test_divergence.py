@@ -126,6 +126,6 @@ def test_an_evaluation_that_is_not_finite(words, tmp_path, in_process, monkeypat
 
     monkeypatch.setattr(Pipeline, "evaluation_batches", Pipeline.evaluation_batches)
     overflow_in_evaluations()
-    code, _, stderr = in_process(evaluate_command, "--run", run, "--tracker", "none")
+    code, _, stderr = in_process(evaluate_command, run, "--tracker", "none")
     assert code == 1
     assert stderr.count("\n") == 1 and "the evaluation is not finite: loss nan" in stderr

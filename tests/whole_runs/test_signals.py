@@ -192,8 +192,9 @@ def test_a_second_ctrl_c_stops_at_once(words, tmp_path):
 # ---- a process that is stuck
 
 
-# Hook: loader workers are forks, as in a process of its own, and so have what it has.
-FORK = partial(multiprocessing.set_start_method, "fork", force=True)
+def fork_workers() -> None:
+    """Hook: loader workers are forks, as in a process of its own, and so have what it has."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def suspend_worker(run: Path, evaluation: bool) -> None:
@@ -203,7 +204,7 @@ def suspend_worker(run: Path, evaluation: bool) -> None:
     """
     from cifar_accel.data.timm_loader import TimmImages
 
-    FORK()
+    fork_workers()
     make = "_centred" if evaluation else "_augmented"
     make_pixels = getattr(TimmImages, make)
 
@@ -233,7 +234,7 @@ def wait_until_stuck(training: forked_runs.Training, run: Path, step: int) -> No
 def test_a_stuck_worker_does_not_keep_the_checkpoint(words, tmp_path, evaluation):
     options = words(*"--pipeline timm --workers 2 --save-every none --tracker none".split())
     whole = tmp_path / "ck" / "whole"
-    forked_runs.finish([*options, "--run-name", "whole"], tmp_path / "a", hook=FORK)
+    forked_runs.finish([*options, "--run-name", "whole"], tmp_path / "a", hook=fork_workers)
 
     run = tmp_path / "ck" / "b"
     log = tmp_path / "b"
@@ -252,7 +253,7 @@ def test_a_stuck_worker_does_not_keep_the_checkpoint(words, tmp_path, evaluation
     step = 16 if evaluation else 12
     assert checkpoint.newest_valid(run, print).name == f"step-{step:08d}"
 
-    forked_runs.finish(options, log, hook=FORK)
+    forked_runs.finish(options, log, hook=fork_workers)
     assert_same_run(run, whole)
 
 
@@ -283,7 +284,7 @@ def test_a_stuck_worker_of_several_processes(words, tmp_path):
 
 def suspend_worker_of_rank_1(run: Path) -> None:
     """Hook: as `suspend_worker`, on rank 1 alone."""
-    FORK()
+    fork_workers()
     if os.environ["RANK"] == "1":
         suspend_worker(run, evaluation=False)
 
