@@ -33,11 +33,12 @@ class _Output(io.FileIO):
 
 
 def open_stdout() -> None:
-    """Let stdout take any character, and go on when nobody reads it any longer."""
+    """Let stdout take any character, line by line, and go on when nobody reads it any longer."""
     system = sys.__stdout__
     # None is a stdout that was closed; another than the system's is somebody else's.
     if system and sys.stdout is system:
-        raw = io.BufferedWriter(_Output(system.fileno(), "w", closefd=False))
+        # Without a buffer, in which lines that a full disk refused would wait to fail once more.
+        raw = _Output(system.fileno(), "w", closefd=False)
         sys.stdout = io.TextIOWrapper(raw, system.encoding, "backslashreplace", line_buffering=True)
 
 
@@ -55,7 +56,6 @@ def say(line: str) -> None:
     with contextlib.suppress(OSError):
         if "tqdm" in sys.modules:
             sys.modules["tqdm"].tqdm.write(line)
-            sys.stdout.flush()
         else:
             print(line, flush=True)
 

@@ -25,7 +25,7 @@ from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, i
 from cifar_accel.data.decode import image_shape
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
-from cifar_accel.launch.command import check_launcher, launcher_line
+from cifar_accel.launch.command import check_launcher, read_launcher_config
 from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.memory import SCRATCH, Estimate, estimate, free_memory, in_bytes
 from cifar_accel.machine.processes import check_device, chosen_device
@@ -160,10 +160,15 @@ def check_precision(found: Findings) -> str:
 def check_the_launcher(found: Findings) -> str:
     """The user's accelerate config starts what it says; several processes find each other."""
     check_launcher()
-    line, note = launcher_line()
-    if note:
-        raise Note(line)
-    return line
+    file, why, config = read_launcher_config()
+    if config.distributed_type == "MULTI_CPU":
+        n = config.num_processes
+        raise Note(
+            f"{file} says MULTI_CPU and {n} processes, but accelerate launch starts ONE with it; "
+            f"./launch.sh starts {n}, and so does torchrun --standalone --nproc_per_node {n} "
+            "-m cifar_accel"
+        )
+    return f"./launch.sh would take {file} ({why})"
 
 
 def check_data(found: Findings) -> str:

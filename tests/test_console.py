@@ -1,6 +1,7 @@
 """What a command tells, and who reads it: nobody any longer, or a terminal that obeys escapes."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -44,14 +45,25 @@ def test_a_full_disk_behind_help_is_told():
     assert b"No space left" in done.stderr
 
 
+def shell(command: str) -> subprocess.CompletedProcess:
+    """What the shell gives for `command`, with a stdout that is buffered."""
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    words = ["bash", "-c", f"set -o pipefail; {command}"]
+    return subprocess.run(words, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("stdout", ["| true", "> /dev/full", ">&-"])
+def test_a_line_is_never_missed(stdout):
+    """With or without a bar's library; the exit code stays 0."""
+    code = "from cifar_accel.console import *; open_stdout(); say('1'); import tqdm; say('2')"
+    done = shell(f"{shlex.join([sys.executable, '-c', code])} {stdout}")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_training_goes_on_without_its_reader(trainer, tmp_path):
-    """It is gone after the first line."""
-    command = trainer.command("--run-name", "a", "--tracker", "none", "--max-steps", "8")
-    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert training.stdout.readline()
-    training.stdout.close()
-    assert training.stderr.read() == b""
-    assert training.wait() == 0
+    command = trainer.command("--run-name", "a", "--tracker", "none", "--max-steps", "2")
+    done = shell(f"{shlex.join(command)} | head -n 1")
+    assert (done.returncode, done.stderr) == (0, b"")
     assert summary(tmp_path / "ck" / "a")["status"] == "finished"
 
 

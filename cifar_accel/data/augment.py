@@ -22,19 +22,17 @@ from cifar_accel.options.policy import Policy
 
 @dataclass(frozen=True)
 class Draws:
-    """Parameters of n samples; None where an augmentation is off. Places are in source pixels."""
+    """Parameters of n samples; places are in source pixels."""
 
-    # [n, 4]: the random resized crop (y0, x0, height, width).
+    # [n, 4]: the random resized crop (y0, x0, height, width); None where it is off.
     box: Floats | None
-    # [n, 2]: the top left corner (y, x) of the crop within the padded image.
-    shift: NDArray[np.int64] | None
+    # [n, 2]: how far down and to the right the crop of the padded image lies.
+    shift: NDArray[np.int64]
     # [n]: left-right and upside-down flips.
-    hflip: NDArray[np.bool_] | None
-    vflip: NDArray[np.bool_] | None
-    # RandAugment or colour jitter.
+    hflip: NDArray[np.bool_]
+    vflip: NDArray[np.bool_]
+    # RandAugment or colour jitter, or None.
     program: Program | None
-    # Width of the reflected border around the image that `shift` moves in.
-    pad: int = 0
 
 
 def draw(
@@ -54,22 +52,16 @@ def draw(
     box = None
     if args.scale is not None:
         box = _crop_boxes(seed, epoch, index, side, args.scale, args.ratio)
-    shift = None
-    if args.crop_padding:
-        corners = [uniform(seed, purpose, epoch, index) for purpose in ("crop_y", "crop_x")]
-        places = 2 * args.crop_padding + 1
-        shift = np.floor(np.stack(corners, 1) * places).astype(np.int64)
+    corners = [uniform(seed, purpose, epoch, index) for purpose in ("crop_y", "crop_x")]
+    places = 2 * args.crop_padding + 1
+    shift = np.floor(np.stack(corners, 1) * places).astype(np.int64) - args.crop_padding
 
     # Flips.
-    hflip = None
-    if args.hflip:
-        hflip = uniform(seed, "hflip", epoch, index) < args.hflip
+    hflip = uniform(seed, "hflip", epoch, index) < args.hflip
     if args.alternating_flip:
         # The coin of the first epoch, turned over in every other epoch.
         hflip = (uniform(seed, "hflip", 0, index) < 0.5) ^ (epoch % 2 == 1)
-    vflip = None
-    if args.vflip:
-        vflip = uniform(seed, "vflip", epoch, index) < args.vflip
+    vflip = uniform(seed, "vflip", epoch, index) < args.vflip
 
     # Colours, and for RandAugment moves too.
     program = None
@@ -77,7 +69,7 @@ def draw(
         program = draw_policy(policy, seed, epoch, index, (args.image_size, args.image_size))
     elif args.color_jitter:
         program = draw_jitter(seed, epoch, index, args.color_jitter)
-    return Draws(box, shift, hflip, vflip, program, args.crop_padding)
+    return Draws(box, shift, hflip, vflip, program)
 
 
 def _crop_boxes(
@@ -90,9 +82,8 @@ def _crop_boxes(
 ) -> Floats:
     """Boxes [n, 4] (y0, x0, height, width) of timm's RandomResizedCropAndInterpolation, in pixels.
 
-    Up to ten tries of a uniform area (in `scale`, a share of the image) and a log-uniform aspect
-    (in `ratio`, width over height). Where none fits, the largest centred box whose aspect lies in
-    `ratio`.
+    Ten tries of a uniform area (in `scale`, a share of the image) and a log-uniform aspect (in
+    `ratio`, width over height). Where none fits, the largest centred box with an aspect in `ratio`.
     """
     h, w = side
     low, high = np.log(ratio)
@@ -116,8 +107,6 @@ def _crop_boxes(
         box_h[without_box[fits]] = heights[fits]
         box_w[without_box[fits]] = widths[fits]
         without_box = without_box[~fits]
-        if not len(without_box):
-            break
 
     # Places: uniform, but the box that stands in for ten failed tries is centred.
     y0 = np.floor(uniform(seed, "crop_y", epoch, index) * (h - box_h + 1))
@@ -155,34 +144,24 @@ def augment(
 
 def _crop_and_flip(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Padded crop and flips, which only move pixels: one gather for all of them."""
-    if draws.shift is None and draws.hflip is None and draws.vflip is None:
+    if not any(drawn.any() for drawn in (draws.shift, draws.hflip, draws.vflip)):
         return images
     n, c, h, w = images.shape
-    shift_y = None if draws.shift is None else draws.shift[:, 0]
-    shift_x = None if draws.shift is None else draws.shift[:, 1]
-    rows = to_device(_source_lines(n, h, shift_y, draws.pad, draws.vflip), images.device)
-    columns = to_device(_source_lines(n, w, shift_x, draws.pad, draws.hflip), images.device)
+    rows = to_device(_source_lines(h, draws.shift[:, :1], draws.vflip), images.device)
+    columns = to_device(_source_lines(w, draws.shift[:, 1:], draws.hflip), images.device)
     # Places in the flattened image [n, 1, h * w], the same for each channel.
     places = (rows[:, :, None] * w + columns[:, None, :]).view(n, 1, h * w).expand(n, c, h * w)
     return images.view(n, c, h * w).gather(2, places).view(n, c, h, w)
 
 
 def _source_lines(
-    n: int,
-    size: int,
-    shift: NDArray[np.int64] | None,
-    pad: int,
-    flips: NDArray[np.bool_] | None,
+    size: int, shift: NDArray[np.int64], flips: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
     """For each of n samples and each output row (or column), the source row: int64 [n, size]."""
-    at = np.arange(size)[None].repeat(n, 0)
-    if shift is not None:
-        # Reflection at the first pixel, then at the last.
-        at = np.abs(at + shift[:, None] - pad)
-        at = size - 1 - np.abs(size - 1 - at)
-    if flips is not None:
-        at = np.where(flips[:, None], at[:, ::-1], at)
-    return at
+    # Reflection at the first pixel, then at the last.
+    at = np.abs(np.arange(size) + shift)
+    at = size - 1 - np.abs(size - 1 - at)
+    return np.where(flips[:, None], at[:, ::-1], at)
 
 
 def erase(

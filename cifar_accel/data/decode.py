@@ -67,12 +67,11 @@ def load_dataset(
     with system_failures_named(f"--data-dir {data_dir}"):
         # Another user's folder, or one that may only be read, will do if it is whole.
         splits = _open_first(folder, resized, say)
-        if splits is None:
+        if not splits:
             with _locked(root / f"{folder.name}.lock", say):
                 # Another process may have made them meanwhile.
                 splits = _open_first(folder, resized, lambda line: None)
-                if splits is None:
-                    splits = _open(_made(source, name, folder, resized, image_size, say))
+                splits = splits or _open(_made(source, name, folder, resized, image_size, say))
     return Dataset(name, *splits, fingerprint)
 
 
@@ -138,8 +137,7 @@ def _open(folder: Path) -> tuple[Split, Split]:
 def _made(
     source: Source, name: str, folder: Path, resized: Path, side: int, say: Callable[[str], None]
 ) -> Path:
-    """Decode `source` into one of the folders, and return it."""
-    # Whether all images are of one size shows only when they are decoded.
+    """Decode `source` into one of the folders, and return it; sizes show when it is decoded."""
     say(f"data: decoding {name} into {folder} (once)")
     if _decode(source, name, folder, None):
         return folder
@@ -154,10 +152,9 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
     Without `side` the images must all be of one size, else nothing is written and False returned.
     With it, each is brought to side x side pixels.
     """
-    # What is damaged, or a killed process may have left, goes first.
+    # What a killed process may have left goes first.
     scratch = folder.with_name(folder.name + ".tmp")
-    for left in (folder, scratch):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
         if not _write_arrays(source, name, scratch, side):
@@ -165,6 +162,8 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
         # Files reach the disk before the folder has its name, or a power cut could leave parts.
         for file in scratch.iterdir():
             sync(file)
+        # It may be there, damaged.
+        shutil.rmtree(folder, ignore_errors=True)
         os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -224,13 +223,12 @@ def _decoded_images(raw: Raw, side: int | None) -> Iterator[NDArray[np.uint8] | 
     if isinstance(raw.items, np.ndarray):
         yield from raw.items
         return
-    decode = partial(_decoded, raw, side)
-    n = len(raw.items)
     # Pillow decodes without Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, n, IMAGES_IN_FLIGHT):
-            rows = range(start, min(start + IMAGES_IN_FLIGHT, n))
-            yield from pool.map(decode, rows)
+        rows = range(len(raw.items))
+        for start in range(0, len(rows), IMAGES_IN_FLIGHT):
+            ahead = rows[start : start + IMAGES_IN_FLIGHT]
+            yield from pool.map(partial(_decoded, raw, side), ahead)
 
 
 def _refuse(damaged: dict[str, str]) -> None:
@@ -250,8 +248,7 @@ def image_shape(raw: Raw, i: int) -> tuple[int, int]:
     """(H, W) of image `i`. Raises BadInput when it is not whole."""
     if isinstance(raw.items, np.ndarray):
         return raw.items.shape[2:]
-    width, height = _open_image(raw, i).size
-    return height, width
+    return _open_image(raw, i).size[::-1]
 
 
 def _decoded(raw: Raw, side: int | None, i: int) -> NDArray[np.uint8] | str:
@@ -267,22 +264,18 @@ def _decoded(raw: Raw, side: int | None, i: int) -> NDArray[np.uint8] | str:
 
 def _open_image(raw: Raw, i: int) -> Image.Image:
     """Image `i`, upright and in RGB. Raises BadInput when it is not whole."""
-    item: Any = raw.items[i]
     # A path, or a cell of a parquet column, which may be empty.
+    item: Any = raw.items[i]
     encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
     try:
         with Image.open(encoded) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                # 16-bit grey is scaled; Pillow's own conversion would clip it.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise BadInput(f"--dataset: {raw.item_name(i)} is not a whole image ({e})") from e
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, three channels."""
-    if image.mode.startswith("I;16"):
-        # 16-bit grey is scaled; Pillow's own conversion would clip it.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _resize_and_cut(image: Image.Image, side: int) -> Image.Image:

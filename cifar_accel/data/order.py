@@ -6,6 +6,7 @@ is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudora
 generators", 2014), applied once per word.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,11 +48,10 @@ def uniform(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.float64]:
     return (random_bits(seed, purpose, *words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+# Every step of an epoch asks for its order, which costs milliseconds.
+@functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of epoch `epoch` over `n` samples: int64 [n].
-
-    It is the same on every machine and with every version of numpy.
-    """
+    """The order of epoch `epoch` over `n` samples, on every machine: int64 [n], not to be changed."""
     return np.argsort(random_bits(seed, "permutation", epoch, np.arange(n)), kind="stable")
 
 
@@ -92,11 +92,11 @@ class Mixing:
 
 
 class MicroBatch(NamedTuple):
-    """The samples that one process takes at once."""
+    """The samples, int64 [micro_batch_size], that one process takes at once."""
 
     step: int
     epoch: int
-    samples: NDArray[np.int64]  # [micro_batch_size]
+    samples: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,6 @@ class Order:
     rank: int = 0
     accumulation: int = 1
 
-    def __post_init__(self) -> None:
-        parts = self.world * self.accumulation
-        assert self.batch_size % parts == 0, "a global batch is cut into equal parts"
-
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
@@ -136,28 +132,15 @@ class Order:
         return f"{self.batch_size} = {processes} x {self.micro_batch_size} images x {steps}"
 
     def positions(self, micro: int) -> NDArray[np.int64]:
-        """Places in the global batch that this process takes in micro-batch `micro`.
-
-        int64 [micro_batch_size].
-        """
+        """Places in the global batch of micro-batch `micro`: int64 [micro_batch_size]."""
         start = (micro * self.world + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size)
 
-    def global_batch(self, step: int, epoch_order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples of optimizer step `step` (from 0), given its epoch's permutation.
-
-        int64 [batch_size].
-        """
-        start = step % self.steps_per_epoch * self.batch_size
-        return epoch_order[start : start + self.batch_size]
-
     def samples_of(self, step: int) -> NDArray[np.int64]:
-        """The samples of optimizer step `step` (from 0): int64 [batch_size].
-
-        It makes the whole epoch's permutation; `global_batch` takes one that was made before.
-        """
-        epoch = step // self.steps_per_epoch
-        return self.global_batch(step, permutation(self.seed, epoch, self.samples))
+        """The samples of optimizer step `step` (from 0): int64 [batch_size]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.batch_size
+        return permutation(self.seed, epoch, self.samples)[start : start + self.batch_size]
 
     def mixing_of_step(self, step: int, mixup: float, cutmix: float, prob: float) -> Mixing:
         """How step `step` is mixed: with probability `prob`, by one share from Beta(alpha, alpha).
@@ -165,9 +148,7 @@ class Order:
         Mixup (Zhang et al. 2018) with alpha `mixup`, or CutMix (Yun et al. 2019) with alpha
         `cutmix`; 0 turns one off, and with both on a step takes either, half and half.
         """
-        if not mixup and not cutmix:
-            return Mixing(1.0)
-        if uniform(self.seed, "mix", step)[0] >= prob:
+        if not (mixup or cutmix) or uniform(self.seed, "mix", step)[0] >= prob:
             return Mixing(1.0)
         # Mixup or CutMix.
         cuts = cutmix > 0
@@ -179,44 +160,29 @@ class Order:
         lam = np.random.Generator(np.random.PCG64(bits)).beta(alpha, alpha)
         if not cuts:
             return Mixing(lam)
-        y = float(uniform(self.seed, "mix_y", step)[0])
-        x = float(uniform(self.seed, "mix_x", step)[0])
+        y, x = (float(uniform(self.seed, purpose, step)[0]) for purpose in ("mix_y", "mix_x"))
         return Mixing(lam, (y, x))
 
 
 def micro_batches(order: Order, start: int, stop: int) -> Iterator[MicroBatch]:
     """The micro-batches of one process over optimizer steps start..stop-1, over epoch borders."""
-    epoch = -1
     for step in range(start, stop):
-        # One permutation an epoch: it costs milliseconds.
-        if step // order.steps_per_epoch != epoch:
-            epoch = step // order.steps_per_epoch
-            epoch_order = permutation(order.seed, epoch, order.samples)
-        samples = order.global_batch(step, epoch_order)
+        samples = order.samples_of(step)
         for micro in range(order.accumulation):
-            yield MicroBatch(step, epoch, samples[order.positions(micro)])
+            yield MicroBatch(step, step // order.steps_per_epoch, samples[order.positions(micro)])
 
 
 # ---- evaluation
 
 
-def evaluation_shares(n: int, batch_size: int, world: int) -> tuple[int, int]:
-    """How `n` images are evaluated by `world` processes: (batches of a process, images in a batch).
-
-    The fewest batches of at most `batch_size` images, and then the smallest size that will do.
-    Every process has as many batches, all of one size; together they hold `n` images or slightly
-    more.
-    """
-    batches = math.ceil(n / (world * batch_size))
-    size = math.ceil(n / (world * batches))
-    return batches, size
-
-
 def evaluation_places(n: int, batch_size: int, world: int, rank: int) -> NDArray[np.int64]:
     """Places in the split that process `rank` evaluates, batch by batch: int64 [batches, size].
 
-    Ranks take contiguous parts. Places from `n` on fill up the last batches; no image is there.
+    Ranks take contiguous parts, in equally many batches of one size. Places from `n` on fill up the
+    last batches; no image is there.
     """
-    batches, size = evaluation_shares(n, batch_size, world)
+    # The fewest batches of at most `batch_size` images, and then the smallest size that will do.
+    batches = math.ceil(n / (world * batch_size))
+    size = math.ceil(n / (world * batches))
     first = rank * batches * size
     return np.arange(first, first + batches * size).reshape(batches, size)

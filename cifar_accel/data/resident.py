@@ -67,7 +67,8 @@ class ResidentImages:
         h, w = self.side
         size = self.args.image_size
         shorter = math.floor(size / self.args.crop_pct)
-        side = (round(h * shorter / min(h, w)), round(w * shorter / min(h, w)))
+        # Rounded down, as torchvision does it.
+        side = (int(shorter * h / min(h, w)), int(shorter * w / min(h, w)))
         top = round((side[0] - size) / 2)
         left = round((side[1] - size) / 2)
         for samples in batches:

@@ -21,13 +21,10 @@ def launch(words: list[str]) -> int:
     """Do what `words` say; returns the exit code, if this process is not replaced by another."""
     if not words:
         return tour()
-    first, *rest = words
-    if first == "train":
-        return train(rest)
-    # No option of a training stands without a dash, so this is the name of a command.
-    if not first.startswith("-"):
-        return main(words)
-    return train(words)
+    if words[0] == "train":
+        return train(words[1:])
+    # No option of a training stands without a dash, so another word is the name of a command.
+    return train(words) if words[0].startswith("-") else main(words)
 
 
 def tour() -> int:

@@ -39,20 +39,17 @@ def run_child(command: list[str], environment: dict[str, str], run_folder: Path)
     process = subprocess.Popen(
         command, env=child_environment, start_new_session=True, preexec_fn=_end_with_parent
     )
-    is_training_itself = command[1:3] == ["-m", "cifar_accel"]
-    with _signals_passed_on(process, is_training_itself) as passed_on:
+    with _signals_passed_on(process, command[1:3] == ["-m", "cifar_accel"]) as passed_on:
         code = process.wait()
-    if code == 0:
-        return 0
 
     # A training that failed after it was asked to stop has failed.
     summary_is_new = _written_at(summary_file) != summary_before
-    if summary_is_new and read_summary(run_folder).get("status") == "failed":
-        return _shell_code(code)
-    marker_is_new = _written_at(marker) not in (marker_before, None)
-    if passed_on or marker_is_new:
+    failed = summary_is_new and read_summary(run_folder).get("status") == "failed"
+    stopped = passed_on or _written_at(marker) not in (marker_before, None)
+    if code != 0 and stopped and not failed:
         return STOPPED
-    return _shell_code(code)
+    # As a shell gives it: 128 + N for a process that signal N ended.
+    return code if code >= 0 else 128 - code
 
 
 def _end_with_parent() -> None:
@@ -88,11 +85,6 @@ def _signals_passed_on(process: subprocess.Popen[bytes], is_training: bool) -> I
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _shell_code(code: int) -> int:
-    """The exit code as a shell gives it: 128 + N for a process that signal N ended."""
-    return code if code >= 0 else 128 - code
 
 
 def _written_at(file: Path) -> int | None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,9 +23,6 @@ from cifar_accel.files import adapter
 from cifar_accel.launch.yaml_files import read_yaml, shipped_folder
 from cifar_accel.machine.environment import SHARDING, check_port
 from cifar_accel.options.options import NotNegativeInt, PositiveInt
-
-# The port at which accelerate launch lets processes meet where its config names none.
-DEFAULT_PORT = 29500
 
 # How long nvidia-smi may take, in seconds. With a driver that is not kept loaded it takes several.
 PATIENCE = 30.0
@@ -51,27 +48,24 @@ class LauncherConfig:
     machine_rank: NotNegativeInt = 0
     # Where the processes of several machines meet.
     main_process_ip: IPvAnyAddress | HostName | None = None
-    # 0 lets accelerate launch look for a free one.
-    main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    # accelerate launch's default; 0 lets it look for a free one.
+    main_process_port: Annotated[int, Field(ge=0, le=65535)] = 29500
     mixed_precision: str | None = None
     gradient_accumulation_steps: PositiveInt | None = None
     use_cpu: bool | None = None
     # As in CUDA_VISIBLE_DEVICES. A single one may stand there without quotes.
     gpu_ids: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
-    # Those of SECTIONS that are there and not empty.
-    sections: tuple[str, ...] = ()
+    # Whether one of SECTIONS is there and not empty.
+    has_sections: bool = False
 
     @property
     def needs_no_launcher(self) -> bool:
         """Whether `python -m cifar_accel` with a few variables does all that the file asks for."""
-        if self.sections:
+        if self.has_sections:
             return False
         if self.distributed_type == "MULTI_GPU":
             return self.num_processes == 1 and self.num_machines == 1
         return self.distributed_type == "NO"
-
-
-FIELDS = [field.name for field in fields(LauncherConfig)]
 
 
 class Start(NamedTuple):
@@ -92,7 +86,11 @@ def config_file() -> tuple[Path, str]:
     named = os.environ.get("ACCELERATE_CONFIG_FILE")
     if named:
         return Path(named), "ACCELERATE_CONFIG_FILE"
-    own = _hub_home() / "accelerate" / "default_config.yaml"
+    # Where the Hugging Face libraries keep their files. Not by pathlib, which raises where a user
+    # without a name has no home.
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    hub = os.path.expanduser(os.environ.get("HF_HOME", f"{cache}/huggingface"))
+    own = Path(hub, "accelerate", "default_config.yaml")
     if own.is_file():
         return own, "your own accelerate config"
 
@@ -101,18 +99,6 @@ def config_file() -> tuple[Path, str]:
     why = f"{gpus} GPU{plural} here, and no accelerate config of your own"
     name = ("cpu", "single_gpu", "multi_gpu")[min(gpus, 2)]
     return shipped_folder("accelerate_configs") / f"{name}.yaml", why
-
-
-def _hub_home() -> Path:
-    """The folder in which the Hugging Face libraries, Accelerate among them, keep their files."""
-    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    # Not by pathlib, which raises where a user without a name has no home.
-    return Path(os.path.expanduser(os.environ.get("HF_HOME", f"{caches}/huggingface")))
-
-
-def _shipped_multi_gpu() -> Path:
-    """The file whose number of processes is that of the GPUs here, whatever it says itself."""
-    return shipped_folder("accelerate_configs") / "multi_gpu.yaml"
 
 
 def count_gpus() -> int:
@@ -140,12 +126,13 @@ def _installed_gpus() -> int:
         return 0
 
 
-def read_launcher_config(file: Path) -> LauncherConfig:
-    """What an accelerate config file says.
+def read_launcher_config() -> tuple[Path, str, LauncherConfig]:
+    """The accelerate config file to use, why this one, and what it says.
 
     Raises BadInput where it cannot be read, or where a value cannot be what its key stands for.
     """
-    content = read_yaml(file, "cannot be read as an accelerate config") or {}
+    file, why = config_file()
+    content = read_yaml(file) or {}
     if not isinstance(content, dict):
         raise BadInput(
             f"{file}: is no accelerate config (it holds no keys); make one with accelerate config"
@@ -156,16 +143,19 @@ def read_launcher_config(file: Path) -> LauncherConfig:
     for name, no in (("distributed_type", "NO"), ("mixed_precision", "no")):
         if values.get(name) is False:
             values[name] = no
-    values["sections"] = tuple(name for name in SECTIONS if values.get(name))
-
-    # Keys that are no field of LauncherConfig are accelerate's alone.
-    known = {name: values[name] for name in FIELDS if name in values}
+    values["has_sections"] = any(values.get(name) for name in SECTIONS)
     try:
-        return adapter(LauncherConfig).validate_python(known)
+        # Keys that are no field of LauncherConfig are accelerate's alone, and ignored.
+        config = adapter(LauncherConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         bound = first["msg"].replace("Input should be", "must be")
         raise BadInput(f"{file}: {first['loc'][0]} {first['input']}: {bound}") from error
+
+    # Ours for several GPUs does not know how many are here.
+    if file == shipped_folder("accelerate_configs") / "multi_gpu.yaml":
+        config = replace(config, num_processes=count_gpus())
+    return file, why, config
 
 
 # ---- how a training is started
@@ -173,27 +163,24 @@ def read_launcher_config(file: Path) -> LauncherConfig:
 
 def command_for(words: list[str]) -> Start:
     """How to train with the options `words`. Raises BadInput when the config cannot be read."""
-    file, why = config_file()
-    config = read_launcher_config(file)
-    training = ["-m", "cifar_accel", *words]
-
+    file, why, config = read_launcher_config()
+    environment = variables(file, config)
+    n = str(config.num_processes)
     if config.needs_no_launcher:
-        reason = f"launch: one process, settings of {file} ({why})"
-        return Start([sys.executable, *training], variables(file, config), reason)
-
+        launcher = []
+        how = "one process, settings of"
     # Not by accelerate launch, which starts one process on a CPU whatever the file says.
-    if config.distributed_type == "MULTI_CPU":
-        n = config.num_processes
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        reason = f"launch: {n} CPU processes by torchrun, settings of {file} ({why})"
-        return Start([sys.executable, *torchrun, *training], variables(file, config), reason)
-
+    elif config.distributed_type == "MULTI_CPU":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
+        how = f"{n} CPU processes by torchrun, settings of"
     # Accelerate reads the file itself, and so needs no variables.
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
-    if file == _shipped_multi_gpu():
-        accelerate += ["--num_processes", str(count_gpus())]
-    reason = f"launch: accelerate launch --config_file {file} ({why})"
-    return Start([sys.executable, *accelerate, *training], {}, reason)
+    else:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+        launcher += ["--num_processes", n]
+        environment = {}
+        how = "accelerate launch --config_file"
+    command = [sys.executable, *launcher, "-m", "cifar_accel", *words]
+    return Start(command, environment, f"launch: {how} {file} ({why})")
 
 
 def variables(file: Path, config: LauncherConfig) -> dict[str, str]:
@@ -216,44 +203,20 @@ def variables(file: Path, config: LauncherConfig) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in os.environ}
 
 
-# ---- what --dry-run asks
+# ---- what is asked before a start
 
 
 def dry_environment() -> dict[str, str]:
     """What --dry-run, which is one process, must know of those that a start would have."""
-    file, _ = config_file()
-    config = read_launcher_config(file)
+    file, _, config = read_launcher_config()
+    # The type NO is one process, whatever number stands beside it.
+    processes = 1 if config.distributed_type == "NO" else config.num_processes
     known = variables(file, config)
-    if config.distributed_type == "NO":
-        known["CIFAR_ACCEL_PROCESSES"] = "1"
-        return known
-
-    processes = config.num_processes
-    if file == _shipped_multi_gpu():
-        processes = count_gpus()
     known["CIFAR_ACCEL_PROCESSES"] = str(processes)
     known["LOCAL_WORLD_SIZE"] = str(max(1, processes // config.num_machines))
     if config.distributed_type in SHARDING:
         known[f"ACCELERATE_USE_{config.distributed_type}"] = "true"
     return known
-
-
-def launcher_line() -> tuple[str, bool]:
-    """What --dry-run says about the launcher, and whether that deserves a look.
-
-    Raises BadInput when the config cannot be read.
-    """
-    file, why = config_file()
-    config = read_launcher_config(file)
-    if config.distributed_type == "MULTI_CPU":
-        n = config.num_processes
-        line = (
-            f"{file} says MULTI_CPU and {n} processes, but accelerate launch starts ONE with it; "
-            f"./launch.sh starts {n}, and so does torchrun --standalone --nproc_per_node {n} "
-            "-m cifar_accel"
-        )
-        return line, True
-    return f"./launch.sh would take {file} ({why})", False
 
 
 def check_launcher() -> None:
@@ -262,12 +225,10 @@ def check_launcher() -> None:
     That is a config file that cannot be read, an address or a port in it that is none, and a port
     that is taken although other machines were told to come there.
     """
-    file, _ = config_file()
-    config = read_launcher_config(file)
+    file, _, config = read_launcher_config()
     # On one machine accelerate launch takes another port where this one is taken, and torchrun
     # any free one. Of several machines the first one opens it. Below a launcher it is open already.
-    opens_a_known_port = config.num_machines > 1 and config.machine_rank == 0
-    if config.needs_no_launcher or not opens_a_known_port or "RANK" in os.environ:
-        return
-    port = DEFAULT_PORT if config.main_process_port is None else config.main_process_port
-    check_port(port, f"{file}: main_process_port", "name another one there, on every machine")
+    is_first_of_several = config.num_machines > 1 and config.machine_rank == 0
+    if is_first_of_several and not config.needs_no_launcher and "RANK" not in os.environ:
+        name = f"{file}: main_process_port"
+        check_port(config.main_process_port, name, "name another one there, on every machine")

@@ -37,14 +37,6 @@ class Study:
     runs: list[Options]
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run of a study: its folder, and the command-line words that train it."""
-
-    folder: Path
-    words: list[str]
-
-
 def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]) -> int:
     """Run what is not finished, with the words `extra` added to those of every run.
 
@@ -61,35 +53,32 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
 
     # One run after the other. Only a signal ends the study early.
     failed = []
-    for number, run in enumerate(planned, 1):
-        say(f"\nstudy {study.name}, run {number} of {len(planned)}: {run.folder}")
-        if is_finished(run):
-            accuracy = read_summary(run.folder)["accuracy"]
-            say(f"finished before: accuracy {accuracy:.2%}")
+    for number, (folder, words) in enumerate(planned.items(), 1):
+        say(f"\nstudy {study.name}, run {number} of {len(planned)}: {folder}")
+        if is_finished(folder, words):
+            say(f"finished before: accuracy {read_summary(folder)['accuracy']:.2%}")
             continue
-        start = command_for(run.words)
+        start = command_for(words)
         say(start.reason)
-        code = run_child(start.command, start.environment, run.folder)
+        code = run_child(start.command, start.environment, folder)
         if code == STOPPED:
             say("study: stopped; the same command goes on from here")
             return STOPPED
         if code != 0:
             say(f"study: this run failed (exit code {code}); going on with the next")
-            failed.append(run)
+            failed.append(folder)
 
     say(f"\nstudy {study.name}: {len(planned) - len(failed)} of {len(planned)} runs finished")
-    for run in failed:
-        say(f"  failed: {run.folder} (the same command tries it again)")
+    for folder in failed:
+        say(f"  failed: {folder} (the same command tries it again)")
     return 1 if failed else 0
 
 
-def is_finished(run: PlannedRun) -> bool:
-    """Whether the folder holds this very run, finished: the command that made it had its words."""
-    if read_summary(run.folder).get("status") != "finished":
-        return False
-    command = (read_config(run.folder) or {}).get("command", [])
+def is_finished(folder: Path, words: list[str]) -> bool:
+    """Whether `folder` holds the very run that `words` train, finished."""
+    command = (read_config(folder) or {}).get("command", [])
     # The first word is the program's path, which depends on how it was started.
-    return command[1:] == run.words
+    return command[1:] == words and read_summary(folder).get("status") == "finished"
 
 
 # ---- the file
@@ -97,7 +86,7 @@ def is_finished(run: PlannedRun) -> bool:
 
 def read_study(path: str) -> Study:
     """The study in the file `path`. Raises BadInput for what is wrong in the file."""
-    content = read_yaml(home(path), "is not YAML")
+    content = read_yaml(home(path))
     # What kind of file it is.
     if not isinstance(content, dict) or not (content.get("parameters") or content.get("runs")):
         raise BadInput(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
@@ -116,8 +105,10 @@ def read_study(path: str) -> Study:
             f"{path}: `parameters` must be a table, and `runs` a list of tables of options"
         )
     values = {name: _values_of(path, name, choice) for name, choice in parameters.items()}
-    _check_names(path, [*values, *itertools.chain.from_iterable(rows)])
-
+    known = {field.name for field in fields(TrainingArguments)}
+    for option in itertools.chain(values, *rows):
+        if option not in known:
+            raise BadInput(f"{path}: there is no option {option}{did_you_mean(str(option), known)}")
     if len(rows) * math.prod(map(len, values.values())) > MOST_RUNS:
         raise BadInput(f"{path}: more than {MOST_RUNS:,} runs; make several studies of it")
 
@@ -139,19 +130,11 @@ def _values_of(path: str, name: str, choice: Any) -> list[Any]:
     raise BadInput(f"{path}: parameter {name} needs `value` or a list `values` that is not empty")
 
 
-def _check_names(path: str, names: list[Any]) -> None:
-    """Raise BadInput for the first of `names` that is no option."""
-    known = {field.name for field in fields(TrainingArguments)}
-    for name in names:
-        if name not in known:
-            raise BadInput(f"{path}: there is no option {name}{did_you_mean(str(name), known)}")
-
-
 # ---- its runs
 
 
-def plan_runs(path: str, runs: list[Options], extra: list[str]) -> list[PlannedRun]:
-    """The folder and the words of each run, no two in one folder.
+def plan_runs(path: str, runs: list[Options], extra: list[str]) -> dict[Path, list[str]]:
+    """The words of each run by its folder.
 
     Raises BadInput when the options of a run are wrong, or when two runs are the same.
     """
@@ -165,19 +148,14 @@ def plan_runs(path: str, runs: list[Options], extra: list[str]) -> list[PlannedR
         )
 
     # A run says its name in its words only where it is not the name that it has by itself.
-    planned = []
+    planned: dict[Path, list[str]] = {}
     names = name_runs(runs, [str(args.run_name) for args in resolved])
     for of_run, args, name in zip(words, resolved, names, strict=True):
-        if name != args.run_name:
-            of_run = [*of_run, f"--run-name={name}"]
-        planned.append(PlannedRun(home(args.save_dir) / name, of_run))
-
-    # Two runs that differ in nothing have still one name.
-    taken = set()
-    for run in planned:
-        if run.folder in taken:
-            raise BadInput(f"{path}: two runs are the same and would both write {run.folder}")
-        taken.add(run.folder)
+        folder = home(args.save_dir) / name
+        if folder in planned:
+            raise BadInput(f"{path}: two runs are the same and would both write {folder}")
+        named = [] if name == args.run_name else [f"--run-name={name}"]
+        planned[folder] = of_run + named
     return planned
 
 

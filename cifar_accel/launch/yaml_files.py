@@ -24,11 +24,8 @@ def shipped_folder(name: str) -> Path:
     return package.parent / name
 
 
-def read_yaml(file: Path, complaint: str) -> Any:
-    """The content of a YAML file.
-
-    Raises BadInput where the file cannot be opened or is too long, or, with `complaint`, no YAML.
-    """
+def read_yaml(file: Path) -> Any:
+    """The content of a YAML file. Raises BadInput where it cannot be opened, is long or no YAML."""
     try:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         root = loader.get_single_node()
@@ -41,7 +38,7 @@ def read_yaml(file: Path, complaint: str) -> Any:
     # thousands of open brackets.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         one_line = " ".join(str(error).split())
-        raise BadInput(f"{file}: {complaint} ({one_line})") from error
+        raise BadInput(f"{file}: is not YAML ({one_line})") from error
 
 
 def is_too_long(root: Any) -> bool:

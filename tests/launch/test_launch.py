@@ -18,7 +18,6 @@ from cifar_accel.launch.command import (
     command_for,
     config_file,
     dry_environment,
-    launcher_line,
 )
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,7 +142,7 @@ def test_a_hung_nvidia_smi_counts_as_no_gpu(nvidia_smi, monkeypatch, capsys):
 
 
 BROKEN = [
-    ("{", "cannot be read as an accelerate config"),
+    ("{", "is not YAML"),
     ("[1, 2]", "holds no keys"),
     ("num_processes: two", "num_processes two: must be a valid integer"),
     ("num_processes: [1]", "num_processes [1]: must be a valid integer"),
@@ -211,14 +210,14 @@ def test_a_port_that_is_taken_stops_nobody_on_one_machine(own_config, taken_port
 
 
 def test_what_a_dry_run_says_of_the_launcher(own_config):
-    line, deserves_a_look = launcher_line()
+    from cifar_accel.dry_run import Note, check_the_launcher
+
+    line = check_the_launcher(None)
     assert line.startswith("./launch.sh would take ")
     assert line.endswith("cpu.yaml (0 GPUs here, and no accelerate config of your own)")
-    assert not deserves_a_look
     own_config(distributed_type="MULTI_CPU", num_processes=2)
-    line, deserves_a_look = launcher_line()
-    assert "accelerate launch starts ONE with it; ./launch.sh starts 2" in line
-    assert deserves_a_look
+    with pytest.raises(Note, match=r"accelerate launch starts ONE with it; \./launch\.sh starts 2"):
+        check_the_launcher(None)
 
 
 @pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu", "multi_node"])
