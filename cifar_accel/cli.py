@@ -204,7 +204,7 @@ def report_command(argv: Sequence[str]) -> int:
     from cifar_accel.results.page import write_report
 
     args = parse(ReportArguments, argv, "cifar-accel report")
-    print(write_report(args))
+    say(write_report(args))
     return 0
 
 

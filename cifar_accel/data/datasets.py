@@ -1,7 +1,6 @@
 """Data sets: what a name, a folder or a hub id stands for, and its images still encoded.
 
-`decode.py` decodes them. A new kind of data set is one function that makes a `Source`, and one line
-in `find_source`.
+A new kind of data set is one function that makes a `Source`, and one line in `find_source`.
 """
 
 import os
@@ -146,13 +145,11 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
             f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder "
             "per class"
         )
-    if path.exists():
-        raise BadInput(f"--dataset {name}: is a file; give the folder that holds the data")
 
     # What is not on this machine can be on the hub.
-    if is_hub_id(name):
+    if is_hub_id(name) and not path.exists():
         return _hub(name, root, say)
-    if os.sep in name:
+    if os.sep in name or path.exists():
         raise BadInput(f"--dataset {name}: no such folder")
     raise BadInput(
         f"--dataset {name}: unknown; there are {', '.join(builtin)}, a folder or a hub id"
@@ -167,7 +164,7 @@ def _cifar(name: str, root: Path, say: Callable[[str], None]) -> Source:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision."""
     from torchvision import datasets
 
-    kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
+    kind = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
     return Source(partial(str, kind.tgz_md5), partial(_read_cifar, name, kind, root, say))
 
 

@@ -137,7 +137,7 @@ def _open(folder: Path) -> tuple[Split, Split]:
 def _made(
     source: Source, name: str, folder: Path, resized: Path, side: int, say: Callable[[str], None]
 ) -> Path:
-    """Decode `source` into one of the folders, and return it; sizes show when it is decoded."""
+    """Decode `source` into one of the folders, and return it; only then do unequal sizes show."""
     say(f"data: decoding {name} into {folder} (once)")
     if _decode(source, name, folder, None):
         return folder
@@ -152,9 +152,10 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
     Without `side` the images must all be of one size, else nothing is written and False returned.
     With it, each is brought to side x side pixels.
     """
-    # What a killed process may have left goes first.
+    # What is damaged, or a killed process may have left, goes first.
     scratch = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in (folder, scratch):
+        shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir()
     try:
         if not _write_arrays(source, name, scratch, side):
@@ -162,8 +163,6 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
         # Files reach the disk before the folder has its name, or a power cut could leave parts.
         for file in scratch.iterdir():
             sync(file)
-        # It may be there, damaged.
-        shutil.rmtree(folder, ignore_errors=True)
         os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -47,6 +47,9 @@ def parse_training(argv: Sequence[str]) -> tuple[TrainingArguments, dict[str, st
     The origin of a value is "default", "recipe", "flag" or "derived". Raises BadInput for options
     that cannot be or contradict each other, and SystemExit for a usage error or after --help.
     """
+    for word in argv:
+        if word.encode(errors="replace").decode() != word:
+            raise BadInput(f"{word!r}: is not UTF-8, in which a run is recorded")
     words = normal_words(argv)
     # The recipe's values are tyro's defaults, so that --help shows them and any flag replaces them.
     defaults = recipe_defaults(chosen_recipe(words))

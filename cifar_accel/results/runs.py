@@ -9,11 +9,11 @@ from cifar_accel.records.metrics import read_metrics
 from cifar_accel.records.summary import read_config, read_summary
 
 # The options in which runs of one experiment agree: all but the seed, and but those that change
-# where or how a run goes.
+# where or how a run goes; and what was known only once the run was set up.
 COMPARED = [
-    field.name
-    for field in fields(TrainingArguments)
-    if field.name not in VOLATILE and field.name != "seed"
+    *(f.name for f in fields(TrainingArguments) if f.name not in VOLATILE | {"seed"}),
+    "mixed_precision",
+    "data_fingerprint",
 ]
 
 # What the course report calls the models that have short names here.

@@ -86,12 +86,12 @@ def settings_table(runs: list[RunFiles]) -> Table:
 
 
 def group_by_seed(runs: list[RunFiles]) -> list[Group]:
-    """Finished runs, put together where they agree in every option but the seed."""
+    """Finished runs, put together where they agree in all but the seed."""
     # Options may be lists, which are no keys of a dictionary; their JSON is.
     by_options: dict[str, list[RunFiles]] = {}
     for run in runs:
         options = {name: run.options.get(name) for name in COMPARED}
-        key = json.dumps([run.setting, options], sort_keys=True)
+        key = json.dumps([run.setting, options, run.summary["steps"]], sort_keys=True)
         by_options.setdefault(key, []).append(run)
 
     # Within a group all runs have the same options, so the first one stands for it.

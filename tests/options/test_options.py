@@ -168,7 +168,13 @@ def test_a_usage_error_has_two_lines_of_a_screen(in_process, monkeypatch, words,
 def test_a_run_name_has_no_control_characters(name):
     with pytest.raises(BadInput, match="holds a control character"):
         parse_training(["--run-name", name])
-    assert parse_training(["--run-name", "é \udcff"])[0].run_name == "é \udcff"
+    assert parse_training(["--run-name", "é ü"])[0].run_name == "é ü"
+
+
+@pytest.mark.parametrize("option", ["--run-name", "--save-dir", "--dataset"])
+def test_what_is_not_utf_8_is_refused_for_no_config_could_say_it(option):
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        parse_training([option, "a\udcff"])
 
 
 @pytest.mark.parametrize("value", ["0.5", "1"])

@@ -19,6 +19,17 @@ def test_a_row_says_what_makes_it_differ(tmp_path):
     assert [row[0] for row in rows] == ["NFNet-F0 (smoothing 0.1)", "NFNet-F0 (smoothing 0.2)"]
 
 
+def test_seeds_of_other_images_precision_or_length_are_no_repetition(tmp_path):
+    make_run(tmp_path / "a", seed=1, data_fingerprint="abc")
+    make_run(tmp_path / "b", seed=2, data_fingerprint="def")
+    make_run(tmp_path / "c", seed=3, data_fingerprint="abc", mixed_precision="bf16")
+    make_run(tmp_path / "d", {"steps": 4}, seed=4, data_fingerprint="abc")
+    rows = settings_table(find_runs(tmp_path)).rows
+    assert len(rows) == 4
+    assert not any("n=" in cell for row in rows for cell in row)
+    assert "mixed_precision bf16" in rows[2][0]
+
+
 def test_a_row_says_what_it_leaves_out(tmp_path):
     make_run(tmp_path / "a", {"steps": 1500, "total_steps": 16_000}, limit_train=2000)
     rows = settings_table(find_runs(tmp_path)).rows
