@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
 from cifar_accel.console import say
 from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, is_hub_id
@@ -98,15 +97,14 @@ def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
 def print_options(found: Findings, origin: dict[str, str]) -> None:
     """Every option with its value and where that comes from."""
     say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
-    # The command line's.
-    for field in fields(found.args):
-        shown = in_words(getattr(found.args, field.name))
-        say(f"  {flag(field.name):<22} {shown:<28} {origin[field.name]}")
-    # The launcher's.
+    args = found.args
+    rows = [(flag(f.name), in_words(getattr(args, f.name)), origin[f.name]) for f in fields(args)]
     from_launcher = "launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
-    say(f"  {'mixed precision':<22} {found.precision:<28} {from_launcher}")
+    rows.append(("mixed precision", found.precision, from_launcher))
     from_launcher = "launcher" if found.processes > 1 else "default"
-    say(f"  {'processes':<22} {found.processes:<28} {from_launcher}")
+    rows.append(("processes", str(found.processes), from_launcher))
+    for name, value, source in rows:
+        say(f"  {name:<22} {value:<28} {source}")
 
 
 def in_words(value: Any) -> str:
@@ -197,9 +195,13 @@ def check_data(found: Findings) -> str:
         side = stored_side(raws["train"], args.image_size)
     found.image_bytes = 3 * math.prod(side) * sum(map(len, labels.values()))
 
-    # Cut them as a start would; images themselves are not needed for that.
-    splits = {split: labels_alone(values, classes) for split, values in labels.items()}
-    dataset = Dataset(name, splits["train"], splits["test"], "")
+    # Cut them as a start would; for that images without pixels do.
+    names = [str(c) for c in range(classes)]
+    splits = [
+        Split(np.empty((len(labels[of]), 0), np.uint8), labels[of].astype(np.int64), names)
+        for of in ("train", "test")
+    ]
+    dataset = Dataset(name, *splits, "")
     dataset, held_out = cut_splits(args, dataset, min(side))
     found.classes = classes
     found.training_images = len(dataset.train)
@@ -211,7 +213,7 @@ def check_data(found: Findings) -> str:
 def check_download(name: str, root: Path) -> str:
     """A word where torchvision's set is still to be downloaded. Raises BadInput if it cannot be."""
     folder = "cifar-10-batches-py" if name == "cifar10" else "cifar-100-python"
-    if any(root.glob(folder)):
+    if (root / folder).exists():
         return ""
     try:
         socket.create_connection((CIFAR_HOST, 443), timeout=5).close()
@@ -229,12 +231,6 @@ def stored_side(raw: Any, image_size: int) -> tuple[int, int]:
     n = len(raw.items)
     shapes = {image_shape(raw, i) for i in range(0, n, max(1, n // 32))}
     return shapes.pop() if len(shapes) == 1 else (image_size, image_size)
-
-
-def labels_alone(labels: NDArray[Any], classes: int) -> Split:
-    """A split with labels and without pixels, for cutting on paper."""
-    no_pixels = np.empty((len(labels), 0), np.uint8)
-    return Split(no_pixels, labels.astype(np.int64), [str(c) for c in range(classes)])
 
 
 def check_batch(found: Findings) -> str:
@@ -329,7 +325,7 @@ def check_folder(found: Findings) -> str:
     look_inside(opened, found.args, found.precision, said.append)
     if opened.finished:
         raise Note(said[-1].removeprefix("run: "))
-    if opened.resume_from is None:
+    if not opened.sources:
         return f"{opened.path}, a new run"
     # Nobody writes it now.
     if (opened.path / ".lock").is_file():

@@ -119,7 +119,8 @@ def set_up(
     """
     # Refuse what does not exist before anything is downloaded or decoded.
     check_choices(args)
-    start_from = choose_checkpoint(opened, ranks)
+    chosen = checkpoint.choose(opened, say) if ranks.is_main else None
+    start_from: Path | None = ranks.from_main(chosen)
     # Resuming: the weights come from the checkpoint, so do not download the pretrained ones.
     making = replace(args, pretrained=False, checkpoint=None) if start_from else args
     check_model(making, say)
@@ -143,11 +144,8 @@ def set_up(
         say(f"resume: from {start_from}, after step {state.step:,}")
 
     # Record and announce what the options come to here.
-    config = describe_config(
-        args,
-        origin,
-        facts_of(args, plan, ranks, data, model) | {"data_fingerprint": dataset.fingerprint},
-    )
+    facts = facts_of(args, plan, ranks, data, model) | {"data_fingerprint": dataset.fingerprint}
+    config = describe_config(args, origin, facts)
     announce(args, origin, opened.path, plan, config["options"])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaled = ranks.accelerator.scaler is not None
@@ -267,18 +265,6 @@ def make_model(
 
 
 # ---- resume
-
-
-def choose_checkpoint(opened: Opened, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from, or None. All ranks enter; the main one chooses.
-
-    Raises BadInput as `checkpoint.choose` does.
-    """
-    chosen = None
-    if ranks.is_main:
-        chosen = checkpoint.choose(opened, say)
-    shared: Path | None = ranks.from_main(chosen)
-    return shared
 
 
 def restore(

@@ -55,15 +55,16 @@ def remedy(run: Run, images: int, where: str = "") -> str:
     share = plan.order.batch_size // plan.order.world
     run.optimizer.zero_grad(set_to_none=True)
     # Batch norm refuses a single image.
-    smallest = 2 if _has_batch_norm(run.model.module) else 1
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    layers = run.model.module.modules()
+    smallest = 2 if any(isinstance(layer, batch_norm) for layer in layers) else 1
     for size in micro_batch_sizes(plan.args, share):
         if smallest <= size <= images // 2 and step_fits(run, size):
             return (
                 f"{head}: {size} fit. {how_to_cut(plan, size)}: {share // size} accumulation "
                 f"steps, the global batch stays {plan.order.batch_size}, and the run goes on"
             )
-    remedies = "take a smaller --model or --image-size"
-    return f"{head}, and no smaller part of the batch fits either; {remedies}"
+    return f"{head}, and no smaller part fits either; take a smaller --model or --image-size"
 
 
 def how_to_cut(plan: Plan, size: int) -> str:
@@ -72,11 +73,6 @@ def how_to_cut(plan: Plan, size: int) -> str:
     if plan.accumulation > 1 and not plan.args.micro_batch_size:
         return f"Give --micro-batch-size {size} and leave gradient_accumulation_steps away"
     return f"Give --micro-batch-size {size}"
-
-
-def _has_batch_norm(model: torch.nn.Module) -> bool:
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(layer, batch_norm) for layer in model.modules())
 
 
 def step_fits(run: Run, images: int) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -164,7 +164,7 @@ def _cifar(name: str, root: Path, say: Callable[[str], None]) -> Source:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision."""
     from torchvision import datasets
 
-    kind = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
+    kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
     return Source(partial(str, kind.tgz_md5), partial(_read_cifar, name, kind, root, say))
 
 
@@ -527,8 +527,6 @@ def _digest(root: Path, files: list[Path]) -> str:
         # Names need not be UTF-8.
         head = f"{file.relative_to(root)}\0{file.stat().st_size}\0"
         digest.update(head.encode(errors="surrogateescape"))
-        # A parquet file may be larger than the memory.
         with file.open("rb") as stream:
-            while block := stream.read(2**24):
-                digest.update(block)
+            file_digest(stream, lambda: digest)
     return digest.hexdigest()

@@ -77,12 +77,7 @@ class Ranks:
 
     def from_main(self, value: Any) -> Any:
         """The main process's `value`, which must be picklable. All ranks enter. Raises PeerLost."""
-        if self.hosts is None:
-            return value
-        shared = [value]
-        with peers_expected():
-            torch.distributed.broadcast_object_list(shared, group=self.hosts)
-        return shared[0]
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of each rank, by rank; it must be picklable. All ranks enter. Raises PeerLost."""
@@ -136,17 +131,11 @@ def join_processes(device: str, mixed_precision: str | None = None) -> Ranks:
         warnings.filterwarnings("ignore", message=text)
     for name in environment.NUMBERS:
         environment.whole_number(name)
-    world = environment.whole_number("WORLD_SIZE")
-    if world > 1:
-        say(f"processes: waiting for all {world}")
-    return Ranks(make_accelerator(device, world, mixed_precision))
 
-
-def make_accelerator(device: str, world: int, mixed_precision: str | None = None) -> Accelerator:
-    """Accelerate over `world` processes. All ranks enter. Raises BadInput, as `join_processes`."""
     # What can be refused is refused before anybody waits for anybody.
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     cpu = check_device(device, precision)
+    world = environment.whole_number("WORLD_SIZE")
     missing = [name for name in environment.LAUNCHER_VARIABLES if name not in os.environ]
     if world > 1 and missing:
         raise BadInput(
@@ -156,6 +145,7 @@ def make_accelerator(device: str, world: int, mixed_precision: str | None = None
     local_world = environment.whole_number("LOCAL_WORLD_SIZE", world)
     if world > 1:
         find_first_host(several=world > local_world)
+        say(f"processes: waiting for all {world}")
 
     # Gradients live in the buckets that are exchanged: no copy.
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
@@ -175,10 +165,10 @@ def make_accelerator(device: str, world: int, mixed_precision: str | None = None
     if accelerator.num_processes != world:
         raise BadInput(
             f"the launcher started {world} processes but Accelerate sees "
-            f"{accelerator.num_processes}: they would all write one folder; start them with "
-            "torchrun, or with accelerate launch --multi_gpu"
+            f"{accelerator.num_processes}: start them with torchrun or accelerate launch "
+            "--multi_gpu"
         )
-    return accelerator
+    return Ranks(accelerator)
 
 
 def find_first_host(several: bool) -> None:
@@ -214,45 +204,32 @@ def chosen_device(device: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    # What was asked for by name must be there.
-    if device != "auto" and not there[device]:
-        raise BadInput(
-            f"--device {device}: torch {torch.__version__} sees no such device on this machine"
-        )
     if environment.is_set("ACCELERATE_USE_CPU"):
-        if device in ("cuda", "mps"):
-            raise BadInput(
-                f"--device {device}: the accelerate config says use_cpu; change one of them"
-            )
-        return torch.device("cpu")
-    # auto: the first kind that is there.
-    if device != "auto":
-        return torch.device(device)
-    return torch.device(next(kind for kind in there if there[kind]))
+        there = {"cpu": True}
+    # auto: the first kind that is there. What was asked for by name must be there.
+    if device == "auto":
+        device = next(kind for kind in there if there[kind])
+    if not there.get(device):
+        raise BadInput(
+            f"--device {device}: torch {torch.__version__} sees no such device on this machine, "
+            "or the accelerate config says use_cpu"
+        )
+    return torch.device(device)
 
 
 def check_device(device: str, precision: str) -> bool:
     """Whether the processor is what computes. Raises BadInput when the device cannot compute so."""
     chosen = chosen_device(device).type
-    cpu = chosen == "cpu"
     # Accelerate takes the device that this names, whether or not it is there.
     named = os.environ.get("ACCELERATE_TORCH_DEVICE", chosen)
     if named.partition(":")[0] != chosen:
         raise BadInput(f"ACCELERATE_TORCH_DEVICE={named}: this run is on {chosen}; unset it")
     if precision not in ("no", "fp16", "bf16"):
-        raise BadInput(
-            f"mixed precision {precision}: unknown here; "
-            "launch with --mixed_precision bf16, fp16 or no"
-        )
-    if precision == "fp16" and cpu:
-        raise BadInput(
-            "mixed precision fp16 needs a GPU; on a CPU launch with --mixed_precision bf16 or no"
-        )
+        raise BadInput(f"mixed precision {precision}: unknown here; there are bf16, fp16 and no")
+    if precision == "fp16" and chosen == "cpu":
+        raise BadInput("mixed precision fp16 needs a GPU; launch with --mixed_precision bf16 or no")
     # Accelerate passes over these plugins on a CPU without a word.
     for name in environment.SHARDING:
         if environment.is_set(f"ACCELERATE_USE_{name}"):
-            raise BadInput(
-                f"the accelerate config asks for {name}: here every device holds the whole model "
-                "(MULTI_GPU)"
-            )
-    return cpu
+            raise BadInput(f"the accelerate config asks for {name}: there is MULTI_GPU alone here")
+    return chosen == "cpu"

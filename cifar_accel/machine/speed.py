@@ -29,10 +29,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
-    for part, peak in PEAK_FLOPS.items():
-        if part in name:
-            return peak
-    return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -56,26 +53,17 @@ def keep_freed_memory() -> None:
     kernel, which then clears each page anew: a third of a small model's step on a virtual machine
     (benchmarks/RESULTS.md). Does nothing where there is no glibc.
     """
-    if sys.platform != "linux":
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    # From glibc's malloc.h.
-    m_trim_threshold = -1
-    m_mmap_threshold = -3
-    # 32 MiB is the most that glibc takes.
-    mallopt(m_mmap_threshold, 32 * 2**20)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    if mallopt:
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h. 32 MiB is the most that glibc takes.
+        mallopt(-3, 32 * 2**20)
+        mallopt(-1, 2**31 - 1)
 
 
 def compile_model(
     model: torch.nn.Module, mode: str, device: torch.device, say: Callable[[str], None]
 ) -> bool:
-    """Compile `model` in place for static shapes.
-
-    Returns False, after a warning, where torch.compile's backend is missing.
-    """
+    """Compile `model` in place for static shapes; False, after a warning, where that fails here."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     # Whatever the missing compiler or triton raises.
@@ -84,10 +72,7 @@ def compile_model(
         say(f"warning: --compile does not work here and is left out ({reason})")
         return False
     if mode == "reduce-overhead" and device.type != "cuda":
-        say(
-            "warning: --compile-mode reduce-overhead makes CUDA graphs, which this device has not; "
-            "the default is taken"
-        )
+        say("warning: without CUDA graphs --compile-mode reduce-overhead is the default mode")
         mode = "default"
     # The trial's own graph is not counted.
     torch._dynamo.utils.counters.clear()

@@ -23,9 +23,7 @@ ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in
 
 # Families (the last word of timm's module) that train faster in channels-last layout, by device, as
 # benchmarks/step.py measures it. All others stay contiguous.
-CHANNELS_LAST = {
-    "cpu": {"efficientnet", "nfnet", "resnet"},
-}
+CHANNELS_LAST = {"cpu": {"efficientnet", "nfnet", "resnet"}}
 
 
 def name_of(args: TrainingArguments) -> str:
@@ -43,12 +41,17 @@ def check_model(args: TrainingArguments, say: Callable[[str], None]) -> None:
     """
     name = name_of(args)
     folder = _local_folder(name)
-    if folder:
-        _check_local_model(args, folder)
+    if not folder:
+        _check_timm_name(args, name)
+        if args.pretrained:
+            _check_published_weights(name, say)
         return
-    _check_timm_name(args, name)
-    if args.pretrained:
-        _check_published_weights(name, say)
+    _read_local_config(args.model, folder)
+    if args.pretrained and not (folder / "model.safetensors").is_file():
+        raise BadInput(
+            f"--model {args.model}: {folder} holds no model.safetensors "
+            "(--no-pretrained does without)"
+        )
 
 
 def _local_folder(name: str) -> Path | None:
@@ -58,47 +61,24 @@ def _local_folder(name: str) -> Path | None:
     return Path(name.removeprefix("local-dir:"))
 
 
-def _check_local_model(args: TrainingArguments, folder: Path) -> None:
-    """Raise BadInput for a folder that is none in timm's local-dir form."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(
-            f"--model {args.model}: {folder} holds no config.json; give a folder in timm's "
-            "local-dir form"
-        )
-    if args.pretrained and not (folder / "model.safetensors").is_file():
-        raise BadInput(
-            f"--model {args.model}: {folder} holds no model.safetensors "
-            "(--no-pretrained does without)"
-        )
-    _read_local_config(args.model, folder)
-
-
 def _check_timm_name(args: TrainingArguments, name: str) -> None:
     """Raise BadInput for an architecture, or a tag of its weights, that timm does not have."""
     # "resnet18.a1_in1k" is an architecture and which of its weights; without a tag timm chooses.
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        if Path(name).is_dir():
-            raise BadInput(
-                f"--model {args.model}: is a folder; did you mean local-dir:{args.model}?"
-            )
         near = did_you_mean(architecture, [*ALIASES, *timm.list_models()])
+        if Path(name).is_dir():
+            near = f"; did you mean local-dir:{args.model}?"
         raise BadInput(f"--model {args.model}: timm {timm.__version__} has no such model{near}")
 
     published = timm.list_pretrained(architecture + ".*")
-    tags = [full_name.partition(".")[2] for full_name in published]
-    if tag and tag not in tags:
-        known = ", ".join(tags) or "none"
-        raise BadInput(
-            f"--model {args.model}: {architecture} has no weights '{tag}'; there are {known}"
-        )
+    if tag and name not in published:
+        known = ", ".join(published) or "none"
+        raise BadInput(f"--model {args.model}: has no weights '{tag}'; there are {known}")
 
 
 def _check_published_weights(name: str, say: Callable[[str], None]) -> None:
-    """Raise BadInput when timm has no weights for `name`, or they are on a hub out of reach.
-
-    Says so where a download is to come.
-    """
+    """Raise BadInput when timm has no weights for `name`, or they are on a hub out of reach."""
     from huggingface_hub import try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(name)
@@ -143,12 +123,12 @@ class _LocalConfig:
 
 
 def _read_local_config(name: str, folder: Path) -> _LocalConfig:
-    """The config.json of local-dir model `name`. Raises BadInput when it is none in timm's form."""
+    """The config.json of local-dir model `name`. Raises BadInput when there is none."""
     config = read_as(_LocalConfig, folder / "config.json")
     if config is None:
         raise BadInput(
-            f"--model {name}: its config.json needs architecture, num_classes and pretrained_cfg "
-            "in timm's form, with mean finite and std above 0"
+            f"--model {name}: holds no config.json in timm's form, with architecture, num_classes "
+            "and pretrained_cfg (mean finite, std above 0)"
         )
     return config
 
@@ -169,8 +149,13 @@ def build_model(
     """
     name = name_of(args)
     keywords = parse_keywords(args.model_kwargs)
-    # Without it a ViT takes images of the size of its published weights only.
-    if _takes_image_size(name):
+    # Without it a ViT takes images of the size of its published weights only. A CNN has none.
+    folder = _local_folder(name)
+    if folder:
+        is_fixed = _read_local_config(name, folder).pretrained_cfg.fixed_input_size
+    else:
+        is_fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+    if is_fixed:
         keywords.setdefault("img_size", args.image_size)
     # The initial values of all that is not loaded follow from the seed.
     torch.manual_seed(args.seed)
@@ -186,18 +171,14 @@ def build_model(
     return model
 
 
-def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any]) -> torch.nn.Module:
+def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any]) -> Any:
     """Call timm.create_model; its complaints become BadInput."""
     name = name_of(args)
     try:
-        model: torch.nn.Module = timm.create_model(
-            name, pretrained=args.pretrained, num_classes=num_classes, **keywords
-        )
-        return model
+        return timm.create_model(name, args.pretrained, num_classes=num_classes, **keywords)
     # An argument that the architecture does not take.
     except TypeError as e:
-        reason = first_line(e)
-        raise BadInput(f"--model {args.model}: {reason} (see --model-kwargs)") from e
+        raise BadInput(f"--model {args.model}: {first_line(e)} (see --model-kwargs)") from e
     # Values that it cannot work with; weights that are damaged, out of reach or do not fit.
     except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:300]
@@ -207,14 +188,6 @@ def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any])
         raise BadInput(f"--model {args.model}: cannot be made: {reason}{hint}") from e
 
 
-def _takes_image_size(name: str) -> bool:
-    """Whether the architecture takes `img_size`: a ViT does, a CNN does not."""
-    folder = _local_folder(name)
-    if folder:
-        return _read_local_config(name, folder).pretrained_cfg.fixed_input_size
-    return bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
-
-
 def check_logits(model: torch.nn.Module, image_size: int, classes: int, where: str) -> None:
     """Raise BadInput, which names the model as `where`, unless an image gives logits [classes]."""
     try:
@@ -222,10 +195,9 @@ def check_logits(model: torch.nn.Module, image_size: int, classes: int, where: s
     except (RuntimeError, AssertionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise BadInput(f"--image-size {image_size}: {where} cannot take it: {reason}") from e
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
-        raise BadInput(
-            f"{where} does not give {classes} logits (see --model-kwargs, its model_args)"
-        )
+    # A model of features gives a list of tensors.
+    if getattr(logits, "shape", None) != (1, classes):
+        raise BadInput(f"{where} does not give {classes} logits (see --model-kwargs)")
 
 
 @torch.no_grad()

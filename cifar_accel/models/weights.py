@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 
 from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home, read_json
@@ -21,48 +20,31 @@ from cifar_accel.records import checkpoint
 def read_weights(path: str) -> tuple[Path, dict[str, torch.Tensor]]:
     """Read starting weights in any form, without unpickling anything that could run code.
 
-    Args:
-        path: a run folder, a model or checkpoint folder, a .safetensors or a .pth file.
-
-    Returns:
-        The file that was read, and its tensors by name, on the CPU.
-
-    Raises:
-        BadInput: the file is missing, cannot be read safely, or holds no state dict.
+    `path` is a run folder, a model or checkpoint folder, a .safetensors or a .pth file. Returns the
+    file that was read, and its tensors by name, on the CPU; an average goes before the weights.
+    Raises BadInput when it is missing, cannot be read safely, or holds no state dict.
     """
     file = _find_weights(path)
-    if file.suffix == ".safetensors":
-        return file, _load_tensors(file)
-
-    # Trainers wrap a state dict in a table with other things; an average goes before the weights.
-    state = _load_tensors(file)
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not _is_state_dict(state):
+    try:
+        # timm unwraps what trainers put around a state dict, and before its names.
+        state = timm.models.load_state_dict(str(file), weights_only=True)
+    # A damaged or hostile file provokes any exception there is in the libraries.
+    except Exception as e:
+        reason = first_line(e)[:120]
+        raise BadInput(f"--checkpoint {file}: cannot be read safely as weights ({reason})") from e
+    if not all(map(_is_weight, state.values())):
         raise BadInput(
             f"--checkpoint {file}: holds no table of dense real tensors by name (a state dict)"
         )
-
-    # What DataParallel and torch.compile put before each name.
-    for prefix in ("module.", "_orig_mod."):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return file, state
 
 
 def _find_weights(path: str) -> Path:
     """The file that --checkpoint PATH names: `path` itself, or the weights in that folder."""
-    file = home(path)
-    if file.is_dir():
-        return _find_in_folder(file, path)
-    if not file.is_file():
+    folder = home(path)
+    if not folder.exists():
         raise BadInput(f"--checkpoint {path}: no such file or folder")
-    return file
-
-
-def _find_in_folder(folder: Path, path: str) -> Path:
-    """The weights in a run folder, or in a model or checkpoint folder."""
-    for file in (folder / "model" / "model.safetensors", folder / "model.safetensors"):
+    for file in (folder, folder / "model" / "model.safetensors", folder / "model.safetensors"):
         if file.is_file():
             return file
     # An unfinished run has checkpoints, the newest first. A damaged one is passed over.
@@ -73,25 +55,6 @@ def _find_in_folder(folder: Path, path: str) -> Path:
         f"--checkpoint {path}: this folder holds no model.safetensors "
         "(nor model/, nor a whole checkpoint)"
     )
-
-
-def _load_tensors(file: Path) -> Any:
-    """What a file of weights holds. Raises BadInput when it cannot be read without running code."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    # A damaged or hostile file provokes any exception there is in the libraries.
-    except Exception as e:
-        reason = first_line(e)[:120]
-        raise BadInput(f"--checkpoint {file}: cannot be read safely as weights ({reason})") from e
-
-
-def _is_state_dict(value: Any) -> bool:
-    """Whether `value` is a table of dense real tensors by name."""
-    if not isinstance(value, dict):
-        return False
-    return all(isinstance(name, str) and _is_weight(entry) for name, entry in value.items())
 
 
 def _is_weight(value: Any) -> bool:
@@ -109,29 +72,24 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     """
     file, state = read_weights(path)
     own = model.state_dict()
-    head = {name for name in own if name.startswith(_classifier_prefixes(model))}
-    matched = {
-        name: state[name]
-        for name, tensor in own.items()
-        if name in state and state[name].shape == tensor.shape
-    }
+    matched = {n: t for n, t in state.items() if n in own and t.shape == own[n].shape}
+    fresh = [name for name in own if name not in matched]
 
     # Only the classifier may have another shape than the file's, or not be in it at all.
-    for name in own:
-        if name in state and name not in matched and name not in head:
+    unfit = [name for name in fresh if not name.startswith(_classifier_prefixes(model))]
+    for name in unfit:
+        if name in state:
             shapes = f"{list(state[name].shape)}, the model's is {list(own[name].shape)}"
             raise BadInput(f"--checkpoint {file}: does not fit --model: {name} has shape {shapes}")
-    missing = [name for name in own if name not in state and name not in head]
-    if missing:
+    if unfit:
         raise BadInput(
-            f"--checkpoint {file}: does not fit --model: {len(missing)} of the model's {len(own)} "
-            f"tensors are not in it, first {missing[0]}"
+            f"--checkpoint {file}: does not fit --model: {len(unfit)} of the model's {len(own)} "
+            f"tensors are not in it, first {unfit[0]}"
         )
     model.load_state_dict(matched, strict=False)
 
     # What was new to the model, or to the file.
     line = f"model: {len(matched)} of {len(own)} tensors from {file}"
-    fresh = [name for name in own if name not in matched]
     if fresh:
         line += f"; new: {', '.join(fresh)}"
     unused = [name for name in state if name not in own]
@@ -170,9 +128,7 @@ def input_statistics(
     """Channel means and deviations for images in [0, 1]: the options', else the model's own."""
     # timm's configuration has those with which the weights were trained.
     config = model.pretrained_cfg
-    mean = args.mean or config.get("mean")
-    std = args.std or config.get("std")
-    return tuple(mean), tuple(std)
+    return tuple(args.mean or config["mean"]), tuple(args.std or config["std"])
 
 
 # ---- the saved form
@@ -181,8 +137,7 @@ def input_statistics(
 def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[str]) -> None:
     """Write `folder` in timm's local-dir form: config.json and model.safetensors.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model back. `classes` are the
-    names of its outputs.
+    `classes` are the names of the model's outputs.
     """
     # How images must be made for it; timm's transforms follow this.
     mean, std = input_statistics(args, model)

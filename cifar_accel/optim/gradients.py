@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -19,19 +20,13 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 
 def clip_gradients(model: torch.nn.Module, norm: torch.Tensor, args: TrainingArguments) -> None:
-    """Clip the gradients of `model` in place, as --clip-mode says.
+    """Clip the gradients of the bare `model` in place, as --clip-mode says.
 
-    Adaptive clipping spares the classifier (Brock et al. 2021).
-
-    Args:
-        model: the bare model.
-        norm: L2 norm over all its gradients, float [].
-        args: `clip_grad` is the largest norm, value or (agc) ratio to the weights' norm.
+    `norm`, float [], is the L2 norm over all of them. Adaptive clipping spares the classifier.
     """
     if args.clip_mode == "agc":
         spared = classifier_parameters(model)
-        clipped = [p for p in model.parameters() if p not in spared and p.grad is not None]
-        clip_adaptively(clipped, args.clip_grad)
+        clip_adaptively([p for p in model.parameters() if p not in spared], args.clip_grad)
     elif args.clip_mode == "value":
         torch.nn.utils.clip_grad_value_(model.parameters(), args.clip_grad)
     else:
@@ -42,17 +37,13 @@ def clip_gradients(model: torch.nn.Module, norm: torch.Tensor, args: TrainingArg
 def clip_adaptively(parameters: list[torch.nn.Parameter], ratio: float, eps: float = 1e-3) -> None:
     """Adaptive gradient clipping (Brock et al. 2021): limit gradients to `ratio` of their weights.
 
-    Norms are compared unit by unit: a unit is a row of the first dimension, or all of a vector. In
-    place, and bit for bit timm's `adaptive_clip_grad`. The arithmetic on norms is done in one call
-    for all parameters: for dm_nfnet_f0 that makes 468 operator calls (launches of kernels on a GPU)
-    in place of 2,310, and takes a third of the time on a CPU (benchmarks/LOG.md).
-
-    Args:
-        parameters: all with gradients.
-        ratio: largest norm of a unit's gradient, as a share of the norm of its weights.
-        eps: smallest norm that weights count as, so that zeros can leave zero.
+    Norms are compared unit by unit: a unit is a row of the first dimension, or all of a vector.
+    `eps` is the smallest norm that weights count as, so that zeros can leave zero. In place, and
+    bit for bit timm's `adaptive_clip_grad`, in a fifth of its operator calls (benchmarks/LOG.md).
+    Parameters without a gradient stay.
     """
-    gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients: list[Any] = [p.grad for p in parameters]
     # By parameter: the largest norm each unit may have, then the factor that brings it there.
     factors = _unit_norms(list(parameters))
     torch._foreach_clamp_min_(factors, eps)
@@ -68,7 +59,7 @@ def _unit_norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """L2 norms of the units of each tensor, [n, 1, ...] for [n, ...] and one for a vector."""
     norms = []
     for tensor in tensors:
-        # Over all dimensions (None) where there is only one.
+        # Of a vector over its only dimension.
         dimensions = tuple(range(1, tensor.ndim)) or None
         norms.append(torch.linalg.vector_norm(tensor, dim=dimensions, keepdim=True))
     return norms
@@ -87,8 +78,7 @@ class Watch:
     Args:
         parameters: those that are trained.
         device: where they lie.
-        scaled: a gradient scaler passes over steps whose norm is not finite, for its own reasons:
-            only the loss is judged.
+        scaled: a gradient scaler passes over steps whose norm is not finite: judge the loss alone.
         step: number of the step that is noted first.
         on_host: where the record is kept (unset: on the host for a CPU).
     """
@@ -110,8 +100,7 @@ class Watch:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         # Whether a step was bad (0 or 1), then number, norm and loss of the first bad step, or of
         # the last step while all are good.
-        self.host_record = [0.0, step, 0.0, 0.0]
-        self.device_record = torch.tensor(self.host_record, dtype=self.dtype, device=device)
+        self.record: Any = torch.tensor([0.0, step, 0.0, 0.0], dtype=self.dtype, device=device)
 
     def note(self, losses: list[torch.Tensor], norm: torch.Tensor | None) -> None:
         """Note one step: the losses of its micro-batches and its gradient norm, each float [].
@@ -121,12 +110,11 @@ class Watch:
         if self.on_host:
             self._note_on_host(losses, norm)
         else:
-            assert norm is not None, "an accelerator has the norm of every step"
             self._note_on_device(losses, norm)
         self.step += 1
 
     def _note_on_host(self, losses: list[torch.Tensor], norm: torch.Tensor | None) -> None:
-        seen_bad_step = self.host_record[0]
+        seen_bad_step = self.record[0]
         if seen_bad_step:
             return
         loss = sum(loss.item() for loss in losses) / len(losses)
@@ -137,7 +125,7 @@ class Watch:
         norm_value = 0.0 if norm is None else norm.item()
         if not self.scaled:
             is_bad = is_bad or not math.isfinite(norm_value)
-        self.host_record = [float(is_bad), self.step, norm_value, loss]
+        self.record = [float(is_bad), self.step, norm_value, loss]
 
     def _gradients_are_finite(self) -> bool:
         # The kernel of gradient scalers takes a quarter of the norm's time (benchmarks/LOG.md).
@@ -149,22 +137,16 @@ class Watch:
         return not found.item()
 
     @torch.no_grad()
-    def _note_on_device(self, losses: list[torch.Tensor], norm: torch.Tensor) -> None:
+    def _note_on_device(self, losses: list[torch.Tensor], norm: torch.Tensor | None) -> None:
+        assert norm is not None, "an accelerator has the norm of every step"
         loss = torch.stack(losses).float().mean()
         judged = loss if self.scaled else torch.stack([loss, norm.float()])
         is_bad = ~judged.isfinite().all()
         # Filled on the device: a tensor of a host's number would be a copy, which waits.
         step = torch.full((), self.step, dtype=self.dtype, device=self.device)
         latest = torch.stack([value.to(self.dtype) for value in (is_bad, step, norm, loss)])
-        seen_bad_step = self.device_record[0] > 0
-        self.device_record = torch.where(seen_bad_step, self.device_record, latest)
+        self.record = torch.where(self.record[0] > 0, self.record, latest)
 
     def report(self) -> torch.Tensor:
-        """The record, [1, 4] on the device: bad (0 or 1), step, gradient norm, loss.
-
-        They are those of the first bad step, or of the last step while all are good. float64, but
-        float32 on mps.
-        """
-        if self.on_host:
-            return torch.tensor([self.host_record], dtype=self.dtype, device=self.device)
-        return self.device_record[None]
+        """The record, float64 (on mps float32) [1, 4] on the device: bad, step, norm, loss."""
+        return torch.as_tensor(self.record, dtype=self.dtype, device=self.device)[None]

@@ -24,13 +24,8 @@ OPTIMIZERS: dict[str, Callable[[Any, TrainingArguments], torch.optim.Optimizer]]
 
 
 def check_names(args: TrainingArguments) -> None:
-    """Raise BadInput for an optimizer or schedule that does not exist, naming the nearest."""
+    """Raise BadInput for a schedule or optimizer that does not exist or cannot be driven here."""
     check_schedule(args)
-    check_optimizer(args)
-
-
-def check_optimizer(args: TrainingArguments) -> None:
-    """Raise BadInput for an optimizer that does not exist or that the loop cannot drive."""
     if args.optimizer in OPTIMIZERS:
         return
     of_timm = timm.optim.list_optimizers()
@@ -41,10 +36,7 @@ def check_optimizer(args: TrainingArguments) -> None:
             f"such as lamb, lion and muon{near}"
         )
     if timm.optim.get_optimizer_info(args.optimizer).second_order:
-        raise BadInput(
-            f"--optimizer {args.optimizer}: needs second derivatives, which this loop does not "
-            "compute"
-        )
+        raise BadInput(f"--optimizer {args.optimizer}: needs second derivatives, unknown here")
 
 
 def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]]:
@@ -62,9 +54,7 @@ def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]
     decayed = []
     undecayed = []
     for name, parameter in named.items():
-        # A name ends with its module's own word for the parameter: stages.0.0.conv1.gain.
-        is_gain = name.rpartition(".")[2].endswith("gain")
-        if parameter.ndim <= 1 or is_gain or name in listed:
+        if parameter.ndim <= 1 or name.endswith("gain") or name in listed:
             undecayed.append(parameter)
         else:
             decayed.append(parameter)
@@ -75,10 +65,7 @@ def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]
 
 
 def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
-    """The optimizer named by the options, over the parameters of `model` that are trained.
-
-    Raises BadInput when timm's cannot be made with them, or not on this machine.
-    """
+    """The optimizer over what is trained. Raises BadInput when timm's cannot be made so or here."""
     # An empty group is refused by some optimizers.
     groups = [group for group in parameter_groups(model, args) if group["params"]]
     if args.optimizer in OPTIMIZERS:
@@ -89,16 +76,14 @@ def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.op
         )
     # Some need a GPU or a package, others refuse values.
     except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as e:
-        reason = first_line(e)
-        raise BadInput(f"--optimizer {args.optimizer}: cannot be made: {reason}") from e
+        raise BadInput(f"--optimizer {args.optimizer}: cannot be made: {first_line(e)}") from e
 
 
 def moments_per_weight(args: TrainingArguments, device: torch.device | None = None) -> int:
     """How many numbers the optimizer keeps for each weight, such as adamw's two moments.
 
-    Counted after one step on a small matrix on `device` (unset: the CPU), whatever the optimizer.
-    Numbers of a row or column, as adafactor keeps, are not counted. Raises BadInput like
-    `build_optimizer`.
+    Counted after one step on a small matrix on `device` (unset: the CPU). Numbers of a row or
+    column, as adafactor keeps, are not counted. Raises BadInput like `build_optimizer`.
     """
     # Large enough for those that keep rows and columns in place of a matrix.
     weight = torch.nn.Parameter(torch.ones(64, 64, device=device))

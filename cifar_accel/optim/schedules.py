@@ -8,10 +8,6 @@ from cifar_accel.errors import BadInput, did_you_mean
 from cifar_accel.options.options import TrainingArguments
 
 
-def _warmup_lr(args: TrainingArguments) -> float:
-    return args.warmup_lr
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How the learning rate goes on after a linear warm-up to its peak, `args.learning_rate`."""
@@ -19,7 +15,7 @@ class Schedule:
     # Learning rate by the share of the way: 0 at the end of the warm-up, 1 at the last step.
     rate: Callable[[float, TrainingArguments], float]
     # Learning rate at the first step of the warm-up.
-    warmup_start: Callable[[TrainingArguments], float] = _warmup_lr
+    warmup_start: Callable[[TrainingArguments], float] = lambda args: args.warmup_lr
 
 
 # ---- the schedules; each takes the share of the way and the options
@@ -31,32 +27,20 @@ def _cosine(share: float, args: TrainingArguments) -> float:
     return args.min_lr + above * (1 + math.cos(math.pi * share)) / 2
 
 
-def _linear_decay(share: float, args: TrainingArguments) -> float:
-    """torch's LinearLR with an end factor of 0.001."""
-    return args.learning_rate * (1 - 0.999 * share)
-
-
-def _constant(share: float, args: TrainingArguments) -> float:
-    return args.learning_rate
-
-
 def _one_cycle(share: float, args: TrainingArguments) -> float:
     """Smith & Topin 2018, down to 1/250,000 of the peak as torch's OneCycleLR does by default."""
     last = 4e-6
     return args.learning_rate * (last + (1 - last) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def _one_cycle_start(args: TrainingArguments) -> float:
-    """The first rate of torch's OneCycleLR by default."""
-    return args.learning_rate / 25
-
-
 # A new schedule is one entry here: any function of the share of the way and the options.
 SCHEDULES = {
     "cosine": Schedule(_cosine),
-    "linear_decay": Schedule(_linear_decay),
-    "constant": Schedule(_constant),
-    "one_cycle": Schedule(_one_cycle, warmup_start=_one_cycle_start),
+    # torch's LinearLR with an end factor of 0.001.
+    "linear_decay": Schedule(lambda share, args: args.learning_rate * (1 - 0.999 * share)),
+    "constant": Schedule(lambda share, args: args.learning_rate),
+    # It starts as torch's OneCycleLR does by default.
+    "one_cycle": Schedule(_one_cycle, warmup_start=lambda args: args.learning_rate / 25),
 }
 
 

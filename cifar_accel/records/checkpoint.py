@@ -5,12 +5,12 @@ main process alone writes, and a checkpoint is whole without the others.
 """
 
 import functools
+import itertools
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,18 @@ from cifar_accel.records.state import State
 
 # The format of a checkpoint folder that this version writes. It loads every earlier one too:
 # 1 and 2 hold the sums of state.json as lists, without names; 1 has no time spent waiting for
-# input; 2 has a flag `due` for a row that was still to be logged.
+# input; 2 has a flag `due`, which means nothing any more.
 FORMAT = 3
 
 # The sums of state.json, in the order in which formats 1 and 2 list them.
-SUMS = ("loss", "correct", "images")
-WINDOW = (*SUMS, "seconds", "waiting")
+SUMS = {
+    "window": ("loss", "correct", "images", "seconds", "waiting"),
+    "epoch": ("loss", "correct", "images"),
+}
 
-# The name of a whole checkpoint.
-NAME = re.compile(r"step-\d{8}")
-
-# A folder that a killed process left behind, half written or half removed.
-UNFINISHED = re.compile(r"step-\d{8}(\.old)?\.tmp")
+# The names of whole checkpoints. A killed process may leave one with .tmp behind it, half written,
+# or with .old.tmp, half removed.
+NAMES = "step-" + 8 * "[0-9]"
 
 # What every checkpoint holds beside its manifest.
 REQUIRED = {"model.safetensors", "optimizer.pt", "state.json"}
@@ -98,23 +98,17 @@ def save_checkpoint(
     # A kill at any moment must leave the last good checkpoint. So the new one is written under
     # another name, gets its own in one rename once every byte of it is on the disk, and only
     # then may older ones go.
-    _remove_unfinished(parent)
+    for leftover in (*parent.glob(f"{NAMES}.tmp"), *parent.glob(f"{NAMES}.old.tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         _write_files(scratch, model, optimizer, ema, state)
-        _write_manifest(scratch, state["step"])
         _put_in_place(scratch, final)
     finally:
         # Gone already where all went well. A full disk has no room for a part of a checkpoint.
         shutil.rmtree(scratch, ignore_errors=True)
     _rotate(run_dir, final, keep)
     return final
-
-
-def _remove_unfinished(parent: Path) -> None:
-    for folder in parent.glob("step-*.tmp"):
-        if UNFINISHED.fullmatch(folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_files(
@@ -124,32 +118,20 @@ def _write_files(
     ema: dict[str, torch.Tensor] | None,
     state: dict[str, Any],
 ) -> None:
+    """Write all files of a checkpoint; raises OSError where there is no room."""
     # The host waits here, for the copies.
-    weights = _on_host(model)
-    averages = None if ema is None else _on_host(ema)
-    with _failures_as_os_errors():
-        save_file(weights, folder / "model.safetensors")
-        if averages is not None:
-            save_file(averages, folder / "ema.safetensors")
+    weights = {"model.safetensors": _on_host(model)}
+    if ema is not None:
+        weights["ema.safetensors"] = _on_host(ema)
+    try:
+        for name, tensors in weights.items():
+            save_file(tensors, folder / name)
         torch.save(optimizer, folder / "optimizer.pt")
+    except (RuntimeError, SafetensorError) as error:
+        # Errors of their own for a disk that is full.
+        raise OSError(f"cannot be written ({first_line(error)})") from error
     (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
 
-
-def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in the host's memory, contiguous as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _failures_as_os_errors() -> Iterator[None]:
-    """torch and safetensors have errors of their own for a disk that is full."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot be written ({first_line(error)})") from error
-
-
-def _write_manifest(folder: Path, step: int) -> None:
     # The manifest comes last, when the bytes that it vouches for are on the disk. It is what makes
     # the folder a checkpoint.
     files = {}
@@ -157,8 +139,14 @@ def _write_manifest(folder: Path, step: int) -> None:
         share(file)
         sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+    manifest = {"format": FORMAT, "step": state["step"], "files": files}
+    write_json(folder / "manifest.json", manifest)
     sync(folder)
+
+
+def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in the host's memory, contiguous as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _put_in_place(scratch: Path, final: Path) -> None:
@@ -208,9 +196,8 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    checkpoints = [path for path in folders if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(checkpoints, reverse=True)
+    named = (run_dir / "checkpoints").glob(NAMES)
+    return sorted((path for path in named if path.is_dir()), reverse=True)
 
 
 def newest_valid(run_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -229,38 +216,32 @@ def choose(opened: Opened, say: Callable[[str], None]) -> Path | None:
     What is passed over is said, and where nothing is left to go on from. Raises BadInput where
     --resume PATH leads to no whole checkpoint.
     """
-    sources = [source for source in (opened.resume_from, opened.fallback) if source]
-    for source in sources:
-        if not is_checkpoint(source):
-            found = newest_valid(source, say)
-            if found is not None:
-                return found
-            continue
-        problem = fault(source)
-        if problem is not None:
-            raise BadInput(f"--resume {source}: {problem}")
-        return source
+    for source in opened.sources:
+        if is_checkpoint(source):
+            problem = fault(source)
+            if problem is not None:
+                raise BadInput(f"--resume {source}: {problem}")
+            return source
+        found = newest_valid(source, say)
+        if found is not None:
+            return found
     if opened.by_path:
-        raise BadInput(
-            f"--resume {sources[-1]}: holds no whole checkpoint; give another, or leave it out"
-        )
-    if sources:
+        named = opened.sources[-1]
+        raise BadInput(f"--resume {named}: holds no whole checkpoint; give another or leave it out")
+    if opened.sources:
         say(f"resume: {opened.path} holds no whole checkpoint: the run begins anew")
     return None
 
 
 def set_later_aside(run_dir: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, from which a run goes on anew; returns the new names."""
-    later = [path for path in list_checkpoints(run_dir) if step_of(path) > step]
-    return [path.rename(_unused_name(path)) for path in later]
-
-
-def _unused_name(path: Path) -> Path:
-    """`step-00000012.aside-1`, or the first higher number that is not taken."""
-    n = 1
-    while path.with_name(f"{path.name}.aside-{n}").exists():
-        n += 1
-    return path.with_name(f"{path.name}.aside-{n}")
+    aside = []
+    for path in list_checkpoints(run_dir):
+        if step_of(path) > step:
+            # The first number that is not taken.
+            names = (path.with_name(f"{path.name}.aside-{n}") for n in itertools.count(1))
+            aside.append(path.rename(next(name for name in names if not name.exists())))
+    return aside
 
 
 # ---- reading
@@ -278,28 +259,17 @@ def fault(path: Path) -> str | None:
         return f"was written by a newer version (format {manifest.format})"
     if not manifest.files.keys() >= REQUIRED:
         return "its manifest names no model, optimizer or state"
-    for name, described in manifest.files.items():
-        try:
-            problem = _file_fault(path, name, described)
-        except (OSError, ValueError) as error:
-            # Missing, unreadable, or of a name that no file can have.
-            return f"a file of its manifest cannot be read ({error})"
-        if problem is not None:
-            return problem
-    return None
-
-
-def _file_fault(folder: Path, name: str, described: File) -> str | None:
-    """What is wrong with one file of a manifest, or None.
-
-    Raises OSError or ValueError where there is no such file to read.
-    """
-    if Path(name).name != name:
-        return f"its manifest names a file outside the folder ({name})"
-    if (folder / name).stat().st_size != described.bytes:
-        return f"{name} has the wrong size"
-    if sha256(folder / name) != described.sha256:
-        return f"{name} does not have the SHA-256 of its manifest"
+    try:
+        for name, described in manifest.files.items():
+            if Path(name).name != name:
+                return f"its manifest names a file outside the folder ({name})"
+            if (path / name).stat().st_size != described.bytes:
+                return f"{name} has the wrong size"
+            if sha256(path / name) != described.sha256:
+                return f"{name} does not have the SHA-256 of its manifest"
+    except (OSError, ValueError) as error:
+        # Missing, unreadable, or of a name that no file can have.
+        return f"a file of its manifest cannot be read ({error})"
     return None
 
 
@@ -308,42 +278,27 @@ def read_state(path: Path) -> State:
 
     Raises BadInput when no training wrote it.
     """
-    manifest = read_as(Manifest, path / "manifest.json")
     values = read_as(dict[str, Any], path / "state.json")
-    if manifest and values:
+    if values:
         # Strictly, by the rules of JSON: there a whole number is a float too.
-        text = json.dumps(upgrade(values, manifest.format))
         with suppress(ValueError):
-            state: State = adapter(State).validate_json(text, strict=True)
-            if state.step >= 0:
-                return state
+            state: State = adapter(State).validate_json(json.dumps(upgrade(values)), strict=True)
+            return state
     raise BadInput(f"--resume {path}: its state.json is none that this trainer writes; {REMEDY}")
 
 
-def upgrade(state: dict[str, Any], written_format: int) -> dict[str, Any]:
-    """The content of a state.json of format `written_format` in the form of this version.
+def upgrade(state: dict[str, Any]) -> dict[str, Any]:
+    """The content of a state.json, with names for the sums that formats 1 and 2 list.
 
-    Values of a wrong type stay as they are, for the reader of the types to refuse.
+    What is no such list stays as it is, for the reader of the types to judge.
     """
-    if written_format == FORMAT:
-        return state
-    # What format 1 did not have yet.
-    upgraded = {"gradient_norm": 0.0, "evaluated_step": -1, **state}
-    window = upgraded.get("window")
-    if isinstance(window, list) and len(window) == 4:
-        window = [*window, 0.0]
-    upgraded["window"] = _with_names(WINDOW, window)
-    upgraded["epoch"] = _with_names(SUMS, upgraded.get("epoch"))
-    # A row that was still to be logged is logged whenever the window is not empty and this start's
-    # options ask for a row there.
-    upgraded.pop("due", None)
+    upgraded = dict(state)
+    for key, names in SUMS.items():
+        sums = state.get(key)
+        # All of them, or without the last, `waiting` of format 1, which has a default.
+        if isinstance(sums, list) and len(names) - len(sums) in (0, 1):
+            upgraded[key] = dict(zip(names, sums, strict=False))
     return upgraded
-
-
-def _with_names(names: tuple[str, ...], values: Any) -> Any:
-    if isinstance(values, list) and len(values) == len(names):
-        return dict(zip(names, values, strict=True))
-    return values
 
 
 def load_checkpoint(

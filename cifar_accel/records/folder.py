@@ -31,10 +31,8 @@ class Opened:
     """What to do with the run folder `path`: start anew (nothing is set), go on, or leave it."""
 
     path: Path
-    # A run or checkpoint folder to go on from.
-    resume_from: Path | None = None
-    # Another one, for where `resume_from` holds no whole checkpoint.
-    fallback: Path | None = None
+    # Run or checkpoint folders to go on from; the first that holds a whole checkpoint is taken.
+    sources: list[Path] = field(default_factory=list)
     # Whether --resume PATH asks for a checkpoint, without which there is nothing to do.
     by_path: bool = False
     # config.json of the run that goes on, where it has work that must fit.
@@ -49,7 +47,7 @@ class Opened:
     @property
     def starts_anew(self) -> bool:
         """Whether the run begins at step 0."""
-        return self.resume_from is None and self.finished is None
+        return not self.sources and self.finished is None
 
     def discard(self) -> None:
         """Leave no trace of a run that was refused before it began."""
@@ -166,20 +164,28 @@ def look_inside(
         _go_on_in_place(opened, args, precision, say)
         return
     opened.by_path = True
-    source = _find_source(home(args.resume))
+    source = home(args.resume)
+    if not source.is_dir():
+        raise BadInput(
+            f"--resume {source}: no such folder; give auto, never, or a run or checkpoint folder"
+        )
+    if not (source / "checkpoints").is_dir() and not is_checkpoint(source):
+        raise BadInput(f"--resume {source}: is no run folder and no checkpoints/step-* folder")
     source_run = source.parent.parent if is_checkpoint(source) else source
+    config = read_config(opened.path)
+    is_free = not (opened.path / "config.json").exists() and not _has_work(opened.path)
     # --resume PATH, the folder holding nothing or being the one at PATH: go on, or back, to PATH.
-    if source_run.resolve() == opened.path.resolve() or _is_free(opened.path):
+    if is_free or source_run.resolve() == opened.path.resolve():
         _check_same_options(source_run, args, precision)
         opened.config = read_config(source_run)
-        opened.resume_from = source
+        opened.sources = [source]
         return
-    # --resume PATH, the folder holding a run that began at PATH: this very command began it.
-    if _resumed_with(opened.path) == args.resume:
+    # --resume PATH, the folder holding a run that began at PATH: this very command began it. It may
+    # have been killed before its first checkpoint.
+    if config is not None and config["options"].get("resume") == args.resume:
         _go_on_in_place(opened, args, precision, say)
-        # It may have been killed before its first checkpoint.
-        if opened.resume_from is not None:
-            opened.fallback = source
+        if not opened.finished:
+            opened.sources.append(source)
         return
     # --resume PATH, the folder holding any other run.
     raise BadInput(
@@ -210,7 +216,7 @@ def _go_on_in_place(
     summary = read_summary(path)
     if not _is_finished(summary, args):
         opened.config = config if _has_work(path) else None
-        opened.resume_from = path
+        opened.sources = [path]
         return
     # Nobody reads the images of a finished run, so there is no telling whether they are the same.
     trained_on = config["options"]["dataset"]
@@ -226,28 +232,9 @@ def _go_on_in_place(
     )
 
 
-def _find_source(path: Path) -> Path:
-    """The PATH of --resume. Raises BadInput where it is neither a run nor a checkpoint folder."""
-    if not path.is_dir():
-        raise BadInput(
-            f"--resume {path}: no such folder; give auto, never, or a run or checkpoint folder"
-        )
-    if not (path / "checkpoints").is_dir() and not is_checkpoint(path):
-        raise BadInput(
-            f"--resume {path}: holds no checkpoint "
-            "(neither a run folder nor a checkpoints/step-* folder)"
-        )
-    return path
-
-
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint folder and not a run folder."""
     return (path / "manifest.json").is_file()
-
-
-def _is_free(path: Path) -> bool:
-    """Whether a run folder holds no run at all, not even one that did nothing."""
-    return not (path / "config.json").exists() and not _has_work(path)
 
 
 def _has_work(path: Path) -> bool:
@@ -256,12 +243,6 @@ def _has_work(path: Path) -> bool:
     if metrics.exists() and metrics.stat().st_size > 0:
         return True
     return any((path / "checkpoints").glob("step-*"))
-
-
-def _resumed_with(path: Path) -> str | None:
-    """The --resume that the run in `path` was started with."""
-    config = read_config(path)
-    return None if config is None else config["options"].get("resume")
 
 
 def _is_finished(summary: dict[str, Any], args: TrainingArguments) -> bool:

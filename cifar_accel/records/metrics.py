@@ -53,37 +53,30 @@ class Metrics:
             self.pending.append(json.dumps(row, allow_nan=False) + "\n")
             self.flush()
 
-    def flush(self) -> bool:
-        """Write what is pending; whether all of it is in the file now."""
+    def flush(self) -> None:
+        """Write what is pending, where there is room."""
         if not self.pending:
-            return True
+            return
         end = self.path.stat().st_size if self.path.exists() else 0
         try:
             # Closing the file hands its last bytes to the system, and raises too.
             with open(self.path, "a") as file:
                 file.writelines(self.pending)
+            self.pending = []
         except OSError as error:
             # A disk that filled up in the middle has taken a part of a line: cut it off again.
             with suppress(OSError):
                 os.truncate(self.path, end)
-            self._warn(error)
-            return False
-        self.pending = []
-        return True
-
-    def _warn(self, error: OSError) -> None:
-        # Once: the same is true for every further row.
-        if self.warned:
-            return
-        self.warned = True
-        self.say(
-            f"warning: {self.path} cannot be written ({error.strerror}); "
-            "training goes on, and tries again"
-        )
+            # Said once: the same is true for every further row.
+            if not self.warned:
+                reason = f"cannot be written ({error.strerror}); training goes on, and tries again"
+                self.say(f"warning: {self.path} {reason}")
+            self.warned = True
 
     def close(self) -> None:
         """Try once more, and say how many lines are lost."""
-        if not self.flush():
+        self.flush()
+        if self.pending:
             self.say(f"warning: {self.path} lacks its last {len(self.pending)} lines: no room")
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from cifar_accel.options.options import NotNegativeInt
+
 
 @dataclass
 class Totals:
@@ -27,7 +29,7 @@ class State:
     """Where a run stands. Every value is JSON, so that asdict() of it is what state.json holds."""
 
     # Optimizer steps taken.
-    step: int = 0
+    step: NotNegativeInt = 0
     # Seconds of training alone, and of everything since the first step; over all starts.
     time_s: float = 0.0
     wall_s: float = 0.0

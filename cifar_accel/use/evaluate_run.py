@@ -18,7 +18,7 @@ from cifar_accel.machine.processes import join_processes
 from cifar_accel.options.options import EvaluateArguments
 from cifar_accel.records.summary import RecordedOptions
 from cifar_accel.records.trackers import TrackedRun, start_tracker
-from cifar_accel.use.load import FinishedRun, load_run
+from cifar_accel.use.load import load_run
 
 
 def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[str, Any]:
@@ -34,16 +34,18 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     """
     # What is wrong with the folder is found before the data is waited for.
     run = load_run(home(args.run))
-    options = _options_here(run.options, args)
+    # Its images may lie elsewhere now.
+    dataset = args.dataset or run.options.dataset
+    data_dir = args.data_dir or run.options.data_dir
+    options = replace(run.options, device=args.device, dataset=dataset, data_dir=data_dir)
     model: Any = run.model()
     split = _test_images(options, list(model.pretrained_cfg.get("label_names") or ()), say)
 
     # As in training: its precision, layout and input statistics, so that the figures are equal to
     # the last digit on the same kind of device.
     ranks = join_processes(options.device, options.mixed_precision)
-    layout = torch.contiguous_format
-    if options.memory_format == "channels_last":
-        layout = torch.channels_last
+    channels_last = options.memory_format == "channels_last"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(ranks.device, memory_format=layout)
     pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
     batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
@@ -57,15 +59,19 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     say(f"top 5     {figures['top5_accuracy']:.4%}")
     say(f"loss      {figures['loss']:.4f}")
     if ranks.is_main and args.tracker != "none":
-        _track(args.tracker, run, options, figures, say)
+        # A run of its own beside the training in its group.
+        tracked = TrackedRun(
+            project=options.project,
+            name=options.run_name,
+            group=options.group,
+            job_type="evaluate",
+            config=run.config["options"],
+            folder=run.folder,
+            run_id=None,
+        )
+        tracker = start_tracker(args.tracker, say, tracked)
+        tracker.finish({f"test/{name}": value for name, value in figures.items()}, 0)
     return {"status": "finished", **figures}
-
-
-def _options_here(options: RecordedOptions, args: EvaluateArguments) -> RecordedOptions:
-    """The run's options, but for the device and for where its images lie now."""
-    given = {"dataset": args.dataset, "data_dir": args.data_dir}
-    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return replace(options, device=args.device, **changed)
 
 
 def _test_images(options: RecordedOptions, known: list[str], say: Callable[[str], None]) -> Split:
@@ -87,25 +93,3 @@ def _test_images(options: RecordedOptions, known: list[str], say: Callable[[str]
     # Another data set may have fewer images than the run was limited to.
     count = min(options.limit_test, len(test))
     return limit(replace(test, labels=labels), count, "--limit-test", options.seed)
-
-
-def _track(
-    kind: str,
-    run: FinishedRun,
-    options: RecordedOptions,
-    figures: dict[str, float],
-    say: Callable[[str], None],
-) -> None:
-    """Log the figures as a run of job type `evaluate`, beside the training in its group."""
-    tracked = TrackedRun(
-        project=options.project,
-        name=options.run_name,
-        group=options.group,
-        job_type="evaluate",
-        config=run.config["options"],
-        folder=run.folder,
-        # The training's own tracked run stays as it is.
-        run_id=None,
-    )
-    tracker = start_tracker(kind, say, tracked)
-    tracker.finish({f"test/{name}": value for name, value in figures.items()}, 0)

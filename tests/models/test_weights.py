@@ -115,18 +115,19 @@ def test_hostile_and_broken_files_are_refused_unread(tmp_path, monkeypatch, cont
 
 
 @pytest.mark.parametrize(
-    "table",
+    "table, message",
     [
-        {1: torch.zeros(2)},
-        {"w": torch.zeros(2).to_sparse()},
-        {"w": torch.zeros(2, dtype=torch.complex64)},
-        {"w": torch.zeros(2, device="meta")},
-        [torch.zeros(2)],
+        ({1: torch.zeros(2)}, "cannot be read safely as weights"),
+        ([torch.zeros(2)], "cannot be read safely as weights"),
+        ({"w": torch.zeros(2).to_sparse()}, "no table of dense real tensors"),
+        ({"w": torch.zeros(2, dtype=torch.complex64)}, "no table of dense real tensors"),
+        ({"w": torch.zeros(2, device="meta")}, "no table of dense real tensors"),
+        ({"model": {"w": torch.zeros(2)}, "state_dict": 3}, "cannot be read safely as weights"),
     ],
 )
-def test_tables_of_other_tensors_are_no_weights(tmp_path, table):
+def test_tables_of_other_tensors_are_no_weights(tmp_path, table, message):
     torch.save(table, tmp_path / "w.pth")
-    with pytest.raises(BadInput, match="no table of dense real tensors"):
+    with pytest.raises(BadInput, match=message):
         read_weights(str(tmp_path / "w.pth"))
 
 

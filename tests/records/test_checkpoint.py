@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cifar_accel.errors import BadInput
+from cifar_accel.files import adapter
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened
 from cifar_accel.records.state import State
@@ -208,7 +209,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, what):
 def test_a_run_without_a_whole_checkpoint_begins_anew_and_says_so(saved):
     flip_a_bit(saved(1))
     said = []
-    opened = Opened(saved.run, resume_from=saved.run)
+    opened = Opened(saved.run, sources=[saved.run])
     assert checkpoint.choose(opened, said.append) is None
     assert "step-00000001 is passed over" in said[0]
     assert said[1] == f"resume: {saved.run} holds no whole checkpoint: the run begins anew"
@@ -216,11 +217,11 @@ def test_a_run_without_a_whole_checkpoint_begins_anew_and_says_so(saved):
 
 def test_a_run_that_was_named_and_has_no_whole_checkpoint_is_refused(saved, tmp_path):
     flip_a_bit(saved(1))
-    opened = Opened(tmp_path / "other", resume_from=saved.run, by_path=True)
+    opened = Opened(tmp_path / "other", sources=[saved.run], by_path=True)
     with pytest.raises(BadInput, match=f"--resume {saved.run}: holds no whole checkpoint"):
         checkpoint.choose(opened, print)
     # Begun there by an earlier start, which was killed before it saved anything.
-    opened = Opened(tmp_path, resume_from=tmp_path / "own", fallback=saved.run, by_path=True)
+    opened = Opened(tmp_path, sources=[tmp_path / "own", saved.run], by_path=True)
     with pytest.raises(BadInput, match=f"--resume {saved.run}: holds no whole checkpoint"):
         checkpoint.choose(opened, print)
     good = saved(2)
@@ -284,17 +285,18 @@ OF_FORMAT_1 = {"step": 8, "window": [2.5, 3.0, 32.0, 0.5], "epoch": [9.0, 20.0, 
 
 
 def test_a_state_of_an_earlier_format_is_upgraded():
-    assert checkpoint.upgrade(STATE, 3) == STATE
-    assert checkpoint.upgrade(OF_FORMAT_2, 2) == STATE
-    upgraded = checkpoint.upgrade(OF_FORMAT_1, 1)
-    assert upgraded["window"] == STATE["window"] | {"waiting": 0.0}
-    assert upgraded["epoch"] == STATE["epoch"]
-    assert upgraded.keys() == STATE.keys()
+    read = adapter(State).validate_python
+    assert checkpoint.upgrade(STATE) == STATE
+    assert read(checkpoint.upgrade(OF_FORMAT_2)) == read(STATE)
+    of_format_1 = read(checkpoint.upgrade(OF_FORMAT_1))
+    expected = {"gradient_norm": 0.0, "evaluated_step": -1}
+    expected["window"] = STATE["window"] | {"waiting": 0.0}
+    assert of_format_1 == read(STATE | expected)
 
 
 @pytest.mark.parametrize("window", [None, "text", {}, [], [1.0], [0.0] * 6])
 def test_a_window_that_is_none_is_left_for_the_reader_of_types(window):
-    assert checkpoint.upgrade({"window": window}, 2)["window"] == window
+    assert checkpoint.upgrade({"window": window})["window"] == window
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "1", ""])

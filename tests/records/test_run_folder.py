@@ -73,12 +73,12 @@ def test_a_folder_that_is_not_there_starts_a_run(args):
 
 def test_an_unfinished_run_goes_on(args):
     run = write_run(args)
-    assert opened(args).resume_from == run
+    assert opened(args).sources == [run]
 
 
 def test_a_run_without_a_row_goes_on_with_its_tracker(args):
     run = write_run(args, row=False, checkpoint=False)
-    assert opened(args).resume_from == run
+    assert opened(args).sources == [run]
     assert "abc" in (run / "config.json").read_text()
 
 
@@ -96,7 +96,7 @@ def test_a_run_cut_short_goes_on_where_it_is_allowed_more(args, max_steps, finis
     write_run(args, summary=FINISHED | {"steps": 50})
     result = opened(replace(args, max_steps=max_steps))
     assert bool(result.finished) == finished
-    assert bool(result.resume_from) != finished
+    assert bool(result.sources) != finished
 
 
 def test_a_run_of_other_options_is_refused(args):
@@ -109,7 +109,7 @@ def test_a_run_of_other_options_is_refused(args):
 
 def test_options_that_change_no_result_may_differ(args):
     run = write_run(args)
-    assert opened(replace(args, log_every=7, project="other")).resume_from == run
+    assert opened(replace(args, log_every=7, project="other")).sources == [run]
 
 
 def test_a_run_of_another_precision_is_refused(args):
@@ -170,7 +170,7 @@ def test_a_saved_model_is_no_run(args):
     run = write_run(args)
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text('{"architecture": "test_vit"}')
-    assert opened(args).resume_from == run
+    assert opened(args).sources == [run]
 
 
 # ---- data and weights that moved
@@ -182,7 +182,7 @@ def test_images_may_lie_elsewhere_and_are_compared_when_they_are_read(args, tmp_
         opened(replace(args, dataset=str(tmp_path / "new")))
     (tmp_path / "new").mkdir()
     result = opened(replace(args, dataset=str(tmp_path / "new")))
-    assert result.resume_from == run
+    assert result.sources == [run]
     check_images(result, "new/place", FACTS["data_fingerprint"])
     with pytest.raises(BadInput, match="--dataset new/place: holds other images than old/place"):
         check_images(result, "new/place", "another")
@@ -223,7 +223,7 @@ def test_weights_are_known_by_their_content(args, tmp_path, option):
         opened(at(same))
     config["weights"] = starting_weights(at(same))
     (run / "config.json").write_text(json.dumps(config))
-    assert opened(at(same)).resume_from == run
+    assert opened(at(same)).sources == [run]
     for path in (other, tmp_path / "nowhere"):
         with pytest.raises(BadInput, match=f"--{option} .*old -> .*{path.name}"):
             opened(at(path))
@@ -268,14 +268,14 @@ def source(args):
 @pytest.mark.parametrize("part", ["", "checkpoints/step-00000001"])
 def test_a_path_goes_on_in_an_empty_folder(args, source, part):
     path = source / part
-    assert opened(replace(args, resume=str(path))).resume_from == path
+    assert opened(replace(args, resume=str(path))).sources == [path]
 
 
 def test_a_path_of_the_same_run_goes_back_even_when_it_is_finished(args):
     run = write_run(args, summary=FINISHED)
     path = run / "checkpoints" / "step-00000001"
     result = opened(replace(args, resume=str(path)))
-    assert result.resume_from == path
+    assert result.sources == [path]
     assert result.finished is None
 
 
@@ -296,8 +296,7 @@ def test_a_run_begun_at_a_path_goes_on_where_it_stands(args, source):
     again = replace(args, resume=str(source))
     run = write_run(again)
     result = opened(again)
-    assert result.resume_from == run
-    assert result.fallback == source
+    assert result.sources == [run, source]
 
 
 def test_a_run_begun_at_a_path_is_left_alone_once_finished(args, source):
