@@ -197,11 +197,11 @@ def check_data(found: Findings) -> str:
 
     # Cut them as a start would; for that images without pixels do.
     names = [str(c) for c in range(classes)]
-    splits = [
-        Split(np.empty((len(labels[of]), 0), np.uint8), labels[of].astype(np.int64), names)
-        for of in ("train", "test")
-    ]
-    dataset = Dataset(name, *splits, "")
+    splits = {
+        split: Split(np.empty((len(of_split), 0), np.uint8), of_split.astype(np.int64), names)
+        for split, of_split in labels.items()
+    }
+    dataset = Dataset(name, splits["train"], splits["test"], "")
     dataset, held_out = cut_splits(args, dataset, min(side))
     found.classes = classes
     found.training_images = len(dataset.train)

@@ -37,12 +37,8 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
 def read_as(kind: type[T], path: Path) -> T | None:
     """The value of a JSON file as `kind`, or None where the file is missing or holds no such value.
 
-    Args:
-        kind: a dataclass, or any other type that pydantic knows, such as dict[str, float]. A
-            dataclass takes its fields by name; keys that it does not have are ignored, and fields
-            that the file does not have take their defaults.
-        path: the file.
-
+    `kind` is any type that pydantic knows. A dataclass takes its fields by name: keys that it does
+    not have are ignored, and fields that the file does not have take their defaults.
     Types are strict, as far as JSON has them: an integer passes for a float and a list for a tuple,
     but the text "3" or `true` for no number. NaN and Infinity are floats, as Python writes them.
     """

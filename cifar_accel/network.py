@@ -2,6 +2,7 @@
 
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 from cifar_accel.errors import BadInput
 
@@ -12,26 +13,21 @@ PATIENCE = 10.0
 def require_network(what: str, remedy: str) -> None:
     """Raise BadInput within about 10 s when the Hugging Face hub cannot be reached.
 
-    Args:
-        what: what needs it, the head of the message.
-        remedy: what to do instead, the end of the message.
+    The message begins with `what` needs it and ends with the `remedy`.
     """
     # The hub's client is slow to import, and most runs download nothing.
     from huggingface_hub import constants
 
+    missing = f"{what}: not on this machine, and"
     if constants.HF_HUB_OFFLINE:
-        raise BadInput(
-            f"{what}: not on this machine, and HF_HUB_OFFLINE forbids to download it; {remedy}"
-        )
+        raise BadInput(f"{missing} HF_HUB_OFFLINE forbids to download it; {remedy}")
     question = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(question, timeout=PATIENCE).close()
-    except OSError as error:
         # An answer with an error code is an answer: the download itself will say what is wrong.
-        if isinstance(error, urllib.error.HTTPError):
-            return
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(question, timeout=PATIENCE).close()
+    except OSError as error:
         reason = getattr(error, "reason", error)
         raise BadInput(
-            f"{what}: not on this machine, and {constants.ENDPOINT} cannot be reached ({reason}); "
-            f"{remedy}"
+            f"{missing} {constants.ENDPOINT} cannot be reached ({reason}); {remedy}"
         ) from error

@@ -1,11 +1,9 @@
 """The run on paper: how batches are cut, how many steps there are, and what is due after each.
 
-A `Plan` needs no torch and no device. The same object is what a training follows, what `--dry-run`
-prints and what config.json records.
+A training follows a `Plan`, `--dry-run` prints it, and config.json records it. Loads no torch.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from cifar_accel.data.order import Order
@@ -53,10 +51,9 @@ class Plan:
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Most images that one device evaluates at once.
+        """Most images that one device evaluates at once: 256 keep any device busy.
 
-        Without gradients there is room for more than in a step, and 256 keep any device busy;
-        but a --micro-batch-size that the user set holds here too.
+        Without gradients there is room for that; a --micro-batch-size of the user holds here too.
         """
         return self.args.micro_batch_size or max(256, self.order.micro_batch_size)
 
@@ -75,11 +72,8 @@ class Plan:
         return step % self.steps_per_epoch == 0 or step == self.stop_step
 
     def checkpoint_after(self, step: int) -> bool:
-        """Whether a checkpoint is written: by steps or epochs, and after the last step.
-
-        Checkpoints by the clock are not in a plan: see `save_minutes`.
-        """
-        count, unit = self._save_every
+        """Whether a checkpoint is written, though not by the clock (see `save_minutes`)."""
+        count, unit = parse_interval(self.args.save_every)
         if unit == "never":
             return False
         # A larger --max-steps goes on from there.
@@ -92,13 +86,8 @@ class Plan:
     @property
     def save_minutes(self) -> int | None:
         """Minutes between two checkpoints, where --save-every counts in minutes."""
-        count, unit = self._save_every
+        count, unit = parse_interval(self.args.save_every)
         return count if unit == "minute" else None
-
-    @cached_property
-    def _save_every(self) -> tuple[int, str]:
-        # Asked for after every step, so it is read once.
-        return parse_interval(self.args.save_every)
 
     def weights_after(self, step: int) -> str | None:
         """The folder that keeps the weights of this step beyond the run's end, or None."""
@@ -112,13 +101,11 @@ class Plan:
 
     def lines(self, warmup_derived: bool = False) -> dict[str, str]:
         """Batch, steps and schedule for the screen, by name."""
-        # "25 epochs x 195 = 4,875, stopping after 1,000"
         args = self.args
         epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
         steps = f"{epochs} x {self.steps_per_epoch:,} = {self.total_steps:,}"
         if self.stop_step < self.total_steps:
             steps += f", stopping after {self.stop_step:,}"
-        # "cosine, peak 0.0005, warm-up 5 epochs (derived) = 975 steps"
         how = " (derived)" if warmup_derived else ""
         warmup = f"warm-up {args.warmup_epochs:g} epochs{how} = {self.warmup_steps:,} steps"
         return {
@@ -131,8 +118,7 @@ class Plan:
         """The learning rate at the steps that show its shape."""
         # Start, end of the warm-up, half-way, end.
         shown = {0, self.warmup_steps, self.total_steps // 2, self.total_steps - 1}
-        rates = [f"{self.learning_rate(step):.3g} at {step:,}" for step in sorted(shown)]
-        return ", ".join(rates)
+        return ", ".join(f"{self.learning_rate(step):.3g} at {step:,}" for step in sorted(shown))
 
     def facts(self) -> dict[str, Any]:
         """What config.json records of the plan."""
@@ -155,9 +141,7 @@ def make_plan(
     global batch cannot be cut into equal parts, or an epoch would have no step.
     """
     if accumulation < 1:
-        raise BadInput(
-            f"the launcher's gradient_accumulation_steps {accumulation}: must be 1 or greater"
-        )
+        raise BadInput(f"the launcher's gradient_accumulation_steps {accumulation}: must be >= 1")
 
     # The last, incomplete batch of an epoch is dropped, so there must be a whole one.
     if samples < args.batch_size:

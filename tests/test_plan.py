@@ -67,7 +67,7 @@ def test_the_rate_is_that_of_the_whole_schedule_however_it_is_cut():
         (dict(world=3), "cannot be divided by 3 processes; 30 or 33 can"),
         (dict(world=64), "cannot be divided by 64 processes; 64 can"),
         (dict(accumulation=3), "cannot be divided by the launcher's gradient_accumulation_steps 3"),
-        (dict(accumulation=0), "must be 1 or greater"),
+        (dict(accumulation=0), "must be >= 1"),
         (dict(accumulation=2, micro_batch_size=8), "are both given"),
         (dict(samples=31), "larger than the training set (31 images)"),
         (dict(mixup=0.8, batch_size=33), "33 images at once are no whole number of pairs"),

@@ -117,10 +117,8 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     held = stratified_subset(split.labels, round(len(split) * fraction), seed)
     kept = np.setdiff1d(np.arange(len(split)), held)
     if not len(held) or not len(kept):
-        raise BadInput(
-            f"--validation-fraction {fraction:g}: leaves {len(kept)} to train on and "
-            f"{len(held)} to validate"
-        )
+        parts = f"{len(kept)} to train on and {len(held)} to validate"
+        raise BadInput(f"--validation-fraction {fraction:g}: leaves {parts}")
     return split.subset(kept), split.subset(held)
 
 
@@ -189,10 +187,8 @@ def _download_failures_named(name: str, filename: str, root: Path) -> Iterator[N
         yield
     except (urllib.error.URLError, TimeoutError, RuntimeError) as e:
         reason = getattr(e, "reason", e)
-        raise BadInput(
-            f"--dataset {name}: cannot be downloaded ({reason}); put {filename} into {root}, "
-            "or pass a folder in hub parquet layout"
-        ) from e
+        remedy = f"put {filename} into {root}, or pass a folder in hub parquet layout"
+        raise BadInput(f"--dataset {name}: cannot be downloaded ({reason}); {remedy}") from e
     finally:
         socket.setdefaulttimeout(None)
 
@@ -381,8 +377,7 @@ def _open_parquet(file: Path) -> Iterator[Any]:
         with file.open("rb") as stream:
             yield pq.ParquetFile(stream)
     except (pa.ArrowException, OSError) as e:
-        reason = first_line(e)
-        raise BadInput(f"--dataset: {file} cannot be read as parquet ({reason})") from e
+        raise BadInput(f"--dataset: {file} cannot be read as parquet ({first_line(e)})") from e
 
 
 def _read_parquet_folder(shards: dict[str, list[_Shard]]) -> Iterator[tuple[str, Raw]]:

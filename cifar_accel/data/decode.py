@@ -27,9 +27,6 @@ CACHE_VERSION = 2
 # What comes of reading a folder of arrays that is not whole.
 NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError)
 
-# [3, H, W] of an image.
-Shape = tuple[int, ...]
-
 # Images decoded ahead of the disk: a pool that maps over all of them would hold all of them.
 IMAGES_IN_FLIGHT = 2048
 
@@ -42,16 +39,9 @@ def load_dataset(
     The first process to take the lock downloads and decodes; the others wait and then map the same
     files. Where the arrays are whole already nothing is locked and nothing written.
 
-    Args:
-        name: see `--dataset`.
-        data_dir: folder for downloads and the decoded arrays; made when missing.
-        image_size: the side that images of unequal size are brought to; those of one size stay as
-            they are.
-        say: called with a line before anything slow.
-
-    Raises:
-        BadInput: unknown name, missing or malformed data, no network, or a data_dir that cannot be
-            written.
+    Images of unequal size are brought to the side `image_size`; those of one size stay as they are.
+    `data_dir` is made when missing, and `say` called with a line before anything slow. Raises
+    BadInput: unknown name, missing or malformed data, no network, a data_dir that is not writable.
     """
     root = home(data_dir)
     with system_failures_named(f"--data-dir {data_dir}"):
@@ -192,8 +182,8 @@ def _write_arrays(source: Source, name: str, folder: Path, side: int | None) -> 
 
 
 def _write_images(
-    raw: Raw, path: Path, shape: Shape | None, side: int | None, damaged: dict[str, str]
-) -> Shape | None:
+    raw: Raw, path: Path, shape: tuple[int, ...] | None, side: int | None, damaged: dict[str, str]
+) -> tuple[int, ...] | None:
     """Decode `raw` into a .npy file uint8 [N, 3, H, W] and return [3, H, W]; None if they differ.
 
     `shape` is the [3, H, W] to keep to; None: that of the first whole image. What is wrong with

@@ -51,7 +51,7 @@ def uniform(seed: int, purpose: str, *words: ArrayLike) -> NDArray[np.float64]:
 # Every step of an epoch asks for its order, which costs milliseconds.
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of epoch `epoch` over `n` samples, on every machine: int64 [n], not to be changed."""
+    """The order of epoch `epoch` over `n` samples, the same on every machine: int64 [n]."""
     return np.argsort(random_bits(seed, "permutation", epoch, np.arange(n)), kind="stable")
 
 

@@ -204,21 +204,15 @@ def affine(
 
     # Along each axis, which source pixels an output pixel shows, in which shares, and whether the
     # place lies within the image at all.
+    taps = [[(columns - 0.5).long()], [(rows - 0.5).long()]]
+    shares: list[torch.Tensor | None] = [None, None]
     within = []
-    if across:
-        a, b, c = matrix[0]
-        at = (a * columns).add(b * rows).add_(c)
-        within.append((at >= 0) & (at < w))
-        column_taps, column_share = _source_pixels(at, w, interpolation)
-    else:
-        column_taps, column_share = [(columns - 0.5).long()], None
-    if down:
-        d, e, f = matrix[1]
-        at = (d * columns).add(e * rows).add_(f)
-        within.append((at >= 0) & (at < h))
-        row_taps, row_share = _source_pixels(at, h, interpolation)
-    else:
-        row_taps, row_share = [(rows - 0.5).long()], None
+    for axis, (moves, side) in enumerate([(across, w), (down, h)]):
+        if moves:
+            a, b, c = matrix[axis]
+            at = (a * columns).add(b * rows).add_(c)
+            within.append((at >= 0) & (at < side))
+            taps[axis], shares[axis] = _source_pixels(at, side, interpolation)
 
     # Pillow goes across first: one value for each row tap, then down between these.
     flat = x.view(n, channels, h * w)
@@ -227,11 +221,10 @@ def affine(
         at = (row * w + column).view(-1, 1, h * w).expand(n, channels, h * w)
         return flat.gather(2, at).view(n, channels, h, w).to(matrices.dtype)
 
-    lines = []
-    for row in row_taps:
-        values = [pixels(row, column) for column in column_taps]
-        lines.append(_interpolate(values, column_share))
-    moved = _interpolate(lines, row_share).clamp_(0, 255).floor_().float()
+    lines = [
+        _interpolate([pixels(row, column) for column in taps[0]], shares[0]) for row in taps[1]
+    ]
+    moved = _interpolate(lines, shares[1]).clamp_(0, 255).floor_().float()
 
     inside = reduce(torch.logical_and, within)
     outside = torch.tensor(fill, dtype=x.dtype).to(x.device).view(1, -1, 1, 1)

@@ -20,10 +20,8 @@ PR_SET_PDEATHSIG = 1
 def run_child(command: list[str], environment: dict[str, str], run_folder: Path) -> int:
     """Run a training as a child, pass signals on to it, and return its exit code.
 
-    Args:
-        command: the command that trains, itself or through a launcher.
-        environment: variables to add to this process's own.
-        run_folder: the run folder that the training will write.
+    `command` trains, itself or through a launcher, with `environment` added to this process's own,
+    and writes `run_folder`.
     """
     # A launcher between us and the training turns every exit code into 1. How the training ended is
     # told by two files of its run folder, but only if it wrote them during this start: they may

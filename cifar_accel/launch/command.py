@@ -188,19 +188,15 @@ def variables(file: Path, config: LauncherConfig) -> dict[str, str]:
 
     Those that the caller has set already win, and are left out.
     """
-    found: dict[str, str] = {}
-    if config.mixed_precision is not None:
-        found["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
-    if config.gradient_accumulation_steps is not None:
-        steps = str(config.gradient_accumulation_steps)
-        found["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = steps
-    # In a file of ours it only says what hardware was found: --device may still choose another.
-    is_users = shipped_folder("accelerate_configs") not in file.parents
-    if config.use_cpu is not None and is_users:
-        found["ACCELERATE_USE_CPU"] = str(config.use_cpu)
-    if config.gpu_ids not in ("all", ""):
-        found["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
-    return {name: value for name, value in found.items() if name not in os.environ}
+    # In a file of ours `use_cpu` says what hardware was found: --device may still choose another.
+    is_ours = shipped_folder("accelerate_configs") in file.parents
+    wanted = {
+        "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": config.gradient_accumulation_steps,
+        "ACCELERATE_USE_CPU": None if is_ours else config.use_cpu,
+        "CUDA_VISIBLE_DEVICES": None if config.gpu_ids in ("all", "") else config.gpu_ids,
+    }
+    return {n: str(v) for n, v in wanted.items() if v is not None and n not in os.environ}
 
 
 # ---- what is asked before a start

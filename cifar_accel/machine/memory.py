@@ -41,17 +41,11 @@ def estimate(
     resident: int,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Estimate:
-    """Estimate by the forward pass of a few images on the CPU.
+    """Estimate by the forward pass of a few images on the CPU; `model` stays as it was.
 
-    Counted are the weights and what lies beside them, the images kept on the device, and what
-    autograd keeps for the backward pass. Kernels' scratch space (`SCRATCH`) is not counted, nor are
-    the libraries, which take nearly 1 GiB a process on a host.
-
-    Args:
-        model: on the CPU; it stays as it was.
-        copies: how many numbers are kept for each weight (itself, its gradient, moments, average).
-        resident: bytes of the images that are kept on the device.
-        autocast: gives the precision of the run.
+    Counted are `copies` of each weight (itself, its gradient, moments, average), the `resident`
+    bytes of images, and what autograd keeps for the backward pass at the precision that `autocast`
+    gives. The libraries, which take nearly 1 GiB a process on a host, and `SCRATCH` are not.
     """
     # The storages are held, or the next tensor might lie where one was counted.
     kept: dict[int, torch.UntypedStorage] = {}

@@ -132,33 +132,31 @@ class StopRequest:
         number = 0
         while number not in (*ASKING, signal.SIGHUP):
             number = os.read(reader, 1)[0]
-        asked = time.monotonic()
-        while not self._is_stuck(asked):
-            time.sleep(0.1)
+        self._wait_until_stuck(asked=time.monotonic())
         # Otherwise the command is over, and the process somebody else's.
-        if signal.getsignal(signal.SIGTERM) == self._on_signal:
-            self._end(signal.Signals(number).name)
+        if signal.getsignal(signal.SIGTERM) != self._on_signal:
+            return
 
-    def _is_stuck(self, asked: float) -> bool:
-        began = self.turn_began
-        if began is None:
-            return False
-        return time.monotonic() > max(asked, began) + PATIENCE + 2 * self.longest_turn
-
-    def _end(self, signal_name: str) -> None:
-        """End the process from outside the main thread, which is stuck."""
-        self.reason = self.reason or signal_name
+        self.reason = self.reason or signal.Signals(number).name
         text = (
             f"\ncifar_accel: stopped by {self.reason} while it waited for something, without a "
             "checkpoint; checkpoints already written are kept\n"
         )
         try:
-            # Loader workers, were they stopped. They would wait for their parent.
+            # Loader workers, were they suspended.
             for child in multiprocessing.active_children():
                 child.kill()
-            # Nobody may be reading.
+            # Not where nobody reads.
             if select.select([], [2], [], 0)[1]:
                 os.write(2, text.encode())
             self.last_act()
         finally:
             os._exit(STOPPED)
+
+    def _wait_until_stuck(self, asked: float) -> None:
+        while True:
+            began = self.turn_began
+            patience = PATIENCE + 2 * self.longest_turn
+            if began is not None and time.monotonic() > max(asked, began) + patience:
+                return
+            time.sleep(0.1)

@@ -4,11 +4,7 @@ import torch
 
 
 def apply(model: torch.nn.Module) -> None:
-    """Change `model` in place as every model of this package is changed, new or loaded.
-
-    All that makes or loads a model calls this once, so that a figure computed again from a run
-    folder is equal to the last digit.
-    """
+    """Change `model` in place, new or loaded, so that figures are equal to the last digit."""
     shorten_convolutions(model)
 
 
@@ -42,11 +38,8 @@ def shorten_convolutions(model: torch.nn.Module) -> None:
             continue
         if layer.groups != 1 or layer.padding_mode != "zeros":
             continue
-        same_padding = tuple(
-            dilation * (size - 1) / 2
-            for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
-        )
-        # A 1x1 kernel is its centre already.
-        is_pointwise = same_padding == (0, 0)
-        if layer.padding == same_padding and not is_pointwise:
+        pairs = zip(layer.dilation, layer.kernel_size, strict=True)
+        same_padding = tuple(dilation * (size - 1) / 2 for dilation, size in pairs)
+        # A 1x1 kernel, which needs no padding, is its centre already.
+        if layer.padding == same_padding != (0, 0):
             layer.__class__ = _CentreConv2d

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from tyro.conf import Positional
 
 # Channel means and deviations of ImageNet's training images, on a scale from 0 to 1.
@@ -75,9 +75,9 @@ class TrainingArguments:
     # The names are timm's. Where a value turns the option off, it is none or 0.
     aa: str = "none"
     """AutoAugment policy in timm's notation, for example rand-m15-n2."""
-    scale: tuple[float, float] | None = None
+    scale: tuple[PositiveShare, PositiveShare] | None = None
     """Least and largest area of the random resized crop, as shares; none: no such crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Least and largest aspect ratio of the random resized crop."""
     crop_padding: NotNegativeInt = 0
     """Random crop after reflecting this many pixels (instead of the random resized crop)."""
@@ -93,9 +93,9 @@ class TrainingArguments:
     """Resampling when an image is resized."""
     crop_pct: PositiveShare = 1.0
     """Test images are resized to image_size / crop_pct and their centre is taken (1: all of it)."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
     """Channel means subtracted from images scaled to [0, 1]; none: the model's own."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     """Channel deviations that images are divided by; none: the model's own."""
     reprob: Share = 0.0
     """Probability that a random rectangle of an image is erased (set to the mean)."""

@@ -1,5 +1,6 @@
 """Words of a command line -> options and where each comes from; every complaint is one line."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -134,13 +135,10 @@ def _field_of(word: str) -> str:
 
 def chosen_recipe(words: Sequence[str]) -> str:
     """The recipe that the words name; of several the last counts, as for any flag."""
-    recipe = TrainingArguments.recipe
-    for word, following in pairwise([*words, ""]):
-        if word.startswith("--recipe="):
-            recipe = word.removeprefix("--recipe=")
-        elif word == "--recipe" and following:
-            recipe = following
-    return recipe
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    usual = TrainingArguments.recipe
+    parser.add_argument("--recipe", nargs="?", default=usual, const=usual)
+    return str(parser.parse_known_args(words)[0].recipe)
 
 
 def given_fields(argv: Sequence[str]) -> set[str]:

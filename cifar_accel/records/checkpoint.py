@@ -227,7 +227,9 @@ def choose(opened: Opened, say: Callable[[str], None]) -> Path | None:
             return found
     if opened.by_path:
         named = opened.sources[-1]
-        raise BadInput(f"--resume {named}: holds no whole checkpoint; give another or leave it out")
+        raise BadInput(
+            f"--resume {named}: holds no whole checkpoint; give another, or leave it out"
+        )
     if opened.sources:
         say(f"resume: {opened.path} holds no whole checkpoint: the run begins anew")
     return None

@@ -130,11 +130,10 @@ def _make_and_lock(path: Path, args: TrainingArguments) -> FileLock:
     except Timeout:
         # Such a record has lines: process, host and more.
         owner = " on ".join(lock_file.read_text().splitlines()[:2]) or "another process"
-        gone = f"; if it is gone, remove {lock_file}" if isinstance(lock, SoftFileLock) else ""
-        raise BadInput(
-            f"--run-name: {path} is in use by {owner}; wait for it, or give another --run-name"
-            f"{gone}"
-        ) from None
+        ways = "wait for it, or give another --run-name"
+        if isinstance(lock, SoftFileLock):
+            ways += f"; if it is gone, remove {lock_file}"
+        raise BadInput(f"--run-name: {path} is in use by {owner}; {ways}") from None
     except OSError as error:
         reason = error.strerror or str(error)
         if isinstance(error, FileExistsError | NotADirectoryError):
@@ -240,9 +239,8 @@ def is_checkpoint(path: Path) -> bool:
 def _has_work(path: Path) -> bool:
     """Whether a run folder holds a logged row or a checkpoint."""
     metrics = path / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size > 0:
-        return True
-    return any((path / "checkpoints").glob("step-*"))
+    has_rows = metrics.exists() and metrics.stat().st_size > 0
+    return has_rows or any((path / "checkpoints").glob("step-*"))
 
 
 def _is_finished(summary: dict[str, Any], args: TrainingArguments) -> bool:

@@ -14,12 +14,7 @@ class Metrics:
     """Writer of metrics.jsonl: each row is handed to the system before the next step.
 
     A disk that cannot take a line costs one warning, never the run: the line is kept and tried
-    again with the next.
-
-    Args:
-        path: the file.
-        say: prints a line.
-        enabled: whether to write; only the main process does.
+    again with the next. Writes nothing where it is not `enabled`, which it is on the main process.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], enabled: bool = True):
