@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The console script calls it without arguments.
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print_commands()
+        print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10}{command.help}")
+        print("\ncifar-accel COMMAND --help explains one of them; cifar-accel --version")
         return 0
     if words[0] == "--version":
         say(f"cifar_accel {cifar_accel.__version__}")
@@ -42,14 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         return fail(f"unknown command {name}; there are {known}{did_you_mean(name, COMMANDS)}")
     return COMMANDS[name].run(options)
-
-
-def print_commands() -> None:
-    """Print the help of `cifar-accel` itself."""
-    print("usage: cifar-accel COMMAND [OPTIONS]\n\ncommands:")
-    for name, command in COMMANDS.items():
-        print(f"  {name:<10}{command.help}")
-    print("\ncifar-accel COMMAND --help explains one of them; cifar-accel --version")
 
 
 def guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -90,7 +85,10 @@ def train_command(argv: Sequence[str]) -> int:
     args, origin = parse_training(argv)
     args, origin = with_workers(args, origin)
     if args.dry_run:
-        return _dry_run(args, origin)
+        from cifar_accel.dry_run import dry_run
+
+        # One process looks for all.
+        return dry_run(args, origin) if is_main_process() else 0
 
     # The main process alone opens the run folder. Where there is nothing to do, nothing is loaded.
     opened = None
@@ -129,15 +127,6 @@ def with_workers(
     cores = os.cpu_count() or 1
     workers = min(8, max(1, cores // processes))
     return replace(args, workers=workers), {**origin, "workers": "derived"}
-
-
-def _dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
-    # One process looks for all.
-    if not is_main_process():
-        return 0
-    from cifar_accel.dry_run import dry_run
-
-    return dry_run(args, origin)
 
 
 def _open(args: TrainingArguments) -> Opened:

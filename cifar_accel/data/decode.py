@@ -48,8 +48,7 @@ def load_dataset(
         root.mkdir(parents=True, exist_ok=True)
     with system_failures_named(f"--dataset {name}"):
         source = find_source(name, root, say)
-        # Resumed runs compare it, older ones too: what is hashed never changes.
-        fingerprint = blake2b(f"1 {source.identity()}".encode(), digest_size=12).hexdigest()
+        fingerprint = _fingerprint(source)
 
     # Images of unequal size have a folder for each size that they were brought to.
     folder = root / f"decoded-v{CACHE_VERSION}-{fingerprint}"
@@ -63,6 +62,11 @@ def load_dataset(
                 splits = _open_first(folder, resized, lambda line: None)
                 splits = splits or _open(_made(source, name, folder, resized, image_size, say))
     return Dataset(name, *splits, fingerprint)
+
+
+def _fingerprint(source: Source) -> str:
+    # Resumed runs compare it, older ones too: what is hashed never changes.
+    return blake2b(f"1 {source.identity()}".encode(), digest_size=12).hexdigest()
 
 
 @contextmanager
@@ -150,6 +154,9 @@ def _decode(source: Source, name: str, folder: Path, side: int | None) -> bool:
     try:
         if not _write_arrays(source, name, scratch, side):
             return False
+        # They would stand for files that are not there any more, or were never all there at once.
+        if _fingerprint(source) not in folder.name:
+            raise BadInput(f"--dataset {name}: its files changed while they were read; start again")
         # Files reach the disk before the folder has its name, or a power cut could leave parts.
         for file in scratch.iterdir():
             sync(file)
@@ -262,6 +269,8 @@ def _open_image(raw: Raw, i: int) -> Image.Image:
             if upright.mode.startswith("I;16"):
                 # 16-bit grey is scaled; Pillow's own conversion would clip it.
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel, whose range nobody knows; give 8 or 16")
             return upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise BadInput(f"--dataset: {raw.item_name(i)} is not a whole image ({e})") from e

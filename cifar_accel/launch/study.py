@@ -77,8 +77,13 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
 def is_finished(folder: Path, words: list[str]) -> bool:
     """Whether `folder` holds the very run that `words` train, finished."""
     command = (read_config(folder) or {}).get("command", [])
+    summary = read_summary(folder)
     # The first word is the program's path, which depends on how it was started.
-    return command[1:] == words and read_summary(folder).get("status") == "finished"
+    if command[1:] != words or summary.get("status") != "finished":
+        return False
+    # These words began it. Others, by hand, may have ended it earlier than they would.
+    is_whole: bool = summary["steps"] == summary["total_steps"]
+    return is_whole or any(word.startswith("--max-steps") for word in words)
 
 
 # ---- the file

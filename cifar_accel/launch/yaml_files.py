@@ -52,5 +52,8 @@ def is_too_long(root: Any) -> bool:
         if isinstance(node, yaml.SequenceNode):
             todo += node.value
         if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise yaml.YAMLError(f"a key stands twice in a table: {', '.join(keys)}"[:200])
             todo += chain.from_iterable(node.value)
     return False

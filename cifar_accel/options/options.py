@@ -144,7 +144,7 @@ class TrainingArguments:
     model_ema: bool = False
     """Keep an exponential moving average of the weights; it is what is evaluated and saved."""
     model_ema_decay: Share = 0.9998
-    """Decay of that average per step."""
+    """Decay of that average per step, approached: 1 - (n + 1)^(-2/3) after n steps, if less."""
 
     # Run
     seed: Seed = 3407

@@ -177,6 +177,8 @@ def look_inside(
     if is_free or source_run.resolve() == opened.path.resolve():
         _check_same_options(source_run, args, precision)
         opened.config = read_config(source_run)
+        if opened.config is None:
+            say(f"resume: no config.json tells the options of {source}, so they are not compared")
         opened.sources = [source]
         return
     # --resume PATH, the folder holding a run that began at PATH: this very command began it. It may

@@ -71,18 +71,14 @@ class Summary:
 def read_config(run: Path) -> dict[str, Any] | None:
     """config.json of a run folder, or None where it is missing or none that a training writes."""
     file = run / "config.json"
-    if read_as(Config, file) is None:
-        return None
-    return read_json(file)
+    return read_json(file) if read_as(Config, file) else None
 
 
 def read_summary(run: Path) -> dict[str, Any]:
     """summary.json of a run folder, or {} where it is missing or none that a training writes."""
     file = run / "summary.json"
     summary = read_as(Summary, file)
-    if summary is None:
-        return {}
-    if summary.status == "finished" and summary.accuracy is None:
+    if summary is None or (summary.status == "finished" and summary.accuracy is None):
         return {}
     return read_json(file)
 

@@ -200,20 +200,15 @@ def wandb_mode() -> str:
     mode = os.environ.get("WANDB_MODE")
     if mode:
         return mode
-    return "online" if _has_wandb_key() else "offline"
-
-
-def _has_wandb_key() -> bool:
-    """Whether wandb would find a key, in the environment or where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
-        return True
+        return "online"
+    # Where `wandb login` puts it.
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlparse(server).hostname or ""
     try:
         keys = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
-        return False
-    return keys.authenticators(host) is not None
+        return "offline"
+    return "online" if keys.authenticators(urlparse(server).hostname or "") else "offline"
 
 
 # A new tracker is one function like start_wandb and one line here, and its name in the type of

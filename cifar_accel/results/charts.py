@@ -98,8 +98,10 @@ def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
 def draw_comparison(axes: Axes, runs: list[RunFiles]) -> None:
     """The test accuracy of several runs in percent by epoch."""
     for run in runs:
-        # Without a legend the page still names every run, below the figure.
-        label = printable(run.options["run_name"]) if len(runs) <= MOST_NAMES else None
+        # By its folder: --resume never puts a number behind the name. Without a legend the page
+        # still names every run, below the figure.
+        name = Path(run.options["run_name"]).with_name(run.path.name)
+        label = printable(str(name)) if len(runs) <= MOST_NAMES else None
         axes.plot(*_points(run, "eval/accuracy", 100), marker=".", label=label)
     title = "Accuracy after each epoch, all finished runs"
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=title)

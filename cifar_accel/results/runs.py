@@ -14,6 +14,7 @@ COMPARED = [
     *(f.name for f in fields(TrainingArguments) if f.name not in VOLATILE | {"seed"}),
     "mixed_precision",
     "data_fingerprint",
+    "weights",
 ]
 
 # What the course report calls the models that have short names here.
@@ -73,6 +74,7 @@ def read_run(path: Path) -> RunFiles | None:
         return None
     # An earlier version had fewer options; what it did is what their defaults do.
     options = {**asdict(TrainingArguments()), **config["options"]}
+    options["weights"] = config.get("weights")
     metrics = path / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
     return RunFiles(path, options, config.get("command", []), read_summary(path), rows)

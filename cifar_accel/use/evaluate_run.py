@@ -39,7 +39,9 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     data_dir = args.data_dir or run.options.data_dir
     options = replace(run.options, device=args.device, dataset=dataset, data_dir=data_dir)
     model: Any = run.model()
-    split = _test_images(options, list(model.pretrained_cfg.get("label_names") or ()), say)
+    known = list(model.pretrained_cfg.get("label_names") or ())
+    recorded = None if args.dataset else run.config["options"].get("data_fingerprint")
+    split = _test_images(options, known, recorded, say)
 
     # As in training: its precision, layout and input statistics, so that the figures are equal to
     # the last digit on the same kind of device.
@@ -74,12 +76,18 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     return {"status": "finished", **figures}
 
 
-def _test_images(options: RecordedOptions, known: list[str], say: Callable[[str], None]) -> Split:
+def _test_images(
+    options: RecordedOptions, known: list[str], recorded: str | None, say: Callable[[str], None]
+) -> Split:
     """The test images of the run, with labels that are places in the model's classes `known`.
 
-    Raises BadInput for images of a class that is not among them.
+    Says so where the images' fingerprint is not the one that is `recorded`. Raises BadInput for
+    images of a class that is not known.
     """
-    test = load_dataset(options.dataset, options.data_dir, options.image_size, say).test
+    dataset = load_dataset(options.dataset, options.data_dir, options.image_size, say)
+    test = dataset.test
+    if recorded not in (None, dataset.fingerprint):
+        say(f"note: the images of {options.dataset} are not those that the run was trained with")
     # Other images may count the same classes in another order, so their names decide.
     places = {name: place for place, name in enumerate(known)}
     unknown = [name for name in test.classes if name not in places]

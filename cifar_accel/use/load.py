@@ -11,7 +11,7 @@ from cifar_accel.errors import BadInput
 from cifar_accel.files import adapter, read_as, read_json
 from cifar_accel.models.create import check_logits
 from cifar_accel.models.weights import load_model
-from cifar_accel.records.summary import Config, RecordedOptions
+from cifar_accel.records.summary import Config, RecordedOptions, read_summary
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def load_run(folder: Path) -> FinishedRun:
         if read_as(Config, folder.resolve().parent / "config.json"):
             reason = "give the folder above it"
         raise BadInput(f"{folder}: is no run folder ({reason})") from e
-    if not (folder / "model" / "model.safetensors").is_file():
+    # A run that was allowed more steps has an older model/ until it is finished again.
+    is_finished = read_summary(folder).get("status") == "finished"
+    if not is_finished or not (folder / "model" / "model.safetensors").is_file():
         raise BadInput(
-            f"{folder}: has no model/ yet, the run is not finished; the command in its config.json "
-            "goes on with it"
+            f"{folder}: the run is not finished; the command in its config.json goes on with it"
         )
     return FinishedRun(folder, recorded.options, read_json(file))

@@ -169,6 +169,20 @@ def test_a_folder_of_arrays_says_which_data_set_it_holds(tmp_path):
     assert meta.read_text().startswith(json.dumps({"name": folder})[:-1])
 
 
+def test_files_that_change_while_they_are_decoded_are_refused(tmp_path):
+    folder = parquet_folder(tmp_path / "data")
+    others = parquet_folder(tmp_path / "others", rows=8)
+
+    def change_files(line):
+        for file in others.glob("*.parquet"):
+            file.replace(folder / file.name)
+
+    with pytest.raises(BadInput, match="its files changed while they were read"):
+        load_dataset(str(folder), str(tmp_path / "cache"), 32, change_files)
+    assert not list(tmp_path.glob("cache/decoded-*/"))
+    assert len(load_dataset(str(folder), str(tmp_path / "cache"), 32, print).test) == 8
+
+
 def test_arrays_of_other_versions_are_not_looked_at(tmp_path):
     """Their labels may have been joined by position. The fingerprint stays, for runs go on."""
     folder = str(parquet_folder(tmp_path / "data"))
@@ -238,6 +252,14 @@ def test_sixteen_bit_and_rotated_images(tmp_path):
     images = load(folder, tmp_path).train.images
     assert np.array_equal(images[0], np.stack([ramp >> 8] * 3))
     assert np.array_equal(images[1], np.asarray(image)[::-1, ::-1].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_unknown_range_are_refused(tmp_path, kind):
+    folder = image_folder(tmp_path / "data")
+    Image.fromarray(np.ones((32, 32), kind)).save(folder / "train" / "cat" / "0.png", "TIFF")
+    with pytest.raises(BadInput, match="32 bits a pixel"):
+        load(folder, tmp_path)
 
 
 def test_images_of_unequal_size_are_brought_to_one(tmp_path):
@@ -312,7 +334,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000_000, 200_000_000))
 from cifar_accel.data.decode import load_dataset
 load_dataset(sys.argv[1], sys.argv[2], 224)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# getrusage would count what the parent held.
+print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 """
     command = [sys.executable, "-c", code, folder, tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -6,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_runs import make_run
 
 from cifar_accel.cli import main
-from cifar_accel.launch.study import as_flags, name_runs, read_study
+from cifar_accel.launch.study import as_flags, is_finished, name_runs, read_study
 from cifar_accel.launch.yaml_files import shipped_folder
 
 
@@ -98,6 +100,15 @@ def test_the_shipped_studies():
     assert len(tour.runs) == 4
 
 
+@pytest.mark.parametrize("words, whole", [([], False), (["--max-steps=8"], True)])
+def test_a_run_that_was_cut_short_by_hand_is_not_finished(tmp_path, words, whole):
+    run = make_run(tmp_path / "a", {"steps": 8})
+    config = json.loads((run / "config.json").read_text())
+    config["command"] = ["program", *words]
+    (run / "config.json").write_text(json.dumps(config))
+    assert is_finished(run, words) == whole
+
+
 def test_a_sweep_file_is_a_grid(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text("""
@@ -161,6 +172,7 @@ def test_aliases_and_merges_are_read(tmp_path):
         (A_BILLION_RUNS, "more than 10,000 runs"),
         (A_BILLION_WORDS, "more than 1,000,000 characters, its aliases written out"),
         (A_BILLION_MERGES, "more than 1,000,000 characters, its aliases written out"),
+        ("runs: [{seed: 1}]\nruns: [{seed: 2}]", "a key stands twice in a table"),
         ("runs: &a [*a]", "more than 1,000,000 characters, its aliases written out"),
     ],
 )

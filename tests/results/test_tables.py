@@ -1,3 +1,5 @@
+import json
+
 from made_runs import make_run
 
 from cifar_accel.results.runs import find_runs
@@ -24,8 +26,11 @@ def test_seeds_of_other_images_precision_or_length_are_no_repetition(tmp_path):
     make_run(tmp_path / "b", seed=2, data_fingerprint="def")
     make_run(tmp_path / "c", seed=3, data_fingerprint="abc", mixed_precision="bf16")
     make_run(tmp_path / "d", {"steps": 4}, seed=4, data_fingerprint="abc")
+    run = make_run(tmp_path / "e", seed=5, data_fingerprint="abc")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"weights": {"checkpoint": ["123"]}}))
     rows = settings_table(find_runs(tmp_path)).rows
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert not any("n=" in cell for row in rows for cell in row)
     assert "mixed_precision bf16" in rows[2][0]
 

@@ -39,6 +39,9 @@ def made_run(tmp_path):
         folder = tmp_path / "run"
         save_model(build_model(args, len(names), str), folder / "model", args, names)
         (folder / "config.json").write_text(json.dumps(config))
+        ending = {"status": "finished", "steps": 1, "total_steps": 1, "train_loss": 1}
+        ending["accuracy"] = 0
+        (folder / "summary.json").write_text(json.dumps(ending))
         return folder
 
     return make
@@ -66,6 +69,29 @@ def test_labels_are_matched_by_the_names_of_the_classes(tmp_path, made_run):
         again = figures(run, dataset=given)
         assert again["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert again["accuracy"] == expected["accuracy"]
+
+
+def test_images_that_have_changed_since_are_told(tmp_path, made_run):
+    data = parquet_folder(tmp_path / "data")
+    run = made_run(data, NAMES)
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["data_fingerprint"] = "another"
+    (run / "config.json").write_text(json.dumps(config))
+
+    def said(dataset=None):
+        lines = []
+        evaluate_run(EvaluateArguments(str(run), device="cpu", dataset=dataset), lines.append)
+        return " ".join(lines)
+
+    assert "are not those that the run was trained with" in said()
+    assert "not those" not in said(str(data))
+
+
+def test_an_older_model_of_a_run_that_goes_on_is_not_taken_for_it(tmp_path, made_run):
+    run = made_run(parquet_folder(tmp_path / "data"), NAMES)
+    (run / "summary.json").unlink()
+    with pytest.raises(BadInput, match="the run is not finished"):
+        figures(run)
 
 
 def test_images_may_be_of_some_of_the_classes(tmp_path, made_run):

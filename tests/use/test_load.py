@@ -34,6 +34,8 @@ def folder(tmp_path):
     """The folder of a run whose weights are saved."""
     options = asdict(ARGS) | FACTS
     (tmp_path / "config.json").write_text(json.dumps({"options": options, "provenance": {}}))
+    ending = {"status": "finished", "steps": 12, "total_steps": 12, "train_loss": 1, "accuracy": 0}
+    (tmp_path / "summary.json").write_text(json.dumps(ending))
     model = build_model(ARGS, 10, str)
     save_model(model, tmp_path / "model", ARGS, DIGITS)
     return tmp_path
@@ -110,7 +112,7 @@ def test_a_folder_inside_a_run_is_none(folder):
 
 def test_what_is_no_finished_run_is_refused(folder):
     (folder / "model" / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="has no model/ yet"):
+    with pytest.raises(BadInput, match="the run is not finished"):
         load_run(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(BadInput, match="is no run folder"):

@@ -340,4 +340,4 @@ def test_an_unfinished_run_cannot_be_evaluated(trainer, in_process):
     assert summary(done.run)["status"] == "failed"
     code, _, err = in_process(main, "evaluate", done.run)
     assert code == 2
-    assert "has no model/ yet" in err
+    assert "the run is not finished" in err
