@@ -154,8 +154,10 @@ def load_and_train(
     # a small model several times slower (benchmarks/LOG.md); on an idle one this is as good.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    stop.loading = True
     from cifar_accel.train import train
 
+    stop.loading = False
     return train(args, origin, opened, stop)
 
 

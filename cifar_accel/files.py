@@ -84,13 +84,18 @@ def sync(path: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that `path` holds either the old or the new text, never a part.
+    """Write `value` as JSON, as `write_text` does.
 
     Raises ValueError for numbers that JSON does not have: NaN and infinities.
     """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 so that `path` holds either the old or the new one, never a part."""
     scratch = path.with_name(path.name + ".tmp")
     try:
-        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        scratch.write_text(text, encoding="utf-8")
         # The text must be on the disk before its name is, or a power cut leaves an empty file.
         sync(scratch)
         os.replace(scratch, path)

@@ -39,6 +39,8 @@ class StopRequest:
 
     def __init__(self, max_time: str | None = None):
         self.reason: str | None = None
+        # Set while libraries are imported; and from when on the run trains.
+        self.loading = False
         self.training = False
         # Ignore --max-time until a step is done: else a slow start would never get anywhere.
         self.has_progressed = False
@@ -110,6 +112,9 @@ class StopRequest:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
+        if self.loading:
+            # An exception would be raised in an import, where libraries may swallow it.
+            self._end("at once")
         if not self.training:
             # It is heard and needs no watching.
             self.turn_began = None
@@ -138,10 +143,11 @@ class StopRequest:
             return
 
         self.reason = self.reason or signal.Signals(number).name
-        text = (
-            f"\ncifar_accel: stopped by {self.reason} while it waited for something, without a "
-            "checkpoint; checkpoints already written are kept\n"
-        )
+        self._end(f"by {self.reason} while it waited for something, without a checkpoint")
+
+    def _end(self, how: str) -> None:
+        """End the process here and now."""
+        text = f"\ncifar_accel: stopped {how}; checkpoints already written are kept\n"
         try:
             # Loader workers, were they suspended.
             for child in multiprocessing.active_children():

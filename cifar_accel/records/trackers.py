@@ -101,10 +101,13 @@ def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tra
     def finish(summary: dict[str, Any], code: int) -> None:
         calls.put(partial(tracker.finish, summary, code))
         calls.put(None)
-        thread.join(FINISH_TIMEOUT_S)
-        if thread.is_alive():
-            say(f"warning: {kind} does not answer and is given up; metrics.jsonl is complete")
-            tracker.abandon()
+        try:
+            thread.join(FINISH_TIMEOUT_S)
+        # However the wait ends, by Ctrl-C too: the tracker's processes would be waited for.
+        finally:
+            if thread.is_alive():
+                say(f"warning: {kind} does not answer and is given up; metrics.jsonl is complete")
+                tracker.abandon()
 
     # A daemon does not keep the process alive when it hangs.
     thread = threading.Thread(target=make_calls, daemon=True)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from cifar_accel.console import printable
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home
+from cifar_accel.files import home, write_text
 from cifar_accel.options.options import ReportArguments
 from cifar_accel.results.charts import PLOTS, draw_comparison, plot_run, save_figure
 from cifar_accel.results.runs import RunFiles, find_runs
@@ -43,9 +43,8 @@ def write_report(args: ReportArguments) -> str:
     runs = find_runs(folder)
     if not runs:
         raise BadInput(f"{folder}: no run folder (with config.json) at or below it")
-    # A run that was killed has drawn nothing itself.
     for run in runs:
-        if run.rows and not all((run.path / name).exists() for name in PLOTS):
+        if run.rows and not all(_is_drawn(run, name) for name in PLOTS):
             plot_run(run.path, lambda line: None)
 
     # The tables are over finished runs; the others are listed with what became of them.
@@ -61,16 +60,23 @@ def write_report(args: ReportArguments) -> str:
             if file.exists() and SIGN not in file.read_text(encoding="utf-8", errors="replace"):
                 raise BadInput(f"{file}: is no report of cifar-accel; move it away, or rename it")
         # Markdown may hold HTML, and names come from files that anyone may have made.
-        (folder / "report.md").write_text(html.escape(text, quote=False), encoding="utf-8")
+        write_text(folder / "report.md", html.escape(text, quote=False))
         if finished:
             save_figure(folder / "overview.png", lambda axes: draw_comparison(axes, finished))
         page = report_in_html(folder, runs, tables, unfinished)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        write_text(folder / "report.html", page)
     except OSError as error:
         raise BadInput(
             f"{folder}: the report cannot be written there ({error.strerror})"
         ) from error
     return f"{text}\nThe page with the plots: {folder / 'report.html'}"
+
+
+def _is_drawn(run: RunFiles, plot: str) -> bool:
+    """Whether a plot shows all rows. A run that was killed has drawn nothing itself."""
+    file = run.path / plot
+    rows = run.path / "metrics.jsonl"
+    return file.exists() and file.stat().st_mtime_ns >= rows.stat().st_mtime_ns
 
 
 def _what_became_of(run: RunFiles, folder: Path) -> str:
