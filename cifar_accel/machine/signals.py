@@ -25,6 +25,14 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 4.0
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal where there is nothing to save.
+
+    A class of its own: once a KeyboardInterrupt itself has come through code that a C library runs,
+    Python ends the process as by SIGINT, whatever its exit code was to be.
+    """
+
+
 class StopRequest:
     """Collects what asks this process for a checkpoint and an orderly end; `asked` tells.
 
@@ -118,7 +126,7 @@ class StopRequest:
         if not self.training:
             # It is heard and needs no watching.
             self.turn_began = None
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT:
             # Not by print, which might be in the middle of a line and is not reentrant. The same
