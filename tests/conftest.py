@@ -341,3 +341,29 @@ def wandb_inspect(file: Path, *options: str) -> str:
 def wandb_summary(file: Path) -> dict:
     """The state, configuration and summary of an offline run."""
     return json.loads(wandb_inspect(file, "--summary"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a tmpfs of so many KiB; skipped where this user may not."""
+    mounted = []
+
+    def mount(kib: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder]
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            pytest.skip("this user may not mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill_up(file: Path, size: int) -> None:
+    """Write `file` until its disk is full; `size` bytes are more than it takes."""
+    with pytest.raises(OSError):
+        file.write_bytes(b"x" * size)

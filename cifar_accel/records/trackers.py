@@ -82,6 +82,8 @@ def start_tracker(kind: str, say: Callable[[str], None], run: TrackedRun) -> Tra
 
 def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tracker:
     """The same tracker, whose calls return at once and are made by a thread."""
+    # Not by joining the thread: Ctrl-C in a join makes Python take it for finished.
+    done = threading.Event()
     # None is the last.
     calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
@@ -94,6 +96,8 @@ def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tra
                 f"warning: {kind} tracking stopped ({type(error).__name__}: {error}); "
                 "metrics.jsonl goes on"
             )
+        finally:
+            done.set()
 
     def log(row: dict[str, Any]) -> None:
         calls.put(partial(tracker.log, row))
@@ -102,16 +106,15 @@ def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tra
         calls.put(partial(tracker.finish, summary, code))
         calls.put(None)
         try:
-            thread.join(FINISH_TIMEOUT_S)
+            done.wait(FINISH_TIMEOUT_S)
         # However the wait ends, by Ctrl-C too: the tracker's processes would be waited for.
         finally:
-            if thread.is_alive():
+            if not done.is_set():
                 say(f"warning: {kind} does not answer and is given up; metrics.jsonl is complete")
                 tracker.abandon()
 
     # A daemon does not keep the process alive when it hangs.
-    thread = threading.Thread(target=make_calls, daemon=True)
-    thread.start()
+    threading.Thread(target=make_calls, daemon=True).start()
     return Tracker(tracker.id, log, finish)
 
 

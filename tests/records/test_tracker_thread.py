@@ -1,6 +1,7 @@
 """A tracker is called by a thread: nothing that it does ends the training, or holds it up."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -62,6 +63,20 @@ def test_a_tracker_that_hangs_is_given_up(start, monkeypatch):
     assert time.monotonic() - began < 10
     assert abandoned == [True]
     assert said == ["warning: mine does not answer and is given up; metrics.jsonl is complete"]
+
+
+def test_a_tracker_that_hangs_is_given_up_by_ctrl_c_too(start):
+    """What it has running would be waited for when Python ends."""
+    free = threading.Event()
+    abandoned = []
+    tracker, _ = start(lambda row: free.wait(60), abandon=lambda: abandoned.append(True))
+    tracker.log({"step": 1})
+    main_thread = threading.main_thread().ident
+    threading.Timer(0.5, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        tracker.finish({}, 0)
+    free.set()
+    assert abandoned == [True]
 
 
 def test_a_tracker_that_does_not_open_is_silent(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import BIN, TINY, forked, summary
+from conftest import BIN, TINY, fill_up, forked, summary
 from made_runs import make_run
 
 from cifar_accel.cli import main
@@ -87,6 +87,30 @@ def test_no_name_in_a_file_becomes_markup(in_process, tmp_path):
     assert "c: failed, &lt;i&gt;error" in page
     assert 'src="%3Cb%3Ea%20%26%20b%3F/loss.png" alt="loss of &lt;b&gt;a &amp; b?"' in page
     assert "<i>" not in (root / "report.md").read_text()
+
+
+def test_plots_of_a_run_that_went_on_are_drawn_again(in_process, tmp_path):
+    run = make_run(tmp_path / "a")
+    in_process(main, "report", tmp_path)
+    before = (run / "loss.png").read_bytes()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 24, "epoch": 3, "train/loss": 9.0, "train/lr": 0.1}\n')
+    in_process(main, "report", tmp_path)
+    assert (run / "loss.png").read_bytes() != before
+
+
+def test_a_report_is_replaced_as_a_whole(tmp_path, small_disk, in_process):
+    """Where there is no room for the new one, the old one stays, and is known for a report."""
+    disk = small_disk(600)
+    make_run(disk / "a")
+    assert in_process(main, "report", disk)[0] == 0
+    before = (disk / "report.md").read_bytes()
+    fill_up(disk / "filler", 2**20)
+    code, _, err = in_process(main, "report", disk)
+    assert (code, "No space left" in err) == (2, True)
+    assert (disk / "report.md").read_bytes() == before
+    (disk / "filler").unlink()
+    assert in_process(main, "report", disk)[0] == 0
 
 
 def test_a_report_of_one_run(in_process, tmp_path):

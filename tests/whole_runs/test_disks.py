@@ -3,41 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import forked_runs
 import pytest
-from conftest import rows, steps, summary, wait_for
+from conftest import fill_up, rows, steps, summary, wait_for
 
 from cifar_accel.files import write_json
 from cifar_accel.records import checkpoint
 from cifar_accel.records.metrics import Metrics
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a tmpfs of so many KiB; skipped where this user may not."""
-    mounted = []
-
-    def mount(kib: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder]
-        done = subprocess.run(command, capture_output=True)
-        if done.returncode:
-            pytest.skip("this user may not mount a tmpfs")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill_up(file: Path, size: int) -> None:
-    """Write `file` until its disk is full; `size` bytes are more than it takes."""
-    with pytest.raises(OSError):
-        file.write_bytes(b"x" * size)
 
 
 def test_a_disk_that_takes_one_checkpoint_only(small_disk, words, tmp_path):
