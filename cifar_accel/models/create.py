@@ -167,6 +167,10 @@ def build_model(
     # A CNN may fail at a small size when its maps run out of pixels.
     check_logits(model, args.image_size, num_classes, f"--model {args.model}")
     check_finite(model, origin)
+    # Found here, and not when the first checkpoint is written.
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.numel()]
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors):
+        raise BadInput(f"--model {args.model}: its layers share weights, which cannot be saved")
     surgery.apply(model)
     return model
 

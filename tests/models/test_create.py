@@ -75,6 +75,11 @@ def test_a_model_that_gives_no_logits_is_refused(keywords):
         build_model(args, 10, quiet)
 
 
+def test_a_model_that_cannot_be_saved_is_refused_before_it_trains():
+    with pytest.raises(BadInput, match="its layers share weights"):
+        build_model(replace(PLAIN, model="coat_tiny"), 10, quiet)
+
+
 def test_a_local_model_that_gives_no_logits_is_refused(tmp_path):
     config = {"architecture": "test_nfnet", "num_classes": 7, "pretrained_cfg": {}}
     config["model_args"] = {"features_only": True}
