@@ -16,11 +16,11 @@ import torch
 from cifar_accel.console import FAILED, STOPPED, say
 from cifar_accel.data.batches import Batch, Pipeline
 from cifar_accel.data.order import random_bits
-from cifar_accel.errors import BadInput, Diverged, Stopped, TrainingError
+from cifar_accel.errors import BadInput, Diverged, PeerLost, Stopped, TrainingError
 from cifar_accel.evaluate import evaluate
 from cifar_accel.files import write_json
 from cifar_accel.machine.processes import Ranks, join_processes, peers_expected
-from cifar_accel.machine.signals import StopRequest
+from cifar_accel.machine.signals import StoppedAtOnce, StopRequest
 from cifar_accel.machine.speed import compiled_graphs, peak_memory_mib
 from cifar_accel.optim.gradients import clip_gradients, gradient_norm
 from cifar_accel.options.options import TrainingArguments
@@ -293,7 +293,10 @@ def settle(run: Run, state: State, log: Log) -> None:
     figures = {}
     if run.plan.evaluation_after(state.step):
         figures = evaluation_row(run, state)
-    log.row(training_row(run, state) | figures)
+    row = training_row(run, state) | figures
+    # Who reads the screen may have stopped reading.
+    with run.stop.watched():
+        log.row(row)
     if name := run.plan.weights_after(state.step):
         keep_weights(run, name)
 
@@ -417,6 +420,9 @@ def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseExce
 
     All ranks enter, each for itself.
     """
+    # Another process may be the first to end of what all were asked to.
+    if isinstance(error, PeerLost) and run.stop.reason is not None:
+        error = StoppedAtOnce()
     if isinstance(error, KeyboardInterrupt):
         # A signal before the first step, or a second Ctrl-C. Checkpoints that are there are kept.
         write_preempted(run, state)

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,15 @@ class Opened:
         """Leave no trace of a run that was refused before it began."""
         if (self.path / "config.json").exists():
             return
-        if self.lock is not None:
-            # Before the release: a lock that another process waits for must stay.
-            (self.path / LOCK).unlink(missing_ok=True)
-            self.lock.release()
-        for folder in self.created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        # What can no longer be removed stays: that is not why the run ends.
+        with suppress(OSError):
+            if self.lock is not None:
+                # Before the release: a lock that another process waits for must stay.
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.lock.release()
+            for folder in self.created:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]) -> Opened:
@@ -164,6 +167,12 @@ def look_inside(
         return
     opened.by_path = True
     source = home(args.resume)
+    config = read_config(opened.path)
+    began_there = config is not None and config["options"].get("resume") == args.resume
+    # A run that has gone on from there needs it no longer.
+    if began_there and _has_work(opened.path) and not source.is_dir():
+        _go_on_in_place(opened, args, precision, say)
+        return
     if not source.is_dir():
         raise BadInput(
             f"--resume {source}: no such folder; give auto, never, or a run or checkpoint folder"
@@ -171,7 +180,6 @@ def look_inside(
     if not (source / "checkpoints").is_dir() and not is_checkpoint(source):
         raise BadInput(f"--resume {source}: is no run folder and no checkpoints/step-* folder")
     source_run = source.parent.parent if is_checkpoint(source) else source
-    config = read_config(opened.path)
     is_free = not (opened.path / "config.json").exists() and not _has_work(opened.path)
     # --resume PATH, the folder holding nothing or being the one at PATH: go on, or back, to PATH.
     if is_free or source_run.resolve() == opened.path.resolve():
@@ -183,7 +191,7 @@ def look_inside(
         return
     # --resume PATH, the folder holding a run that began at PATH: this very command began it. It may
     # have been killed before its first checkpoint.
-    if config is not None and config["options"].get("resume") == args.resume:
+    if began_there:
         _go_on_in_place(opened, args, precision, say)
         if not opened.finished:
             opened.sources.append(source)

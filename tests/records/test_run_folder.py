@@ -299,6 +299,12 @@ def test_a_run_begun_at_a_path_goes_on_where_it_stands(args, source):
     assert result.sources == [run, source]
 
 
+def test_a_run_begun_at_a_path_that_is_gone_goes_on_where_it_stands(args, tmp_path):
+    again = replace(args, resume=str(tmp_path / "gone"))
+    run = write_run(again)
+    assert opened(again).sources == [run]
+
+
 def test_a_run_begun_at_a_path_is_left_alone_once_finished(args, source):
     again = replace(args, resume=str(source))
     write_run(again, summary=FINISHED)

@@ -1,5 +1,6 @@
 """Stops in order: signals, the launcher's end, --max-time, inside evaluations too."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -280,6 +281,25 @@ def test_a_stuck_worker_of_several_processes(words, tmp_path):
     assert "goes on from step 8" in (run / "PREEMPTED").read_text()
     assert summary(run)["status"] == "preempted"
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in family), 10)
+
+
+def test_a_reader_that_reads_no_more_does_not_keep_it(words, tmp_path):
+    """As behind a pager, or a terminal that is held: what it prints finds no room."""
+    run = tmp_path / "ck" / "a"
+    command = [*PYTHON, *words(*ENDLESS, "--log-every", "1", "--save-every", "8steps")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as training:
+        fcntl.fcntl(training.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps(run)) > 20, 60)
+        # It stands still when a second adds no row.
+        known = 0
+        while known < len(steps(run)):
+            known = len(steps(run))
+            time.sleep(1)
+        began = time.monotonic()
+        training.terminate()
+        assert training.wait(20) == 143
+        assert time.monotonic() - began < 6
+    assert (run / "PREEMPTED").exists()
 
 
 def suspend_worker_of_rank_1(run: Path) -> None:
