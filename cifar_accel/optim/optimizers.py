@@ -1,6 +1,7 @@
 """Optimizers by name, their parameter groups, and what they keep for each weight."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import timm.optim
@@ -42,32 +43,45 @@ def check_names(args: TrainingArguments) -> None:
 def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]]:
     """Parameter groups of `model`: one, or with --no-decay-all a second one that is not decayed.
 
-    Not decayed are biases, norms, gains (NFNet's four-dimensional `gain` and scalar `skipinit_gain`
-    too) and what the model itself lists, such as position embeddings.
+    With --layer-decay each layer has its own, with an `lr_scale` of decay^n, where n layers come
+    after it (Clark et al. 2020, "ELECTRA"; timm says what a model's layers are).
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # The report's way.
-    if args.decay_all:
-        return [{"params": list(named.values()), "weight_decay": args.weight_decay}]
-
-    listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    decayed = []
-    undecayed = []
-    for name, parameter in named.items():
-        if parameter.ndim <= 1 or name.endswith("gain") or name in listed:
-            undecayed.append(parameter)
-        else:
-            decayed.append(parameter)
-    return [
-        {"params": decayed, "weight_decay": args.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+    # The report's way is to decay all.
+    spared = set() if args.decay_all else undecayed(model)
+    if args.layer_decay < 1:
+        return timm.optim.param_groups_layer_decay(
+            model,
+            args.weight_decay,
+            no_weight_decay_list=spared,
+            weight_decay_exclude_1d=False,
+            layer_decay=args.layer_decay,
+        )
+    groups = [
+        {
+            "params": [p for name, p in named.items() if name not in spared],
+            "weight_decay": args.weight_decay,
+        },
+        {"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0},
     ]
+    # An empty group is refused by some optimizers.
+    return [group for group in groups if group["params"]]
+
+
+def undecayed(model: Any) -> set[str]:
+    """Names of the parameters without weight decay: biases, norms, gains and what `model` lists.
+
+    Gains are NFNet's four-dimensional `gain` and scalar `skipinit_gain`; listed are tokens, position
+    embeddings and the like.
+    """
+    listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    small = {name for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith("gain")}
+    return small | listed
 
 
 def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
     """The optimizer over what is trained. Raises BadInput when timm's cannot be made so or here."""
-    # An empty group is refused by some optimizers.
-    groups = [group for group in parameter_groups(model, args) if group["params"]]
+    groups = parameter_groups(model, args)
     if args.optimizer in OPTIMIZERS:
         return OPTIMIZERS[args.optimizer](groups, args)
     try:
@@ -88,7 +102,8 @@ def moments_per_weight(args: TrainingArguments, device: torch.device | None = No
     # Large enough for those that keep rows and columns in place of a matrix.
     weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
     # Most make what they keep in their first step.
-    optimizer = build_optimizer(torch.nn.ParameterList([weight]), args)
+    one_layer = replace(args, layer_decay=1.0)
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), one_layer)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     # An optimizer may keep tensors by name or in lists.

@@ -125,6 +125,8 @@ class TrainingArguments:
     """Weight decay."""
     decay_all: bool = True
     """Decay every parameter; else gains, biases, norms and position embeddings are spared."""
+    layer_decay: PositiveShare = 1.0
+    """Factor by which each layer's learning rate is below that of the layer after it; 1: none."""
     momentum: NotNegative = 0.9
     """Momentum of sgdm (and of timm's optimizers that have one)."""
     amsgrad: bool = False

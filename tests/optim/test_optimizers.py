@@ -69,6 +69,27 @@ def test_gains_norms_biases_and_positions_are_spared(name):
         assert any(part in names[p] for p in spared["params"]), part
 
 
+@pytest.mark.parametrize("name", ["test_nfnet", "test_vit", "test_resnet"])
+def test_layer_decay(name):
+    args = replace(MODEL, model=name, decay_all=False, layer_decay=0.5)
+    model = build_model(args, 10, str)
+    groups = parameter_groups(model, args)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    scales = [scale[id(p)] for p in model.parameters()]
+    # The classifier learns at the full rate, what lies before it at half of that, and so on.
+    assert scales[-1] == 1
+    assert sorted(set(scales)) == [0.5**n for n in reversed(range(len(set(scales))))]
+    assert scales[0] == min(scales) <= 0.5**3
+    # Weight decay is as without it.
+    plain = parameter_groups(model, replace(args, layer_decay=1.0))
+    for wanted in (0.0, args.weight_decay):
+        sets = [
+            {id(p) for group in found if group["weight_decay"] == wanted for p in group["params"]}
+            for found in (groups, plain)
+        ]
+        assert sets[0] == sets[1]
+
+
 @pytest.mark.parametrize(
     "name, amsgrad, moments",
     [
