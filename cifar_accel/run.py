@@ -19,6 +19,7 @@ from cifar_accel.data.datasets import Dataset, Split, find_source, hold_out, is_
 from cifar_accel.data.decode import load_dataset, system_failures_named
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
+from cifar_accel.machine.memory import in_bytes
 from cifar_accel.machine.processes import Ranks
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import compile_model, keep_freed_memory, peak_flops
@@ -214,13 +215,25 @@ def make_data(
     module: torch.nn.Module,
     device: torch.device,
 ) -> Data:
-    """The splits' pipelines, normalised as the options or the model ask for."""
+    """The splits' pipelines, normalised as the options or the model ask for.
+
+    Raises BadInput when the device has no room for the images.
+    """
     mean, std = input_statistics(args, module)
-    test = Pipeline(args, dataset.test, device, mean, std)
-    evaluation = test
-    if held_out is not dataset.test:
-        evaluation = Pipeline(args, held_out, device, mean, std)
-    return Data(Pipeline(args, dataset.train, device, mean, std), evaluation, test)
+
+    def pipeline(split: Split) -> Pipeline:
+        try:
+            return Pipeline(args, split, device, mean, std)
+        except torch.OutOfMemoryError as e:
+            size = in_bytes(split.images.nbytes)
+            raise BadInput(
+                f"--dataset {dataset.name}: no room on {device} for {size} of images; "
+                "--pipeline timm keeps them on the host"
+            ) from e
+
+    test = pipeline(dataset.test)
+    evaluation = test if held_out is dataset.test else pipeline(held_out)
+    return Data(pipeline(dataset.train), evaluation, test)
 
 
 # ---- model and optimizer

@@ -251,22 +251,24 @@ def agree(run: Run, minutes_up: bool = False) -> tuple[bool, bool]:
 
 
 def collect(run: Run, state: State) -> None:
-    """Move the sums from the device to the state. All ranks enter; the host waits.
+    """Move the sums from the device to the state. All ranks enter; the host waits once.
 
     Raises Diverged when a step was not finite.
     """
-    # One row a rank: bad or not, step, gradient norm, loss. A loss may be bad on one rank alone.
-    report = run.watch.report().to(run.ranks.device)
+    # One row a rank: bad or not, step, gradient norm, loss; then its sums of loss and correct
+    # answers. A loss may be bad on one rank alone.
+    report = torch.cat([run.watch.report(), run.sums.values[None]], 1)
     reports = run.ranks.accelerator.gather(report).tolist()
     bad_reports = [report for report in reports if report[0]]
     if bad_reports:
         # The earliest bad step, and of its ranks the one whose loss is to blame.
         first = min(bad_reports, key=lambda report: (report[1], math.isfinite(report[3])))
-        raise diverged(run, *first[1:])
+        raise diverged(run, *first[1:4])
     # Nothing was summed where a resume has taken no step yet.
     if run.sums.images:
         state.gradient_norm = reports[0][2]
-        run.sums.move_to(state, run.ranks.sum)
+        loss, correct = (sum(report[place] for report in reports) for place in (4, 5))
+        run.sums.move_to(state, loss, correct)
 
 
 def diverged(run: Run, step: float, norm: float, loss: float) -> Diverged:

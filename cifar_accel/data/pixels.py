@@ -53,10 +53,11 @@ def run_program(
     if not codes:
         return images
 
-    # Two copies to the device in place of two for each sub-batch.
+    # Three copies to the device in place of three for each sub-batch.
     sizes = [len(group) for group in members]
     rows_by_group = to_device(np.concatenate(members), images.device).split(sizes)
     arguments_by_group = to_device(np.concatenate(arguments), images.device).split(sizes)
+    outside = to_device(np.array(fill, np.float32), images.device).view(1, -1, 1, 1)
 
     # Take each sub-batch out, change it, put it back.
     for code, rows, values in zip(codes, rows_by_group, arguments_by_group, strict=True):
@@ -66,7 +67,7 @@ def run_program(
             changed = OPERATIONS[name](chosen, values[:, :1, None, None])
         else:
             across, down = MOVES[name]
-            changed = affine(chosen, values, fill, interpolation, across, down)
+            changed = affine(chosen, values, outside, interpolation, across, down)
         images.index_copy_(0, rows, changed)
     return images
 
@@ -186,15 +187,16 @@ KERNELS = np.array([NAMES.index(_SAME_KERNEL.get(name, name)) for name in NAMES]
 def affine(
     x: torch.Tensor,
     matrices: torch.Tensor,
-    fill: tuple[int, ...],
+    outside: torch.Tensor,
     interpolation: str,
     across: bool = True,
     down: bool = True,
 ) -> torch.Tensor:
-    """Pillow's Image.transform(AFFINE) of images float32 [n, 3, H, W]; outside it shows `fill`.
+    """Pillow's Image.transform(AFFINE) of images float32 [n, 3, H, W].
 
-    `matrices` [n, 6] are those of `draws.affine_matrices`, float64 as Pillow computes. `across` and
-    `down` say along which axes pixels move at all; an axis that is left out costs nothing.
+    `matrices` [n, 6] are those of `draws.affine_matrices`, float64 as Pillow computes. `outside`
+    [1, 3, 1, 1] is the colour where no pixel of the image lies. `across` and `down` say along which
+    axes pixels move at all; an axis that is left out costs nothing.
     """
     n, channels, h, w = x.shape
     matrix = matrices.T.reshape(2, 3, n, 1, 1)
@@ -227,7 +229,6 @@ def affine(
     moved = _interpolate(lines, shares[1]).clamp_(0, 255).floor_().float()
 
     inside = reduce(torch.logical_and, within)
-    outside = torch.tensor(fill, dtype=x.dtype).to(x.device).view(1, -1, 1, 1)
     return torch.where(inside[:, None], moved, outside)
 
 

@@ -92,11 +92,6 @@ class Ranks:
         """Wait until all ranks have come here. All ranks enter. Raises PeerLost."""
         self.any(False)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all ranks, on the device. All ranks enter."""
-        total: torch.Tensor = self.accelerator.reduce(tensor)
-        return total
-
     def take_main_buffers(self, module: torch.nn.Module) -> None:
         """Give every rank the main process's buffers (batch norm's statistics). All ranks enter."""
         if self.world > 1:

@@ -71,8 +71,8 @@ def parameter_groups(model: Any, args: TrainingArguments) -> list[dict[str, Any]
 def undecayed(model: Any) -> set[str]:
     """Names of the parameters without weight decay: biases, norms, gains and what `model` lists.
 
-    Gains are NFNet's four-dimensional `gain` and scalar `skipinit_gain`; listed are tokens, position
-    embeddings and the like.
+    Gains are NFNet's four-dimensional `gain` and scalar `skipinit_gain`; listed are tokens,
+    position embeddings and the like.
     """
     listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     small = {name for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith("gain")}

@@ -1,7 +1,7 @@
 """What is measured while training: sums that stay on the device, and the clock."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,13 +33,8 @@ class Sums:
         self.values += torch.stack([loss.detach() * len(labels), correct])
         self.images += len(labels) * self.world
 
-    def move_to(self, state: State, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add the sums over all ranks to the state's window and epoch, and start anew.
-
-        All ranks enter, for `reduce`; the host waits for the device.
-        """
-        # The loss sum is of this rank's images; after `reduce` it is of all.
-        loss, correct = reduce(self.values).tolist()
+    def move_to(self, state: State, loss: float, correct: float) -> None:
+        """Add the sums, by now of all ranks, to the state's window and epoch; start anew."""
         for totals in (state.window, state.epoch):
             totals.loss += loss
             totals.correct += correct
