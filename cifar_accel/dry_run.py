@@ -192,7 +192,7 @@ def check_data(found: Findings) -> str:
         raws = dict(find_source(name, root, lambda line: None).read())
         labels = {split: np.asarray(raw.labels) for split, raw in raws.items()}
         classes = len(raws["train"].classes)
-        side = stored_side(raws["train"], args.image_size)
+        side = stored_side(raws["train"], args.input_size)
     found.image_bytes = 3 * math.prod(side) * sum(map(len, labels.values()))
 
     # Cut them as a start would; for that images without pixels do.
@@ -283,7 +283,7 @@ def check_memory(found: Findings) -> str:
     reduced = torch.autocast("cpu", torch.bfloat16) if found.precision != "no" else nullcontext()
     # The weights, their gradients, the optimizer's moments, the average.
     copies = 2 + moments_per_weight(args) + args.model_ema
-    need = estimate(model, args.image_size, copies, resident, lambda: reduced)
+    need = estimate(model, args.input_size, copies, resident, lambda: reduced)
 
     # What each of them can have.
     free = free_memory(device)

@@ -61,11 +61,22 @@ class Plan:
         """Learning rate of optimizer step `step`, counted from 0."""
         return schedules.learning_rate(step, self.total_steps, self.warmup_steps, self.args)
 
+    def image_size(self, step: int) -> int:
+        """Side in pixels of the images of optimizer step `step`, counted from 0."""
+        for size, share in self.args.sizes:
+            if step < round(share * self.total_steps):
+                return size
+        return self.args.input_size
+
     # ---- what is due after a step
 
     def row_after(self, step: int) -> bool:
-        """Whether a row is logged: every --log-every steps, and wherever there is an evaluation."""
-        return step % self.args.log_every == 0 or self.evaluation_after(step)
+        """Whether a row is logged: every --log-every steps, at an evaluation, and at a new size."""
+        return (
+            step % self.args.log_every == 0
+            or self.evaluation_after(step)
+            or self.image_size(step) != self.image_size(step - 1)
+        )
 
     def evaluation_after(self, step: int) -> bool:
         """Whether the model is evaluated: after each epoch and after the last step."""

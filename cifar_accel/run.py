@@ -63,8 +63,8 @@ class Model:
     average: ModelEmaV3 | None
     layout: torch.memory_format
     compiled: bool
-    # Of one image's forward and backward pass, taken as three times the forward pass.
-    flops: int
+    # Of one image's forward and backward pass, taken as three times the forward pass, by its size.
+    flops: dict[int, int]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [m, classes] of images [m, 3, S, S]."""
@@ -185,7 +185,7 @@ def check_choices(args: TrainingArguments) -> None:
 
 def load_splits(args: TrainingArguments) -> tuple[Dataset, Split]:
     """The data set, cut as the options say, and the split that is evaluated while training."""
-    dataset = load_dataset(args.dataset, args.data_dir, args.image_size, say)
+    dataset = load_dataset(args.dataset, args.data_dir, args.input_size, say)
     return cut_splits(args, dataset, min(dataset.train.images.shape[2:]))
 
 
@@ -253,7 +253,7 @@ def make_model(
     # Made on the CPU in float32, so that its initial weights are the same on every device.
     say(f"model: making {name_of(args)}")
     module: Any = build_model(making, classes, say)
-    flops = 3 * forward_flops(module, args.image_size)
+    flops = {size: 3 * forward_flops(module, size) for size, _ in args.sizes}
     # Images and weights share one layout, whichever is faster for the family and device.
     channels_last = use_channels_last(args, module, device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -325,7 +325,7 @@ def facts_of(
         **plan.facts(),
         "device_name": str(ranks.device).replace("cpu:0", "cpu"),
         "memory_format": layout,
-        "forward_gflops": model.flops / 3e9,
+        "forward_gflops": model.flops[args.input_size] / 3e9,
         "train_images": len(data.train.split),
         # What is evaluated while training: the test images where none are held out.
         "held_out_images": len(data.evaluation.split),

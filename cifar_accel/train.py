@@ -113,7 +113,9 @@ def fit(run: Run, state: State, log: Log) -> None:
     plan, stop = run.plan, run.stop
     first_step = state.step
     # One stream for all epochs, so that workers read on over their borders.
-    micro_batches = run.data.train.training_batches(plan.order, state.step, plan.stop_step)
+    micro_batches = run.data.train.training_batches(
+        plan.order, state.step, plan.stop_step, plan.image_size
+    )
     run.model.module.train()
     # A signal no longer ends the process at once: there is something to save.
     stop.training = True
@@ -318,6 +320,7 @@ def training_row(run: Run, state: State) -> dict[str, float]:
         "train/accuracy": window.correct / window.images,
         # Of the step that was just taken.
         "train/lr": run.plan.learning_rate(state.step - 1),
+        "train/image_size": run.plan.image_size(state.step - 1),
         "train/images_per_s": round(images_per_s, 1),
         "train/input_share": round(window.waiting / window.seconds, 4),
         "train/peak_memory_mib": round(peak_memory_mib(run.ranks.device), 1),
@@ -327,7 +330,8 @@ def training_row(run: Run, state: State) -> dict[str, float]:
     if state.gradient_norm and math.isfinite(state.gradient_norm):
         row["train/gradient_norm"] = state.gradient_norm
     if peak := device_peak(run):
-        mfu = images_per_s * run.model.flops / (peak * run.ranks.world)
+        flops = run.model.flops[run.plan.image_size(state.step - 1)]
+        mfu = images_per_s * flops / (peak * run.ranks.world)
         row["train/mfu"] = round(mfu, 4)
     if run.model.compiled:
         row["train/compiled_graphs"] = compiled_graphs()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from cifar_accel.errors import BadInput, OutOfMemory
 from cifar_accel.machine.memory import buffers_restored, is_out_of_memory
+from cifar_accel.models.create import has_batch_norm
 from cifar_accel.optim.optimizers import moments_per_weight
 from cifar_accel.plan import Plan, micro_batch_sizes
 from cifar_accel.run import Run
@@ -55,9 +56,7 @@ def remedy(run: Run, images: int, where: str = "") -> str:
     share = plan.order.batch_size // plan.order.world
     run.optimizer.zero_grad(set_to_none=True)
     # Batch norm refuses a single image.
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
-    layers = run.model.module.modules()
-    smallest = 2 if any(isinstance(layer, batch_norm) for layer in layers) else 1
+    smallest = 2 if has_batch_norm(run.model.module) else 1
     for size in micro_batch_sizes(plan.args, share):
         if smallest <= size <= images // 2 and step_fits(run, size):
             return (
@@ -98,7 +97,7 @@ def step_fits(run: Run, images: int) -> bool:
 
 def _try_step(run: Run, images: int) -> None:
     """One step without its update, on images of zeros; holds all that a real one holds."""
-    model, device, size = run.model, run.ranks.device, run.args.image_size
+    model, device, size = run.model, run.ranks.device, run.args.input_size
     weights = [p for p in model.module.parameters() if p.requires_grad]
     # The optimizer's moments, where it has none yet.
     held: list[Any] = []

@@ -38,7 +38,7 @@ def train(words: list[str]) -> tuple[torch.nn.Module, list[float], dict[str, flo
     args, _ = parse_training(words)
 
     # The images, decoded once and cached, and the plan: how many steps, and what each is made of.
-    dataset = load_dataset(args.dataset, args.data_dir, args.image_size, print)
+    dataset = load_dataset(args.dataset, args.data_dir, args.input_size, print)
     plan = make_plan(args, len(dataset.train))
     for name, text in plan.lines().items():
         print(f"{name:<9} {text}")

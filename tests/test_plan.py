@@ -38,6 +38,15 @@ def test_what_is_due_after_each_step():
     assert plan(save_epochs=-1).weights_after(24) is None
 
 
+def test_sizes_are_a_function_of_the_step():
+    made = plan(image_size="16:0.4,24:0.7,32")
+    assert [made.image_size(step) for step in range(24)] == [16] * 10 + [24] * 7 + [32] * 7
+    # A row is of images of one size.
+    assert {10, 17} < set(due(made.row_after))
+    assert {10, 17}.isdisjoint(due(plan().row_after))
+    assert {plan(image_size=48).image_size(step) for step in range(24)} == {48}
+
+
 @pytest.mark.parametrize(
     "save_every, steps, minutes",
     [

@@ -41,10 +41,12 @@ def draw(
     epoch: NDArray[np.int64],
     index: NDArray[np.int64],
     side: tuple[int, int],
+    size: int,
 ) -> Draws:
     """Draw the parameters of samples `index` in epochs `epoch` (int64 [n] each).
 
-    `policy` is what `--aa` says, None for `none`; `side` is (H, W) of the source images.
+    `policy` is what `--aa` says, None for `none`; `side` is (H, W) of the source images, `size` the
+    side of what they become.
     """
     seed = args.seed
 
@@ -66,7 +68,7 @@ def draw(
     # Colours, and for RandAugment moves too.
     program = None
     if policy is not None:
-        program = draw_policy(policy, seed, epoch, index, (args.image_size, args.image_size))
+        program = draw_policy(policy, seed, epoch, index, (size, size))
     elif args.color_jitter:
         program = draw_jitter(seed, epoch, index, args.color_jitter)
     return Draws(box, shift, hflip, vflip, program)

@@ -6,7 +6,7 @@ sources: `resident.py` (images on the device, augmented there in batches) or `ti
 goes on at any step.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -79,17 +79,21 @@ class Pipeline:
         self.scale = scale.view(1, -1, 1, 1)
         self.offset = offset.view(1, -1, 1, 1)
 
-    def training_batches(self, order: Order, start: int, stop: int) -> Generator[Batch, None, None]:
+    def training_batches(
+        self, order: Order, start: int, stop: int, size_of: Callable[[int], int] | None = None
+    ) -> Generator[Batch, None, None]:
         """Micro-batches of optimizer steps start..stop-1, `order.accumulation` of them a step.
 
-        They go on over epoch borders. With `--mixup` or `--cutmix` a micro-batch must be even.
+        They go on over epoch borders. `size_of` gives the images' side at a step (unset: the last
+        of --image-size). With `--mixup` or `--cutmix` a micro-batch must be even.
         """
         args = self.args
+        size_of = size_of or (lambda step: args.input_size)
         classes = len(self.split.classes)
         mixes = bool(args.mixup or args.cutmix)
-        planned = micro_batches(order, start, stop)
+        planned = micro_batches(order, start, stop, size_of)
         for micro_batch, values in self.pixels.training(planned):
-            step, epoch, samples = micro_batch
+            step, epoch, samples, _ = micro_batch
             # What is drawn is drawn on the host: nothing here waits for the device.
             images = self._normalise(values)
             if args.reprob:

@@ -8,7 +8,7 @@ generators", 2014), applied once per word.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class MicroBatch(NamedTuple):
     step: int
     epoch: int
     samples: NDArray[np.int64]
+    # The side in pixels that they are resized to.
+    size: int
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,18 @@ class Order:
         return Mixing(lam, (y, x))
 
 
-def micro_batches(order: Order, start: int, stop: int) -> Iterator[MicroBatch]:
-    """The micro-batches of one process over optimizer steps start..stop-1, over epoch borders."""
+def micro_batches(
+    order: Order, start: int, stop: int, size_of: Callable[[int], int]
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one process over optimizer steps start..stop-1, over epoch borders.
+
+    `size_of` gives the images' side at a step.
+    """
     for step in range(start, stop):
         samples = order.samples_of(step)
+        epoch = step // order.steps_per_epoch
         for micro in range(order.accumulation):
-            yield MicroBatch(step, step // order.steps_per_epoch, samples[order.positions(micro)])
+            yield MicroBatch(step, epoch, samples[order.positions(micro)], size_of(step))
 
 
 # ---- evaluation

@@ -42,22 +42,28 @@ class ResidentImages:
         self, micro_batches: Iterator[MicroBatch]
     ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
         """Each micro-batch with its augmented pixels: uint8 or float32 [n, 3, S, S] in 0..255."""
+        for size, planned in itertools.groupby(micro_batches, lambda planned: planned.size):
+            yield from self._of_one_size(planned, size)
+
+    def _of_one_size(
+        self, micro_batches: Iterator[MicroBatch], size: int
+    ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
         args = self.args
-        largest_side = max(*self.side, args.image_size)
+        largest_side = max(*self.side, size)
         images_per_chunk = CHUNK_PIXELS.get(self.device.type, 2**20) // largest_side**2
         for first in micro_batches:
             # As many micro-batches as fit, at least one; they may be of several epochs.
             others = max(0, images_per_chunk // len(first.samples) - 1)
             chunk = [first, *itertools.islice(micro_batches, others)]
-            sizes = [len(micro_batch.samples) for micro_batch in chunk]
+            lengths = [len(micro_batch.samples) for micro_batch in chunk]
             index = np.concatenate([micro_batch.samples for micro_batch in chunk])
-            epoch = np.repeat([micro_batch.epoch for micro_batch in chunk], sizes)
+            epoch = np.repeat([micro_batch.epoch for micro_batch in chunk], lengths)
 
             # Augment them together. What a sample becomes does not depend on its chunk.
             images = self.images.index_select(0, to_device(index, self.device))
-            draws = augment.draw(args, self.policy, epoch, index, self.side)
-            images = augment.augment(images, draws, args.image_size, args.interpolation, self.fill)
-            yield from zip(chunk, images.split(sizes), strict=True)
+            draws = augment.draw(args, self.policy, epoch, index, self.side, size)
+            images = augment.augment(images, draws, size, args.interpolation, self.fill)
+            yield from zip(chunk, images.split(lengths), strict=True)
 
     def evaluation(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[torch.Tensor]:
         """Pixels of each batch of samples: uint8 or float32 [n, 3, S, S] in 0..255.
@@ -65,7 +71,7 @@ class ResidentImages:
         timm's test transform: the shorter side to image_size / crop_pct, then the centre.
         """
         h, w = self.side
-        size = self.args.image_size
+        size = self.args.input_size
         shorter = math.floor(size / self.args.crop_pct)
         # Rounded down, as torchvision does it.
         side = (int(shorter * h / min(h, w)), int(shorter * w / min(h, w)))

@@ -39,9 +39,11 @@ class TimmImages:
         self.args = args
         self.images = images
         self.device = device
-        # From a Pillow image to uint8 [3, S, S].
-        self.training_transform = _training_transform(args, mean)
-        self.evaluation_transform = _transform(args, mean, is_training=False)
+        # From a Pillow image to uint8 [3, S, S]; of training one for each size.
+        self.training_transforms = {
+            size: _training_transform(args, mean, size) for size, _ in args.sizes
+        }
+        self.evaluation_transform = _transform(args, mean, args.input_size, is_training=False)
 
     def training(
         self, micro_batches: Iterator[MicroBatch]
@@ -88,6 +90,7 @@ class TimmImages:
 
     def _augmented(self, micro_batch: MicroBatch) -> torch.Tensor:
         samples = micro_batch.samples
+        transform = self.training_transforms[micro_batch.size]
         bits = random_bits(self.args.seed, "sample_seed", micro_batch.epoch, samples)
         made = []
         for index, seed in zip(samples, bits.tolist(), strict=True):
@@ -96,7 +99,7 @@ class TimmImages:
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
             torch.default_generator.manual_seed(seed >> 1)
-            made.append(self.training_transform(self._pillow_image(index)))
+            made.append(transform(self._pillow_image(index)))
         return torch.stack(made)
 
     def _centred(self, samples: NDArray[np.int64]) -> torch.Tensor:
@@ -161,7 +164,7 @@ def _ignore_signals(worker: int) -> None:
 # ---- the transforms
 
 
-def _training_transform(args: TrainingArguments, mean: tuple[float, ...]) -> Any:
+def _training_transform(args: TrainingArguments, mean: tuple[float, ...], size: int) -> Any:
     """timm's training transform as the options say. Raises BadInput for a policy it cannot read."""
     _mend_posterize()
     # timm's reader of policies asserts, indexes and converts: each may fail on what the user wrote.
@@ -169,6 +172,7 @@ def _training_transform(args: TrainingArguments, mean: tuple[float, ...]) -> Any
         transform = _transform(
             args,
             mean,
+            size,
             is_training=True,
             scale=args.scale,
             ratio=args.ratio,
@@ -181,20 +185,22 @@ def _training_transform(args: TrainingArguments, mean: tuple[float, ...]) -> Any
         raise BadInput(f"--aa {args.aa}: timm cannot read this policy ({e!r})") from e
     if args.scale is None:
         # timm always crops and resizes at first: put our own crop in its place.
-        transform.transforms[0] = _PillowCrop(
-            args.crop_padding, args.image_size, args.interpolation
-        )
+        transform.transforms[0] = _PillowCrop(args.crop_padding, size, args.interpolation)
     return transform
 
 
 def _transform(
-    args: TrainingArguments, mean: tuple[float, ...], is_training: bool, **augmentation: Any
+    args: TrainingArguments,
+    mean: tuple[float, ...],
+    size: int,
+    is_training: bool,
+    **augmentation: Any,
 ) -> Any:
     """timm's transform from a Pillow image to uint8 [3, S, S]."""
     from timm.data import create_transform
 
     return create_transform(
-        args.image_size,
+        size,
         is_training=is_training,
         # Leaves the image uint8: `Pipeline` normalises.
         use_prefetcher=True,

@@ -25,6 +25,9 @@ ALIASES = {"nfnet": "dm_nfnet_f0.dm_in1k", "vit": "vit_base_patch8_224.augreg_in
 # benchmarks/step.py measures it. All others stay contiguous.
 CHANNELS_LAST = {"cpu": {"efficientnet", "nfnet", "resnet"}}
 
+# Least share of the steps that a model with batch norm takes at the last of several sizes.
+LEAST_LAST_SHARE = 0.1
+
 
 def name_of(args: TrainingArguments) -> str:
     """The model's full name in timm, or local-dir:PATH."""
@@ -156,7 +159,10 @@ def build_model(
     else:
         is_fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
     if is_fixed:
-        keywords.setdefault("img_size", args.image_size)
+        keywords.setdefault("img_size", args.input_size)
+        # Where it takes several, timm resamples the position embeddings in the forward pass.
+        if len(args.sizes) > 1:
+            keywords.setdefault("dynamic_img_size", True)
     # The initial values of all that is not loaded follow from the seed.
     torch.manual_seed(args.seed)
     model = _create(args, num_classes, keywords)
@@ -165,7 +171,9 @@ def build_model(
         say(load_weights(model, args.checkpoint))
         origin = f"--checkpoint {args.checkpoint}"
     # A CNN may fail at a small size when its maps run out of pixels.
-    check_logits(model, args.image_size, num_classes, f"--model {args.model}")
+    for size, _ in args.sizes:
+        check_logits(model, size, num_classes, f"--model {args.model}")
+    check_last_size(model, args)
     check_finite(model, origin)
     # Found here, and not when the first checkpoint is written.
     tensors = [tensor for tensor in model.state_dict().values() if tensor.numel()]
@@ -182,6 +190,10 @@ def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any])
         return timm.create_model(name, args.pretrained, num_classes=num_classes, **keywords)
     # An argument that the architecture does not take.
     except TypeError as e:
+        if "dynamic_img_size" in str(e):
+            raise BadInput(
+                f"--image-size {args.image_size}: --model {args.model} takes one size only"
+            ) from e
         raise BadInput(f"--model {args.model}: {first_line(e)} (see --model-kwargs)") from e
     # Values that it cannot work with; weights that are damaged, out of reach or do not fit.
     except (RuntimeError, KeyError, ValueError, AssertionError, OSError, SafetensorError) as e:
@@ -190,6 +202,22 @@ def _create(args: TrainingArguments, num_classes: int, keywords: dict[str, Any])
         if args.pretrained and not _local_folder(name):
             hint = "; --no-pretrained or --checkpoint PATH starts without these weights"
         raise BadInput(f"--model {args.model}: cannot be made: {reason}{hint}") from e
+
+
+def check_last_size(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raise BadInput where batch norm's statistics would be of a smaller size than evaluations."""
+    shares = [0.0, *(share for _, share in args.sizes)]
+    if has_batch_norm(model) and shares[-1] - shares[-2] < LEAST_LAST_SHARE - 1e-9:
+        raise BadInput(
+            f"--image-size {args.image_size}: a model with batch norm needs at least "
+            f"{LEAST_LAST_SHARE:.0%} of the steps at the last size, for its statistics"
+        )
+
+
+def has_batch_norm(model: torch.nn.Module) -> bool:
+    """Whether `model` keeps statistics of the images that it has seen."""
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(layer, batch_norm) for layer in model.modules())
 
 
 def check_logits(model: torch.nn.Module, image_size: int, classes: int, where: str) -> None:

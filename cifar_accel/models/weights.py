@@ -142,7 +142,7 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
     # How images must be made for it; timm's transforms follow this.
     mean, std = input_statistics(args, model)
     data_config = {
-        "input_size": (3, args.image_size, args.image_size),
+        "input_size": (3, args.input_size, args.input_size),
         "mean": mean,
         "std": std,
         "crop_pct": args.crop_pct,

@@ -6,8 +6,10 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
-from pydantic import Field, FiniteFloat
+from pydantic import AfterValidator, Field, FiniteFloat
 from tyro.conf import Positional
+
+from cifar_accel.options.values import parse_sizes
 
 # Channel means and deviations of ImageNet's training images, on a scale from 0 to 1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,6 +30,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegativeOrNone = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
 PositiveIntOrNone = Annotated[int | None, Field(gt=0, le=10**9)]
 NotNegativeIntOrNone = Annotated[int | None, Field(ge=0, le=10**9)]
+
+# One size, or a text of several. To read it is to check it.
+SizeOrSizes = PositiveInt | Annotated[str, AfterValidator(lambda text: parse_sizes(text) and text)]
 
 # `Volatile[int]` is an int that may differ between a run and its continuation: it changes where or
 # how the run goes, not what it computes.
@@ -52,8 +57,8 @@ class TrainingArguments:
     """Weights to start from instead: a run folder, a .safetensors or a .pth file."""
     model_kwargs: tuple[str, ...] = ()
     """More arguments of the timm model, as in patch_size=4 drop_path_rate=0.1."""
-    image_size: PositiveInt = 32
-    """Side of the square model input in pixels; images are resized to it."""
+    image_size: SizeOrSizes = 32
+    """Side of the model's input in pixels; several: 64:0.4,96:0.7,128 (64 to 40 % of the steps)."""
 
     # Data
     dataset: str = "cifar100"
@@ -193,6 +198,16 @@ class TrainingArguments:
     # Recipe
     recipe: str = "report"
     """Set of defaults: report, plain or digits; every flag overrides it."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, float], ...]:
+        """Sides of the model's input in turn, with the share of the steps at which each ends."""
+        return parse_sizes(self.image_size)
+
+    @property
+    def input_size(self) -> int:
+        """The last and largest of them: that of evaluations and of the saved model."""
+        return self.sizes[-1][0]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import ast
 import contextlib
+import functools
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from cifar_accel.errors import BadInput
@@ -33,6 +35,34 @@ def parse_interval(text: str) -> tuple[int, str]:
     raise BadInput(
         f"--save-every {text}: write a number and a unit, as in 1epoch, 500steps or 10m, or none"
     )
+
+
+@functools.cache
+def parse_sizes(text: int | str) -> tuple[tuple[int, float], ...]:
+    """`64:0.4,96:0.7,128` -> ((64, 0.4), (96, 0.7), (128, 1.0)); `96` -> ((96, 1.0),).
+
+    Each size in pixels with the share of the steps at which it ends. Raises BadInput unless sizes
+    and shares grow, and the last size alone goes on to the end.
+    """
+    sizes: list[tuple[int, float]] = []
+    for part in str(text).split(","):
+        match = re.fullmatch(r"(\d{1,10})(?::(\d?\.?\d{1,6}))?", part)
+        if match is None:
+            raise BadInput(
+                f"--image-size {text}: write one size, or sizes and the shares of the steps that "
+                "they last to, as in 64:0.4,96:0.7,128"
+            )
+        sizes.append((int(match[1]), float(match[2] or 1)))
+    # From the smallest size to the largest, from the first step to the last.
+    grow = all(
+        a < b for earlier, later in pairwise(sizes) for a, b in zip(earlier, later, strict=True)
+    )
+    if not grow or sizes[0][0] < 1 or sizes[0][1] <= 0 or sizes[-1][1] != 1:
+        raise BadInput(
+            f"--image-size {text}: sizes and shares must grow, the last size without a share, as "
+            "in 64:0.4,96:0.7,128"
+        )
+    return tuple(sizes)
 
 
 def parse_duration(text: str) -> float:

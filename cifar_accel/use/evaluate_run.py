@@ -84,7 +84,7 @@ def _test_images(
     Says so where the images' fingerprint is not the one that is `recorded`. Raises BadInput for
     images of a class that is not known.
     """
-    dataset = load_dataset(options.dataset, options.data_dir, options.image_size, say)
+    dataset = load_dataset(options.dataset, options.data_dir, options.input_size, say)
     test = dataset.test
     if recorded not in (None, dataset.fingerprint):
         say(f"note: the images of {options.dataset} are not those that the run was trained with")

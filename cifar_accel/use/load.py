@@ -31,7 +31,7 @@ class FinishedRun:
         """
         model = load_model(self.folder / "model")
         where = f"the model of {self.folder}/config.json"
-        check_logits(model, self.options.image_size, self.options.classes, where)
+        check_logits(model, self.options.input_size, self.options.classes, where)
         return model
 
 

@@ -15,7 +15,7 @@ PLAIN = recipe_defaults("plain")
 
 
 def draw(args, n=48, epoch=0) -> augment.Draws:
-    return augment.draw(args, None, np.full(n, epoch), np.arange(n), (32, 32))
+    return augment.draw(args, None, np.full(n, epoch), np.arange(n), (32, 32), 32)
 
 
 def test_epochs_and_samples_are_augmented_differently():
@@ -63,7 +63,7 @@ def test_crop_boxes_are_distributed_as_timms():
 def test_a_box_that_never_fits_is_the_largest_in_the_centre():
     """In an image 32 wide and 8 high, a box of aspect 0.5 cannot hold 90 % of the area."""
     args = replace(PLAIN, scale=(0.9, 1.0), ratio=(0.3, 0.5), crop_padding=0)
-    box = augment.draw(args, None, np.zeros(5, np.int64), np.arange(5), (8, 32)).box
+    box = augment.draw(args, None, np.zeros(5, np.int64), np.arange(5), (8, 32), 32).box
     assert box.tolist() == [[0, 14, 8, 4]] * 5
 
 

@@ -40,6 +40,8 @@ SETTINGS = {
     "larger": replace(PLAIN, image_size=48, mixup=0.2),
     "report": recipe_defaults("report"),
     "timm": replace(recipe_defaults("report"), pipeline="timm", workers=0),
+    "sizes": replace(recipe_defaults("report"), image_size="24:0.3,32:0.6,48"),
+    "timm's sizes": replace(PLAIN, image_size="24:0.3,32:0.6,48", pipeline="timm"),
     "alternating": replace(PLAIN, alternating_flip=True, reprob=0.3),
 }
 
@@ -57,12 +59,18 @@ def pipeline(args, split) -> Pipeline:
     return Pipeline(args, split, CPU, MEAN, STD)
 
 
+def size_of(args):
+    """The images' side at a step, of a run of 10 steps; at later steps the last."""
+    shares = {size: 10 * share for size, share in args.sizes}
+    return lambda step: next((s for s in shares if step < shares[s]), args.input_size)
+
+
 def global_batches(args, split, world=1, accumulation=1, start=0, stop=5, batch=24):
     """Images, labels and targets of each step, put together from every process."""
     parts = {step: {} for step in range(start, stop)}
     for rank in range(world):
         order = Order(args.seed, len(split), batch, world, rank, accumulation)
-        stream = pipeline(args, split).training_batches(order, start, stop)
+        stream = pipeline(args, split).training_batches(order, start, stop, size_of(args))
         for step in range(start, stop):
             for micro in range(accumulation):
                 first_position = order.positions(micro)[0]
@@ -97,6 +105,20 @@ def test_batches_from_the_middle_are_the_rest_of_the_run(photos, setting):
     from_the_start = global_batches(SETTINGS[setting], photos, start=0, stop=9)
     from_the_middle = global_batches(SETTINGS[setting], photos, start=6, stop=9)
     assert_equal(from_the_start[6:], from_the_middle)
+
+
+def test_sizes_change_pixels_and_no_draws(photos):
+    args = replace(PLAIN, image_size="24:0.3,32:0.6,48", mixup=0.5)
+    grown = global_batches(args, photos, stop=9)
+    assert [images.shape[-1] for images, _, _ in grown] == [24] * 3 + [32] * 3 + [48] * 3
+    for step, (images, labels, targets) in enumerate(grown):
+        fixed = replace(args, image_size=size_of(args)(step))
+        ((same_images, same_labels, same_targets),) = global_batches(
+            fixed, photos, start=step, stop=step + 1
+        )
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+        assert torch.equal(targets, same_targets)
 
 
 def test_workers_change_nothing(photos):

@@ -17,6 +17,11 @@ GOLDEN_ORDER = [26904, 45197, 999, 761, 14726, 23878]
 GOLDEN_BITS = 1112339080716505948
 
 
+def same_size(step):
+    """The side of the images at any step."""
+    return 32
+
+
 def test_the_order_never_changes_between_versions():
     """Checkpoints of a released version go on with the same samples: these values are for ever."""
     assert permutation(3407, 0, 50_000)[:6].tolist() == GOLDEN_ORDER
@@ -64,7 +69,7 @@ def test_neighbours_stay_together_however_the_batch_is_cut(batch, world, accumul
         found = set()
         for rank in range(world):
             order = Order(3, 50, batch, world, rank, accumulation)
-            for micro_batch in micro_batches(order, 1, 4):
+            for micro_batch in micro_batches(order, 1, 4, same_size):
                 for pair in micro_batch.samples.reshape(-1, 2).tolist():
                     found.add((micro_batch.step, *pair))
         return found
@@ -74,7 +79,7 @@ def test_neighbours_stay_together_however_the_batch_is_cut(batch, world, accumul
 
 
 def test_the_last_incomplete_batch_is_dropped_and_every_epoch_reshuffled():
-    planned = list(micro_batches(Order(3, 103, 10), 0, 20))
+    planned = list(micro_batches(Order(3, 103, 10), 0, 20, same_size))
     first = {int(sample) for m in planned if m.epoch == 0 for sample in m.samples}
     second = {int(sample) for m in planned if m.epoch == 1 for sample in m.samples}
     assert len(first) == 100
@@ -84,8 +89,8 @@ def test_the_last_incomplete_batch_is_dropped_and_every_epoch_reshuffled():
 
 def test_a_plan_from_the_middle_is_the_rest_of_the_plan():
     order = Order(3, 103, 10, 2, 1, 1)
-    whole = list(micro_batches(order, 0, 25))
-    rest = list(micro_batches(order, 13, 25))
+    whole = list(micro_batches(order, 0, 25, same_size))
+    rest = list(micro_batches(order, 13, 25, same_size))
     for a, b in zip(whole[13:], rest, strict=True):
         assert (a.step, a.epoch) == (b.step, b.epoch)
         assert a.samples.tolist() == b.samples.tolist()
@@ -93,7 +98,7 @@ def test_a_plan_from_the_middle_is_the_rest_of_the_plan():
 
 def test_the_samples_of_a_step_are_those_of_its_micro_batches():
     order = Order(3, 103, 10, accumulation=5)
-    parts = [micro_batch.samples for micro_batch in micro_batches(order, 13, 14)]
+    parts = [micro_batch.samples for micro_batch in micro_batches(order, 13, 14, same_size)]
     assert order.samples_of(13).tolist() == np.concatenate(parts).tolist()
 
 

@@ -126,7 +126,7 @@ def test_resized_crop_and_flips_equal_pillow(images, interpolation, size):
     report = recipe_defaults("report")
     args = replace(report, image_size=size, interpolation=interpolation)
     n = len(images)
-    drawn = augment.draw(args, None, np.zeros(n, np.int64), np.arange(n), (32, 32))
+    drawn = augment.draw(args, None, np.zeros(n, np.int64), np.arange(n), (32, 32), size)
     assert drawn.hflip.any()
     assert drawn.vflip.any()
     assert drawn.box[:, 2:].min() < 16
@@ -156,7 +156,7 @@ def test_shrinking_is_antialiased_as_pillows(images, interpolation, size):
 def test_colour_jitter_equals_torchvisions(images):
     args = replace(recipe_defaults("plain"), crop_padding=0, hflip=0.0, color_jitter=0.4)
     n = len(images)
-    drawn = augment.draw(args, None, np.zeros(n, np.int64), np.arange(n), (32, 32))
+    drawn = augment.draw(args, None, np.zeros(n, np.int64), np.arange(n), (32, 32), 32)
     # Factors reach from 0.6 to 1.4, and every order of the three is drawn.
     factors = drawn.program.arguments[:, :, 0]
     assert 0.6 <= factors.min() < 0.65

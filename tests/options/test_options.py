@@ -3,7 +3,7 @@
 import io
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -12,7 +12,7 @@ from cifar_accel.options.options import VOLATILE, TrainingArguments, flag
 from cifar_accel.options.parsing import parse_training
 from cifar_accel.options.recipes import RECIPES
 from cifar_accel.options.resolve import NEEDS
-from cifar_accel.options.values import parse_duration, parse_interval, parse_keywords
+from cifar_accel.options.values import parse_duration, parse_interval, parse_keywords, parse_sizes
 from tools.options_page import PAGE, page, sections_of
 
 FIELDS = [field.name for field in fields(TrainingArguments)]
@@ -219,6 +219,24 @@ def test_durations():
     assert parse_duration("45s") == 45
     assert parse_duration("90m") == 5400
     assert parse_duration("1h30m") == 5400
+
+
+def test_sizes():
+    assert parse_sizes(96) == parse_sizes("96") == ((96, 1.0),)
+    assert parse_sizes("64:0.4,96:.7,128") == ((64, 0.4), (96, 0.7), (128, 1.0))
+    args = replace(TrainingArguments(), image_size="64:0.4,96:.7,128")
+    assert args.input_size == 128
+    # One size stays a number in config.json, as every version had it.
+    assert parse_training(["--image-size", "96"])[0].image_size == 96
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x", "64:0.4", "64:0.4,64", "96:0.4,64", "64:0.4,96:0.3,128", "64:0,96", "64:1,96"],
+)
+def test_sizes_that_do_not_add_up_are_refused(text):
+    with pytest.raises(BadInput, match=f"--image-size {text}: .*64:0.4,96:0.7,128"):
+        parse_training(["--image-size", text])
 
 
 def test_keywords():

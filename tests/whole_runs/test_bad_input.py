@@ -33,6 +33,9 @@ FLAGS = [
     (["--learning-rate", "nan"], "--learning-rate nan"),
     (["--learning-rate", "-1"], "--learning-rate -1"),
     (["--image-size", "0"], "--image-size 0"),
+    (["--image-size", "64:0.7,96:0.4,128"], "--image-size 64:0.7,96:0.4,128: sizes and shares"),
+    (["--layer-decay", "0"], "--layer-decay 0: must be greater than 0"),
+    (["--layer-decay", "1.1"], "--layer-decay 1.1: must be less than or equal to 1"),
     (["--warmup-epochs", "9"], "longer than the run (--epochs 4)"),
     (["--mixup-prob", "2"], "--mixup-prob 2: must be less than or equal to 1"),
     (["--hflip", "-0.5"], "--hflip -0.5: must be greater than or equal to 0"),
@@ -106,6 +109,14 @@ LOADED = [
     (
         ["--model", "test_vit", "--image-size", "30"],
         "--image-size 30: --model test_vit cannot take it",
+    ),
+    (
+        ["--model", "mixer_s16_224", "--image-size", "32:0.5,64"],
+        "--image-size 32:0.5,64: --model mixer_s16_224 takes one size only",
+    ),
+    (
+        ["--model", "test_resnet", "--image-size", "32:0.95,64"],
+        "a model with batch norm needs at least 10% of the steps at the last size",
     ),
     (["--model-kwargs", "colour=red"], "colour"),
     (["--dataset", "cifar1000"], "did you mean cifar100"),

@@ -17,7 +17,8 @@ from cifar_accel.records import checkpoint
 
 # Everything that has a state to lose.
 EVERYTHING = (
-    "--mixup 0.5 --model-ema --model-ema-decay 0.9 --save-every 2steps --epochs 6 --tracker none"
+    "--mixup 0.5 --model-ema --model-ema-decay 0.9 --save-every 2steps --epochs 6 --tracker none "
+    "--image-size 16:0.3,24:0.6,32 --layer-decay 0.8"
 ).split()
 
 

@@ -25,7 +25,7 @@ from conftest import (
     wandb_summary,
 )
 
-from cifar_accel.cli import main, train_command
+from cifar_accel.cli import evaluate_command, main, train_command
 from cifar_accel.files import read_json
 from cifar_accel.results.charts import PLOTS
 
@@ -263,6 +263,23 @@ def test_every_kind_of_step_trains(in_process, cache, tmp_path, words):
     (file,) = tmp_path.rglob("metrics.jsonl")
     losses = [row["train/loss"] for row in rows(file.parent)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("model", ["test_vit --model-kwargs patch_size=8", "test_resnet"])
+@pytest.mark.parametrize("pipeline", ["device", "timm --workers 0"])
+def test_sizes_that_grow(in_process, cache, tmp_path, model, pipeline):
+    base = [*TINY, "--data-dir", cache, "--save-dir", tmp_path, "--tracker", "none"]
+    words = f"--model {model} --pipeline {pipeline} --image-size 16:0.4,24:0.7,32 --run-name a"
+    code, _, err = in_process(train_command, *base, *words.split())
+    assert code == 0, err
+    run = tmp_path / "a"
+    sizes = {row["step"]: row["train/image_size"] for row in rows(run)}
+    # A row is of one size: there is one after the last step of each.
+    assert [sizes[step] for step in (3, 13, 15, 22, 24, 32)] == [16, 16, 24, 24, 32, 32]
+    assert read_json(run / "model/config.json")["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    # What was saved is what was evaluated.
+    code, out, err = in_process(evaluate_command, run, "--device", "cpu")
+    assert f"accuracy  {summary(run)['accuracy']:.4%}" in out, err
 
 
 @pytest.mark.parametrize(
