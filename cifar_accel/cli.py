@@ -93,7 +93,7 @@ def train_command(argv: Sequence[str]) -> int:
     # The main process alone opens the run folder. Where there is nothing to do, nothing is loaded.
     opened = None
     if is_main_process():
-        opened = _open(args)
+        opened = _open(args, origin)
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if opened.finished and alone:
             return 0
@@ -129,11 +129,11 @@ def with_workers(
     return replace(args, workers=workers), {**origin, "workers": "derived"}
 
 
-def _open(args: TrainingArguments) -> Opened:
+def _open(args: TrainingArguments, origin: dict[str, str]) -> Opened:
     """Open the run folder; a path that the system refuses is bad input."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     try:
-        return open_run(args, precision, say)
+        return open_run(args, precision, say, origin)
     except OSError as error:
         raise BadInput(str(error)) from error
 

@@ -110,19 +110,21 @@ class Plan:
 
     # ---- in words
 
-    def lines(self, warmup_derived: bool = False) -> dict[str, str]:
-        """Batch, steps and schedule for the screen, by name."""
+    def lines(self, origin: dict[str, str] | None = None) -> dict[str, str]:
+        """Batch, steps and schedule for the screen, by name; `origin` is that of the options."""
         args = self.args
         epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
         steps = f"{epochs} x {self.steps_per_epoch:,} = {self.total_steps:,}"
         if self.stop_step < self.total_steps:
             steps += f", stopping after {self.stop_step:,}"
-        how = " (derived)" if warmup_derived else ""
+        derived = {name: " (derived)" for name, of in (origin or {}).items() if of == "derived"}
+        peak = f"peak {args.learning_rate:g}{derived.get('learning_rate', '')}"
+        how = derived.get("warmup_epochs", "")
         warmup = f"warm-up {args.warmup_epochs:g} epochs{how} = {self.warmup_steps:,} steps"
         return {
             "batch": self.order.arithmetic(),
             "steps": steps,
-            "schedule": f"{args.scheduler}, peak {args.learning_rate:g}, {warmup}",
+            "schedule": f"{args.scheduler}, {peak}, {warmup}",
         }
 
     def rates(self) -> str:

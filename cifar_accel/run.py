@@ -23,6 +23,7 @@ from cifar_accel.machine.memory import in_bytes
 from cifar_accel.machine.processes import Ranks
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import compile_model, keep_freed_memory, peak_flops
+from cifar_accel.models.advice import advice
 from cifar_accel.models.create import (
     build_model,
     check_model,
@@ -30,6 +31,7 @@ from cifar_accel.models.create import (
     name_of,
     use_channels_last,
 )
+from cifar_accel.models.finetune import derived, fit_to_model
 from cifar_accel.models.weights import input_statistics
 from cifar_accel.optim.gradients import Watch
 from cifar_accel.optim.optimizers import build_optimizer, check_names
@@ -123,8 +125,10 @@ def set_up(
     chosen = checkpoint.choose(opened, say) if ranks.is_main else None
     start_from: Path | None = ranks.from_main(chosen)
     # Resuming: the weights come from the checkpoint, so do not download the pretrained ones.
-    making = replace(args, pretrained=False, checkpoint=None) if start_from else args
-    check_model(making, say)
+    without: dict[str, Any] = {"pretrained": False, "checkpoint": None} if start_from else {}
+    check_model(replace(args, **without), say)
+    args, origin = fit_options(args, origin, opened)
+    making = replace(args, **without)
 
     # The data comes first: the plan needs the number of images, the model that of the classes.
     dataset, held_out = load_splits(args)
@@ -148,6 +152,8 @@ def set_up(
     facts = facts_of(args, plan, ranks, data, model) | {"data_fingerprint": dataset.fingerprint}
     config = describe_config(args, origin, facts)
     announce(args, origin, opened.path, plan, config["options"])
+    for line in advice(args, origin, model.module):
+        say(f"note      {line}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaled = ranks.accelerator.scaler is not None
     run = Run(
@@ -165,6 +171,21 @@ def set_up(
         stop=stop,
     )
     return run, state
+
+
+# ---- options that follow from the model
+
+
+def fit_options(
+    args: TrainingArguments, origin: dict[str, str], opened: Opened
+) -> tuple[TrainingArguments, dict[str, str]]:
+    """The options as they hold for the model, or held at the first start of a run that goes on."""
+    if opened.derived:
+        return derived(args, origin, opened.derived)
+    if args.recipe != "finetune":
+        return args, origin
+    say(f"recipe: fitting finetune to {name_of(args)}")
+    return fit_to_model(args, origin)
 
 
 # ---- what does not exist
@@ -360,7 +381,7 @@ def announce(
     if args.aa != "none":
         acts_as = strength(read_policy(args.aa)) if args.aa.startswith("rand") else ""
         lines["policy"] = args.aa + acts_as
-    lines |= plan.lines(warmup_derived=origin["warmup_epochs"] == "derived")
+    lines |= plan.lines(origin)
     lines["model"] = (
         f"{name_of(args)}, {facts['parameters'] / 1e6:.2f} M parameters; {args.optimizer}{average}"
     )

@@ -101,7 +101,10 @@ def test_words_and_facts_agree():
     made = plan(world=2, accumulation=2, max_steps=10)
     assert made.lines()["batch"] == "32 = 2 processes x 8 images x 2 accumulation steps"
     assert made.lines()["steps"] == "3 epochs x 8 = 24, stopping after 10"
-    assert "warm-up 1 epochs (derived) = 8 steps" in made.lines(warmup_derived=True)["schedule"]
+    assert (
+        "warm-up 1 epochs (derived) = 8 steps"
+        in made.lines({"warmup_epochs": "derived"})["schedule"]
+    )
     assert made.facts() == {
         "processes": 2,
         "device_batch_size": 8,

@@ -251,9 +251,12 @@ def use_channels_last(
     """
     if args.memory_format != "auto":
         return args.memory_format == "channels_last"
-    # timm.models.resnet.ResNet is of the family "resnet".
-    family = type(model).__module__.rpartition(".")[2]
-    return family in CHANNELS_LAST.get(device.type, ())
+    return family_of(model) in CHANNELS_LAST.get(device.type, ())
+
+
+def family_of(model: torch.nn.Module) -> str:
+    """The last word of timm's module: timm.models.resnet.ResNet is of the family "resnet"."""
+    return type(model).__module__.rpartition(".")[2]
 
 
 def forward_flops(model: torch.nn.Module, image_size: int) -> int:

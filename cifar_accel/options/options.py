@@ -197,7 +197,7 @@ class TrainingArguments:
 
     # Recipe
     recipe: str = "report"
-    """Set of defaults: report, plain or digits; every flag overrides it."""
+    """Set of defaults: report, plain, finetune or digits; every flag overrides it."""
 
     @property
     def sizes(self) -> tuple[tuple[int, float], ...]:

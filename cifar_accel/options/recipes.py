@@ -33,12 +33,32 @@ RECIPES: dict[str, dict[str, Any]] = {
         smoothing=0.1,
         decay_all=False,
     ),
+    # ImageNet weights on small images, resized. What follows from the model and the images
+    # (models/finetune.py) stands here for a small one; a flag overrides either.
+    "finetune": dict(
+        image_size=128,
+        crop_padding=4,
+        hflip=0.5,
+        smoothing=0.1,
+        epochs=10,
+        batch_size=128,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        decay_all=False,
+        layer_decay=0.8,
+    ),
     # Small pictures of signs, where a flip changes the meaning.
     "digits": dict(
         smoothing=0.1,
         decay_all=False,
     ),
 }
+
+# What a start derives from the model and the images, where no flag says it. A run that goes on
+# keeps what its first start derived.
+DERIVED_LATE = frozenset(
+    "image_size interpolation cutmix mixup_prob model_kwargs clip_grad clip_mode".split()
+)
 
 
 def recipe_defaults(name: str) -> TrainingArguments:

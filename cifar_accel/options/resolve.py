@@ -23,6 +23,10 @@ WARMUP_SHARES = {"linear_decay": 0.0, "constant": 0.0, "one_cycle": 0.3}
 # Most bytes in a part of a run's name: file systems take 255, and some files beside it are longer.
 LONGEST_NAME = 250
 
+# Learning rate where none is given, over that of adamw: what these optimizers are usually given.
+# timm's muon is scaled to take adamw's.
+RATE_FACTORS = {"sgdm": 40.0, "sgd": 40.0, "lion": 0.2, "muon": 1.0}
+
 # What a rule makes of the options: new values by field.
 Derived = dict[str, Any]
 
@@ -79,7 +83,16 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
     args = replace(args, **absolute_paths(args))
 
     # Each rule sees what those before it have derived.
-    rules = (warmup, one_kind_of_crop, one_source_of_weights, pipeline, without_effect, run_name)
+    rules = (
+        learning_rate,
+        warmup,
+        one_kind_of_crop,
+        weights_to_finetune,
+        one_source_of_weights,
+        pipeline,
+        without_effect,
+        run_name,
+    )
     for rule in rules:
         derived = rule(args, given)
         args = replace(args, **derived)
@@ -137,6 +150,14 @@ def absolute_paths(args: TrainingArguments) -> Derived:
     return paths
 
 
+def learning_rate(args: TrainingArguments, given: set[str]) -> Derived:
+    """A learning rate that nobody gave follows the optimizer; the report keeps its own."""
+    factor = RATE_FACTORS.get(args.optimizer)
+    if "learning_rate" in given or args.recipe == "report" or factor is None:
+        return {}
+    return {"learning_rate": float(f"{args.learning_rate * factor:.3g}")}
+
+
 def warmup(args: TrainingArguments, given: set[str]) -> Derived:
     """The length of the warm-up, where it is not given: a share of the epochs by schedule."""
     if args.warmup_epochs is None:
@@ -160,6 +181,16 @@ def one_kind_of_crop(args: TrainingArguments, given: set[str]) -> Derived:
     if "crop_padding" in given:
         return {"scale": None}
     return {"crop_padding": 0}
+
+
+def weights_to_finetune(args: TrainingArguments, given: set[str]) -> Derived:
+    """The recipe finetune starts from weights."""
+    if args.recipe == "finetune" and not args.pretrained and not args.checkpoint:
+        raise BadInput(
+            "--recipe finetune: needs weights to start from, and --no-pretrained says without; "
+            "--recipe plain trains from nothing"
+        )
+    return {}
 
 
 def one_source_of_weights(args: TrainingArguments, given: set[str]) -> Derived:

@@ -9,16 +9,17 @@ import platform
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home
+from cifar_accel.files import home, read_as
 from cifar_accel.options.options import VOLATILE, TrainingArguments, flag
-from cifar_accel.records.summary import read_config, read_summary, starting_weights
+from cifar_accel.options.recipes import DERIVED_LATE
+from cifar_accel.records.summary import Config, read_config, read_summary, starting_weights
 
 # The file that is locked while a run writes its folder; it says which process that is.
 LOCK = ".lock"
@@ -38,6 +39,10 @@ class Opened:
     by_path: bool = False
     # config.json of the run that goes on, where it has work that must fit.
     config: dict[str, Any] | None = None
+    # Where each option of this command comes from, by name; what is not here, from a flag.
+    origin: dict[str, str] = field(default_factory=dict)
+    # Options that the first start of the run that goes on derived, and that hold for it.
+    derived: dict[str, Any] = field(default_factory=dict)
     # The summary of a run that has nothing left to do.
     finished: dict[str, Any] | None = None
     # Held as long as this object lives.
@@ -65,15 +70,21 @@ class Opened:
                     folder.rmdir()
 
 
-def open_run(args: TrainingArguments, precision: str, say: Callable[[str], None]) -> Opened:
+def open_run(
+    args: TrainingArguments,
+    precision: str,
+    say: Callable[[str], None],
+    origin: dict[str, str] | None = None,
+) -> Opened:
     """Decide what to do with SAVE_DIR/RUN_NAME and take its lock; only the main process calls it.
 
-    Raises BadInput when the folder cannot be written, is in use, or holds another run, or when
-    --resume PATH holds no checkpoint.
+    `origin` says by field where the options come from (unset: all from flags). Raises BadInput when
+    the folder cannot be written, is in use, or holds another run, or when --resume PATH holds no
+    checkpoint.
     """
     path = folder_of(args)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    opened = Opened(path, created=missing)
+    opened = Opened(path, origin=origin or {}, created=missing)
     try:
         opened.lock = _make_and_lock(path, args)
         look_inside(opened, args, precision, say)
@@ -183,7 +194,7 @@ def look_inside(
     is_free = not (opened.path / "config.json").exists() and not _has_work(opened.path)
     # --resume PATH, the folder holding nothing or being the one at PATH: go on, or back, to PATH.
     if is_free or source_run.resolve() == opened.path.resolve():
-        _check_same_options(source_run, args, precision)
+        _check_same_options(opened, source_run, args, precision)
         opened.config = read_config(source_run)
         if opened.config is None:
             say(f"resume: no config.json tells the options of {source}, so they are not compared")
@@ -218,10 +229,12 @@ def _go_on_in_place(
             )
         return
     # Another run that ended before its first row: there is nothing to go on with, or to lose.
-    if args.resume == "auto" and changed_options(config, args, precision) and not _has_work(path):
+    derived = derived_by(path, opened.origin)
+    changed = changed_options(config, replace(args, **derived), precision)
+    if args.resume == "auto" and changed and not _has_work(path):
         return
     # An unfinished or a finished run, of these options or others.
-    _check_same_options(path, args, precision)
+    _check_same_options(opened, path, args, precision)
     summary = read_summary(path)
     if not _is_finished(summary, args):
         opened.config = config if _has_work(path) else None
@@ -239,6 +252,18 @@ def _go_on_in_place(
         f"run: {path} is finished (step {summary['steps']:,}, accuracy {summary['accuracy']:.2%}); "
         "to train it anew, give --resume never"
     )
+
+
+def derived_by(run: Path, origin: dict[str, str]) -> dict[str, Any]:
+    """Options that the first start of the run in `run` derived, and that no flag gives now."""
+    config = read_as(Config, run / "config.json")
+    if config is None:
+        return {}
+    return {
+        name: getattr(config.options, name)
+        for name in DERIVED_LATE
+        if config.provenance.get(name) == "derived" and origin.get(name, "flag") != "flag"
+    }
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -262,14 +287,17 @@ def _is_finished(summary: dict[str, Any], args: TrainingArguments) -> bool:
     return summary["steps"] >= allowed
 
 
-def _check_same_options(run: Path, args: TrainingArguments, precision: str) -> None:
-    """Raise BadInput where `run` computes something else than this command.
+def _check_same_options(opened: Opened, run: Path, args: TrainingArguments, precision: str) -> None:
+    """Raise BadInput where `run` computes something else than this command; keep what it derived.
 
     A checkpoint folder that lies in no run folder has no options to compare with.
     """
     config = read_config(run)
+    derived = derived_by(run, opened.origin)
+    args = replace(args, **derived)
     changed = [] if config is None else changed_options(config, args, precision)
     if not changed:
+        opened.derived = derived
         return
     ways = "give the same options, another --run-name, or --resume never"
     more_epochs = any(change.startswith("--epochs ") for change in changed)

@@ -221,6 +221,25 @@ def test_durations():
     assert parse_duration("1h30m") == 5400
 
 
+@pytest.mark.parametrize(
+    "words, rate, origin",
+    [
+        ("--recipe plain --optimizer sgdm", 0.02, "derived"),
+        ("--recipe plain --optimizer lion", 1e-4, "derived"),
+        ("--recipe finetune --optimizer sgdm", 0.04, "derived"),
+        ("--recipe digits --optimizer muon", 5e-4, "derived"),
+        ("--recipe plain --optimizer sgdm --learning-rate 5e-4", 5e-4, "flag"),
+        ("--recipe plain", 5e-4, "default"),
+        # The report trained by SGD at the rate of AdamW.
+        ("--recipe report --optimizer sgdm", 5e-4, "default"),
+    ],
+)
+def test_a_rate_that_nobody_gave_follows_the_optimizer(words, rate, origin):
+    args, origins = parse_training(words.split())
+    assert args.learning_rate == rate
+    assert origins["learning_rate"] == origin
+
+
 def test_sizes():
     assert parse_sizes(96) == parse_sizes("96") == ((96, 1.0),)
     assert parse_sizes("64:0.4,96:.7,128") == ((64, 0.4), (96, 0.7), (128, 1.0))

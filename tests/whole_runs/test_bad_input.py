@@ -34,6 +34,7 @@ FLAGS = [
     (["--learning-rate", "-1"], "--learning-rate -1"),
     (["--image-size", "0"], "--image-size 0"),
     (["--image-size", "64:0.7,96:0.4,128"], "--image-size 64:0.7,96:0.4,128: sizes and shares"),
+    (["--recipe", "finetune"], "--recipe finetune: needs weights to start from"),
     (["--layer-decay", "0"], "--layer-decay 0: must be greater than 0"),
     (["--layer-decay", "1.1"], "--layer-decay 1.1: must be less than or equal to 1"),
     (["--warmup-epochs", "9"], "longer than the run (--epochs 4)"),

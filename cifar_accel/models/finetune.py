@@ -1,0 +1,92 @@
+"""What the recipe `finetune` makes of a model and its images, where no flag says otherwise.
+
+Its fixed part is in options/recipes.py. How much each ingredient gives is in docs/accuracy.md.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from cifar_accel.errors import BadInput
+from cifar_accel.models.create import build_model, family_of
+from cifar_accel.options.options import TrainingArguments
+
+# Sides of the input, in the order in which they are tried: 128 pixels, or the nearest that the
+# model takes; some take the size of their weights alone.
+SIDES = (128, 126, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
+# A model with more parameters, or a longer run, is regularised.
+MOST_PARAMETERS = 8e6
+MOST_EPOCHS = 25
+
+Origin = dict[str, str]
+
+
+def derived(
+    args: TrainingArguments, origin: Origin, values: dict[str, Any]
+) -> tuple[TrainingArguments, Origin]:
+    """The options with `values` where no flag says otherwise, and where each comes from."""
+    new = {name: value for name, value in values.items() if origin[name] != "flag"}
+    return replace(args, **new), origin | dict.fromkeys(new, "derived")
+
+
+def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArguments, Origin]:
+    """Options as they hold for the model, and where each value comes from.
+
+    Raises BadInput where the model cannot be made at any size.
+    """
+    args, origin, model = _at_a_size_it_takes(args, origin)
+
+    # As its weights were trained.
+    own = model.pretrained_cfg.get("interpolation")
+    interpolation = own if own in ("bilinear", "bicubic") else "bicubic"
+    args, origin = derived(args, origin, {"interpolation": interpolation})
+
+    # NFNets diverge without adaptive clipping (Brock et al. 2021).
+    if family_of(model) == "nfnet":
+        args, origin = derived(args, origin, {"clip_grad": 0.01, "clip_mode": "agc"})
+
+    # A large model, or a long run, learns the images by heart.
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MOST_PARAMETERS or args.epochs > MOST_EPOCHS:
+        args, origin = derived(args, origin, {"cutmix": 1.0, "mixup_prob": 0.5})
+        args, origin = _with_drop_path(args, origin)
+    return args, origin
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def _made(args: TrainingArguments) -> Any:
+    """The model without its weights. Raises BadInput."""
+    bare = replace(args, pretrained=False, checkpoint=None)
+    return build_model(bare, 10, _quiet)
+
+
+def _at_a_size_it_takes(
+    args: TrainingArguments, origin: Origin
+) -> tuple[TrainingArguments, Origin, Any]:
+    """The options with an input size that the model takes, their origin, and the model."""
+    if origin["image_size"] == "flag":
+        return args, origin, _made(args)
+    for side in SIDES:
+        try:
+            model = _made(replace(args, image_size=side))
+        except BadInput as e:
+            failure = e
+        else:
+            args, origin = derived(args, origin, {"image_size": side})
+            return args, origin, model
+    raise failure
+
+
+def _with_drop_path(args: TrainingArguments, origin: Origin) -> tuple[TrainingArguments, Origin]:
+    """The options with stochastic depth, where the model has it."""
+    # Whose user knows the model's arguments has chosen.
+    if origin["model_kwargs"] == "flag":
+        return args, origin
+    words = (*args.model_kwargs, "drop_path_rate=0.1")
+    try:
+        _made(replace(args, model_kwargs=words))
+    except BadInput:
+        return args, origin
+    return replace(args, model_kwargs=words), origin | {"model_kwargs": "derived"}
