@@ -8,6 +8,8 @@ measured in turns in one process tree. On a GPU the epochs are of the report's o
 CPU of three small ones and of a tenth of the images.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from benchmarks import pipeline, step
@@ -20,15 +22,24 @@ EPOCHS = {
 }
 # How many times the report's speed an epoch of ours must reach, and should, by device.
 GOALS = {"cpu": (2, 4), "cuda": (4, 8)}
+# Training and test images of an epoch: half of CIFAR-100 on a GPU, a tenth on a CPU.
+SIZES = {"cpu": (5120, 1024), "cuda": (25_600, 5120)}
 
 
-def epochs(dataset: str, data_dir: str, device: str, rounds: int) -> list[Row]:
-    """Whole epochs with their evaluation, ours over the report's loop."""
-    # Images: half of CIFAR-100 on a GPU, a tenth on a CPU.
-    train, test = (5120, 1024) if device == "cpu" else (25_600, 5120)
+def epochs(
+    dataset: str,
+    data_dir: str,
+    device: str,
+    rounds: int,
+    models: Iterable[str],
+    sizes: tuple[int, int],
+) -> list[Row]:
+    """Whole epochs of `sizes` images and their evaluation, ours over the report's loop."""
+    train, test = sizes
     words = ["--data-dir", data_dir, "--device", device, "--train", str(train), "--test", str(test)]
     rows = []
-    for model, precision in EPOCHS[device].items():
+    for model in models:
+        precision = EPOCHS[device][model]
         # Each side is a process of its own.
         report = Contender("benchmarks.baseline", "report", model, dataset, *words)
         ours = Contender(
@@ -72,7 +83,8 @@ def main() -> None:
     print("step and memory", flush=True)
     rows += step.measure(data, given.dataset, given.data_dir, given.device, given.rounds)
     print("epochs", flush=True)
-    rows += epochs(given.dataset, given.data_dir, given.device, given.rounds)
+    words = (given.dataset, given.data_dir, given.device, given.rounds)
+    rows += epochs(*words, EPOCHS[given.device], SIZES[given.device])
 
     name = given.dataset.rsplit("/", 1)[-1]
     show(rows, given.out, f"cifar_accel on {given.device}, {name}")

@@ -120,7 +120,7 @@ def our_epoch(
             state.step += 1
         # The host waits here.
         train.collect(run, state)
-        train.evaluate_split(run, run.data.evaluation)
+        train.evaluate_split(run, run.data.evaluation, "the evaluation")
 
     return epoch
 

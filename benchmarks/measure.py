@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -42,10 +43,12 @@ class Row:
     # In words, and whether the median meets it.
     goal: str = ""
     met: bool | None = None
+    # What is said where there are no values.
+    note: str = ""
     median: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.median = statistics.median(self.values)
+        self.median = statistics.median(self.values) if self.values else math.nan
 
 
 def goal(
@@ -176,25 +179,30 @@ def show(rows: list[Row], out: str | None, title: str) -> None:
 
 def write(rows: list[Row], out: str, title: str) -> None:
     """Write OUT.json with every value, and OUT.md with the table."""
-    # What it was measured on, but not whose machine it was.
+    # Every value, so that another median or spread can be taken later.
+    record = {"title": title, "rows": [asdict(row) for row in rows], **surroundings()}
+    Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    # The same rows as on the screen, for people.
+    Path(out + ".md").write_text(f"# {markdown(rows, title)}")
+
+
+def surroundings() -> dict[str, Any]:
+    """`versions` and `hardware`: what it was measured on, but not whose machine it was."""
     about: dict[str, Any] = describe_config(recipe_defaults("plain"), {}, {})
     hardware = {name: value for name, value in about["hardware"].items() if name != "host"}
     hardware["processor"] = processor()
-    record = {
-        "title": title,
-        "rows": [asdict(row) for row in rows],
-        "versions": about["versions"],
-        "hardware": hardware,
-    }
-    # Every value, so that another median or spread can be taken later.
-    Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    return {"versions": about["versions"], "hardware": hardware}
 
-    # The same rows as on the screen, for people.
+
+def markdown(rows: list[Row], title: str) -> str:
+    """The title, a line on machine and versions, and the table."""
+    about = surroundings()
+    hardware = about["hardware"]
     cores = f"{hardware['cpu_cores']} cores ({hardware['processor']})"
     devices = ", ".join(hardware["gpus"]) or "no GPU"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
-        f"# {title}",
+        title,
         "",
         f"{cores}, {devices}; {versions}",
         "",
@@ -202,11 +210,13 @@ def write(rows: list[Row], out: str, title: str) -> None:
         "|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join([row.name, *cells(row)])} |" for row in rows]
-    Path(out + ".md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def cells(row: Row) -> list[str]:
     """Median with its unit, range, number of values, and the goal with whether it is met."""
+    if not row.values:
+        return [row.note, "", "", ""]
     mark = ""
     if row.met is not None:
         mark = "met" if row.met else "MISSED"

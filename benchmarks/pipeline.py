@@ -7,9 +7,10 @@ both flips, rand-m15-n2, normalise, Mixup. `plain`: crop of the image padded by 
 flip, normalise.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -106,9 +107,11 @@ def device_pipeline(split: Split, policy: str, device: torch.device) -> Iterator
     return pipeline.training_batches(Order(0, len(split), BATCH), 0, 10**9)
 
 
-def images_per_s(stream: Iterator[object], batches: int, device: torch.device) -> float:
+def images_per_s(
+    stream: Iterator[object], warm_up: int, batches: int, device: torch.device
+) -> float:
     """Throughput of the next `batches` batches, the device being done at both ends."""
-    for _ in range(WARM_UP_BATCHES):
+    for _ in range(warm_up):
         next(stream)
     wait_for(device)
     started = time.perf_counter()
@@ -124,17 +127,24 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(split: Split, policy: str, device: torch.device, rounds: int) -> list[Row]:
-    """The rows of one policy."""
+def measure(
+    split: Split, policy: str, device: torch.device, rounds: int, share: float = 1.0
+) -> list[Row]:
+    """The rows of one policy; a `share` below 1 takes that much of the batches, for a rehearsal."""
+
+    def rate_of(stream: Iterator[object], batches: int) -> Callable[[], float]:
+        warm_up = math.ceil(share * WARM_UP_BATCHES)
+        return partial(images_per_s, stream, warm_up, math.ceil(share * batches), device)
+
     # Each contender is a stream of batches; a measurement takes the next ones from it.
     contenders = {}
     for workers in WORKERS:
         stream = timm_loader(split, policy, workers, device)
-        contenders[f"timm, {workers} workers"] = partial(images_per_s, stream, TIMM_BATCHES, device)
+        contenders[f"timm, {workers} workers"] = rate_of(stream, TIMM_BATCHES)
     timm_names = list(contenders)
     stream = device_pipeline(split, policy, device)
     batches = DEVICE_BATCHES.get(device.type, DEVICE_BATCHES["cpu"])
-    contenders["device pipeline"] = partial(images_per_s, stream, batches, device)
+    contenders["device pipeline"] = rate_of(stream, batches)
 
     # One round to warm up.
     in_turns(contenders, 1)

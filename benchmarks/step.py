@@ -47,8 +47,8 @@ BATCH = 256
 # ---- the loop
 
 
-def our_loop(data: Dataset, device: str) -> tuple[Run, Callable[[], float]]:
-    """A run of ours, and a measurement of it: seconds of `STEPS` steps.
+def our_loop(data: Dataset, device: str, **options: object) -> tuple[Run, Callable[[], float]]:
+    """A run of ours under more `options`, and a measurement of it: seconds of `STEPS` steps.
 
     With all that the trainer does in a step: counting, seeding, and asking whether to stop.
     """
@@ -61,6 +61,7 @@ def our_loop(data: Dataset, device: str) -> tuple[Run, Callable[[], float]]:
         # More than any measurement takes.
         epochs=10_000,
     )
+    args = replace(args, **options)
     run, state = our_run(args, data)
     micro_batches = run.data.train.training_batches(run.plan.order, 0, run.plan.total_steps)
     clock = Clock(state)
@@ -135,7 +136,7 @@ def peak_of(side: str, data: Dataset, device: str) -> float:
 
 
 def training_step(
-    name: str, device: torch.device, layout: torch.memory_format, bf16: bool
+    name: str, device: torch.device, layout: torch.memory_format, bf16: bool, batch: int = BATCH
 ) -> Callable[[], float]:
     """A measurement of model `name`: images per second of training steps on random images."""
     # The model as the trainer makes it.
@@ -144,8 +145,8 @@ def training_step(
     shorten_convolutions(model)
     model.to(device, memory_format=layout)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, fused=True)
-    x = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=layout)
-    y = torch.rand(BATCH, 100, device=device).softmax(1)
+    x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=layout)
+    y = torch.rand(batch, 100, device=device).softmax(1)
     criterion = SoftTargetCrossEntropy()
     steps = 20 if device.type == "cuda" else 2
 
@@ -160,7 +161,7 @@ def training_step(
             optimizer.zero_grad()
         # The host waits here.
         loss.item()
-        return steps * BATCH / (time.perf_counter() - began)
+        return steps * batch / (time.perf_counter() - began)
 
     return measure
 

@@ -151,11 +151,9 @@ def set_up(
     # Record and announce what the options come to here.
     facts = facts_of(args, plan, ranks, data, model) | {"data_fingerprint": dataset.fingerprint}
     config = describe_config(args, origin, facts)
-    announce(args, origin, opened.path, plan, config["options"])
-    for line in advice(args, origin, model.module):
-        say(f"note      {line}")
+    notes = advice(args, origin, model.module)
+    announce(args, origin, opened.path, plan, config["options"], notes)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scaled = ranks.accelerator.scaler is not None
     run = Run(
         args=args,
         folder=Folder(opened.path, start_from.parent.parent if start_from else None, config),
@@ -167,7 +165,7 @@ def set_up(
         criterion=BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy(),
         optimizer=optimizer,
         sums=Sums(ranks.device, ranks.world),
-        watch=Watch(parameters, ranks.device, scaled, state.step),
+        watch=Watch(parameters, ranks.device, bool(ranks.accelerator.scaler), state.step),
         stop=stop,
     )
     return run, state
@@ -364,8 +362,9 @@ def announce(
     folder: Path,
     plan: Plan,
     facts: dict[str, Any],
+    notes: list[str],
 ) -> None:
-    """Print every derived value once, with its reason."""
+    """Print every derived value once, with its reason, and the `notes`."""
     # Where it writes, what computes, and on what.
     precision = facts["mixed_precision"].replace("no", "fp32")
     reason = "from the launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "the default"
@@ -385,7 +384,7 @@ def announce(
     lines["model"] = (
         f"{name_of(args)}, {facts['parameters'] / 1e6:.2f} M parameters; {args.optimizer}{average}"
     )
-    for name, text in lines.items():
+    for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         say(f"{name:<9} {text}")
 
 

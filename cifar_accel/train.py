@@ -6,7 +6,7 @@ host waits for the device. Everything else runs ahead of the device.
 
 import math
 from collections.abc import Iterator
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,14 +15,12 @@ import torch
 
 from cifar_accel.console import FAILED, STOPPED, say
 from cifar_accel.data.batches import Batch, Pipeline
-from cifar_accel.data.order import random_bits
 from cifar_accel.errors import BadInput, Diverged, PeerLost, Stopped, TrainingError
 from cifar_accel.evaluate import evaluate
 from cifar_accel.files import write_json
-from cifar_accel.machine.processes import Ranks, join_processes, peers_expected
+from cifar_accel.machine.processes import join_processes, peers_expected
 from cifar_accel.machine.signals import StoppedAtOnce, StopRequest
 from cifar_accel.machine.speed import compiled_graphs, peak_memory_mib
-from cifar_accel.optim.gradients import clip_gradients, gradient_norm
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.outputs import (
     Log,
@@ -32,11 +30,12 @@ from cifar_accel.outputs import (
     save_weights,
     write_summary,
 )
-from cifar_accel.plan import Plan
 from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
 from cifar_accel.records.state import State, Totals, Window
 from cifar_accel.run import Run, device_peak, set_up
+from cifar_accel.step import take_step
+from cifar_accel.timing import fit_to_budget
 from cifar_accel.trial import check_memory, memory_explained
 
 
@@ -68,6 +67,10 @@ def train(
         raise BadInput("RANK is set and is not 0, but WORLD_SIZE says one process: unset RANK")
     if opened.finished:
         return opened.finished
+
+    # Sizes and epochs that fit the time, unless an earlier start or another run has chosen them.
+    if args.budget and "epochs" not in opened.derived:
+        args, origin = fit_to_budget(args, origin, opened, ranks, stop)
 
     # Everything that can be refused is refused here, before the run folder says anything new.
     run, state = set_up(args, origin, opened, ranks, stop)
@@ -157,51 +160,6 @@ def fit(run: Run, state: State, log: Log) -> None:
             if run.model.average:
                 run.model.average.update(run.model.module, state.step)
             log.step()
-
-
-def take_step(run: Run, step: int, micro_batches: Iterator[Batch], clock: Clock) -> None:
-    """One optimizer step over the global batch, in micro-batches. All ranks enter; nobody waits.
-
-    Raises Stopped where this process is alone and a signal comes while it waits for the images.
-    """
-    plan, accelerator = run.plan, run.ranks.accelerator
-    # The schedule is a function of the step; a group may scale it (layer decay).
-    for group in run.optimizer.param_groups:
-        group["lr"] = plan.learning_rate(step) * group.get("lr_scale", 1.0)
-
-    # Forward and backward, micro-batch by micro-batch. Gradients add up on each rank and are
-    # exchanged with the last.
-    losses = []
-    alone = run.ranks.world == 1
-    for micro in range(plan.accumulation):
-        # The images may never come. Until the first are there, nothing of the step is done.
-        with clock.waiting_for_input(), run.stop.interruptible(alone and micro == 0):
-            batch = next(micro_batches)
-        seed_dropout(plan, run.ranks, step, micro)
-        last = micro == plan.accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(run.model.wrapped):
-            logits = run.model(batch.images)
-            loss = run.criterion(logits, batch.targets)
-            # DDP averages over the ranks: the result is the mean of the global batch.
-            accelerator.backward(loss / plan.accumulation)
-        run.sums.add(loss, logits, batch.labels)
-        losses.append(loss.detach())
-
-    # The norm is of the gradients before clipping, without the scaler's factor.
-    accelerator.unscale_gradients(run.optimizer)
-    # On a CPU it takes 1 % of a small model's step, so there it is only taken where it is used.
-    norm = None
-    if run.args.clip_grad or plan.row_after(step + 1) or run.ranks.device.type != "cpu":
-        norm = gradient_norm(run.watch.parameters)
-    if run.args.clip_grad and norm is not None:
-        clip_gradients(run.model.module, norm, run.args)
-    # Remembers the first step that is not finite; nobody waits for the device to know.
-    run.watch.note(losses, norm)
-
-    # Accelerate's wrapper looks for packages in every step; only a scaler needs it.
-    optimizer = run.optimizer if accelerator.scaler else run.optimizer.optimizer
-    optimizer.step()
-    run.optimizer.optimizer.zero_grad(set_to_none=True)
 
 
 def finish(run: Run, state: State) -> dict[str, Any]:
@@ -398,21 +356,6 @@ def unless_stopped(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 # ---- around the loop
-
-
-def seed_dropout(plan: Plan, ranks: Ranks, step: int, micro: int) -> None:
-    """Seed what the model itself draws (dropout, stochastic depth): a resume draws the same.
-
-    The seed is a hash of the step and of the place of this micro-batch in the global batch.
-    """
-    place = plan.order.positions(micro)[0]
-    seed = int(random_bits(plan.args.seed, "dropout", step, place)[0] >> 1)
-    # torch.manual_seed would seed every kind of device, at a hundred times the cost.
-    torch.default_generator.manual_seed(seed)
-    if ranks.device.type == "cuda":
-        torch.cuda.default_generators[ranks.device.index or 0].manual_seed(seed)
-    elif ranks.device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 def write_preempted(run: Run, state: State) -> None:

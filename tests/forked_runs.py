@@ -212,9 +212,9 @@ def spoil_images(step: int, rank: int) -> None:
 
     training_batches = Pipeline.training_batches
 
-    def spoilt_batches(self, order, start, stop):
+    def spoilt_batches(self, order, start, *more):
         own_rank = int(os.environ.get("RANK", "0"))
-        for i, batch in enumerate(training_batches(self, order, start, stop)):
+        for i, batch in enumerate(training_batches(self, order, start, *more)):
             step_of_batch = start + i // order.accumulation
             if step_of_batch == step and own_rank == rank:
                 batch.images[0, 0, 0, 0] = float("nan")

@@ -109,7 +109,7 @@ def test_no_optimizer_waits(drive, optimizer):
 
 def test_in_fp16_an_optimizer_that_is_not_fused_waits_once_a_step(drive):
     """Of torch's gradient scaler, for whether to take the step."""
-    in_steps = {("number", "train.take_step"): STEPS}
+    in_steps = {("number", "step.take_step"): STEPS}
     assert drive(optimizer="lamb", precision="fp16").waits == WAITS | in_steps
 
 
@@ -128,18 +128,18 @@ def with_criterion(compute):
 
 def test_a_number_that_is_read_is_seen(drive):
     watch = drive(change=with_criterion(lambda logits, targets: logits.sum() * logits.max().item()))
-    assert watch.waits == WAITS | {("number", "train.take_step"): STEPS}
+    assert watch.waits == WAITS | {("number", "step.take_step"): STEPS}
 
 
 def test_an_upload_that_blocks_is_seen(drive):
     change = with_criterion(lambda logits, targets: (logits * torch.ones(10).to("cuda")).sum())
     watch = drive(change=change)
-    assert watch.waits == WAITS | {("upload", "train.take_step"): STEPS}
+    assert watch.waits == WAITS | {("upload", "step.take_step"): STEPS}
 
 
 def test_a_download_is_seen(drive):
     watch = drive(change=with_criterion(lambda logits, targets: logits.cpu().sum()))
-    assert watch.waits["download", "train.take_step"] == STEPS
+    assert watch.waits["download", "step.take_step"] == STEPS
 
 
 def test_a_tensor_that_stayed_on_the_host_is_seen(drive):

@@ -52,6 +52,15 @@ def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgum
     return args, origin
 
 
+def can_grow(args: TrainingArguments) -> bool:
+    """Whether the model takes images of several sizes in one run."""
+    try:
+        _made(replace(args, image_size="64:0.5,128"))
+    except BadInput:
+        return False
+    return True
+
+
 def _quiet(line: str) -> None:
     """Say nothing."""
 
@@ -66,7 +75,8 @@ def _at_a_size_it_takes(
     args: TrainingArguments, origin: Origin
 ) -> tuple[TrainingArguments, Origin, Any]:
     """The options with an input size that the model takes, their origin, and the model."""
-    if origin["image_size"] == "flag":
+    # A flag or --budget has chosen one.
+    if origin["image_size"] != "recipe":
         return args, origin, _made(args)
     for side in SIDES:
         try:

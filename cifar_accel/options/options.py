@@ -118,6 +118,10 @@ class TrainingArguments:
     # Optimization
     epochs: PositiveInt = 25
     """Passes over the training set."""
+    budget: str | None = None
+    """Fit sizes and epochs to this long, start included: 30m, 2h (with --recipe finetune)."""
+    plan_of: Volatile[str | None] = None
+    """A run folder whose sizes and epochs --budget takes over (a study's first seed's)."""
     batch_size: PositiveInt = 256
     """Images in one optimizer step, over all processes and accumulation steps."""
     micro_batch_size: Volatile[PositiveIntOrNone] = None

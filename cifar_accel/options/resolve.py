@@ -50,6 +50,8 @@ NEEDS = {
         "--hflip 0.5 and --pipeline device",
         lambda args: args.hflip == 0.5 and args.pipeline == "device",
     ),
+    "budget": Need("--recipe finetune", lambda args: args.recipe == "finetune"),
+    "plan_of": Need("--budget", lambda args: args.budget is not None),
     "compile_mode": Need("--compile", lambda args: args.compile),
     "momentum": Need("an optimizer that has one", lambda args: args.optimizer != "adamw"),
     "mixup_prob": Need("--mixup or --cutmix", lambda args: args.mixup > 0 or args.cutmix > 0),
@@ -88,6 +90,7 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         warmup,
         one_kind_of_crop,
         weights_to_finetune,
+        one_length,
         one_source_of_weights,
         pipeline,
         without_effect,
@@ -117,6 +120,8 @@ def check_values(args: TrainingArguments) -> None:
     parse_interval(args.save_every)
     if args.max_time is not None:
         parse_duration(args.max_time)
+    if args.budget is not None:
+        parse_duration(args.budget, "--budget")
     parse_keywords(args.model_kwargs)
     if args.run_name is not None:
         check_run_name(args.run_name)
@@ -190,6 +195,17 @@ def weights_to_finetune(args: TrainingArguments, given: set[str]) -> Derived:
             "--recipe finetune: needs weights to start from, and --no-pretrained says without; "
             "--recipe plain trains from nothing"
         )
+    return {}
+
+
+def one_length(args: TrainingArguments, given: set[str]) -> Derived:
+    """--budget chooses sizes, epochs or both, and is the only end of the run."""
+    if args.budget is None:
+        return {}
+    if {"image_size", "epochs"} <= given:
+        raise BadInput("--budget chooses --image-size, --epochs or both: do not give both of them")
+    if args.max_time or args.max_steps:
+        raise BadInput("--budget fits the run to its time: leave --max-time and --max-steps away")
     return {}
 
 

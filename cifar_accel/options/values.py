@@ -65,8 +65,8 @@ def parse_sizes(text: int | str) -> tuple[tuple[int, float], ...]:
     return tuple(sizes)
 
 
-def parse_duration(text: str) -> float:
-    """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises BadInput."""
+def parse_duration(text: str, flag: str = "--max-time") -> float:
+    """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises BadInput, which names `flag`."""
     match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text)
     seconds = 0
     if match:
@@ -74,9 +74,7 @@ def parse_duration(text: str) -> float:
         seconds = 3600 * hours + 60 * minutes + rest
     # An empty text matches too, and 30 years are a slip of the keyboard.
     if not 0 < seconds < 1e9:
-        raise BadInput(
-            f"--max-time {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m"
-        )
+        raise BadInput(f"{flag} {text}: write hours, minutes or seconds, as in 2h, 1h30m or 90m")
     return float(seconds)
 
 

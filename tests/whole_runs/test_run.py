@@ -330,6 +330,40 @@ def test_real_images_and_imagenet_weights(trainer, cifar, weights):
     assert policy in done.stdout
 
 
+def test_finetune_beats_the_report(trainer, cifar, weights):
+    """The same weights and images, for 96 steps; 1,000 images of 100 classes are not many."""
+    model = f"local-dir:{weights / 'deit_tiny_patch16_224.fb_in1k'}"
+    few = "--epochs 3 --limit-train 1024 --limit-test 300 --batch-size 32 --tracker none".split()
+    accuracy = {}
+    for recipe in ("report", "finetune --image-size 64"):
+        words = ["--dataset", cifar, "--model", model, *few, "--recipe", *recipe.split()]
+        done = trainer(*words, "--resume", "never", base=())
+        accuracy[recipe.split()[0]] = summary(done.run)["accuracy"]
+        said = "a baseline; finetune goes past it" in done.stdout
+        assert said == (recipe == "report")
+    assert accuracy["finetune"] > max(0.1, 2 * accuracy["report"])
+
+
+def test_what_finetune_derived_holds_for_every_later_start(trainer, in_process, tmp_path):
+    """Also on two processes, and where a rule has changed since."""
+    trained = trainer(*"--epochs 1 --run-name start --tracker none".split())
+    weights = ("--checkpoint", str(trained.run), "--recipe", "finetune", "--run-name", "a")
+    words = (*weights, *"--image-size 16:0.4,32 --epochs 26 --batch-size 32".split())
+    first = trainer(*words, "--max-steps", "3")
+    options = options_of(first.run)
+    assert (options["clip_mode"], options["cutmix"]) == ("agc", 1.0)
+    assert read_json(first.run / "config.json")["provenance"]["cutmix"] == "derived"
+    # As if an earlier version had derived another value.
+    file = first.run / "config.json"
+    file.write_text(file.read_text().replace('"cutmix": 1.0', '"cutmix": 0.5'))
+    again = trainer(*words, "--max-steps", "6", launcher=TWO)
+    assert "resume: from" in again.stdout
+    assert options_of(again.run)["cutmix"] == 0.5
+    # A flag that says otherwise is another configuration.
+    refused = trainer(*words, "--max-steps", "9", "--cutmix", "1", check=2)
+    assert "--cutmix 0.5 -> 1.0" in refused.stderr
+
+
 @pytest.mark.parametrize("model, parameters", [("nfnet", 68e6), ("vit", 85e6)])
 def test_the_reports_architectures_train(trainer, cifar, model, parameters):
     words = [

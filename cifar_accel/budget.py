@@ -1,0 +1,131 @@
+"""Which sizes and how many epochs fit into a given time. Loads no torch.
+
+The rule: of the sizes, each grown to from half of it and for as many epochs as fit, the one that
+loses least by `points_lost`. What is left of the time goes from the run's first part to its last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+# A run's sizes in turn: the side in pixels, and the share of the steps at which it ends.
+Parts = tuple[tuple[int, float], ...]
+
+# Sides of the last size; all are multiples of the patches of usual ViTs.
+LAST_SIZES = (64, 96, 128, 160, 192, 224)
+# The sides before it, as shares of it, and the shares of the steps at which they end.
+GROWTH = ((0.5, 0.4), (0.75, 0.7), (1.0, 1.0))
+# More give little.
+MOST_EPOCHS = 25
+# What is kept back of the time, since machines are not steady.
+RESERVE = 0.04
+
+
+class TooShort(Exception):
+    """Not even one epoch fits."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"it takes {seconds:.0f} s")
+        # The shortest time in which one does.
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds by the side of the images in pixels, as measured at some sides."""
+
+    # Of one optimizer step, and of one evaluation.
+    steps: dict[int, float]
+    evaluations: dict[int, float]
+
+    def step(self, side: int) -> float:
+        """Seconds of an optimizer step at `side`."""
+        return _at(self.steps, side)
+
+    def evaluation(self, side: int) -> float:
+        """Seconds of an evaluation at `side`."""
+        return _at(self.evaluations, side)
+
+    def epoch(self, parts: Parts, steps: int) -> float:
+        """Seconds of an epoch of `steps`, mean over a run of these parts, and its evaluation."""
+        begins = [0.0, *(end for _, end in parts)]
+        lengths = [end - begin for begin, end in pairwise(begins)]
+        sides = [side for side, _ in parts]
+        step = sum(self.step(side) * part for side, part in zip(sides, lengths, strict=True))
+        return steps * step + self.evaluation(sides[-1])
+
+
+def _at(seconds: dict[int, float], side: int) -> float:
+    """Seconds at `side`: linear in the number of pixels between and beyond the nearest two."""
+    if side in seconds:
+        return seconds[side]
+    low, high = sorted(sorted(seconds, key=lambda measured: abs(measured - side))[:2])
+    slope = (seconds[high] - seconds[low]) / (high**2 - low**2)
+    # A small image takes no less than a quarter of the least that was measured.
+    return max(seconds[low] + slope * (side**2 - low**2), min(seconds.values()) / 4)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Sizes, epochs and the seconds that they take."""
+
+    parts: Parts
+    epochs: int
+    seconds: float
+
+    @property
+    def lost(self) -> float:
+        """Points of accuracy that the size and the number of epochs cost, roughly."""
+        return points_lost(self.parts[-1][0], self.epochs)
+
+    @property
+    def image_size(self) -> int | str:
+        """The parts as --image-size says them."""
+        *firsts, (last, _) = self.parts
+        words = [f"{side}:{end:.3g}" for side, end in firsts]
+        return ",".join([*words, str(last)]) if firsts else last
+
+
+def points_lost(side: int, epochs: int) -> float:
+    """Points of accuracy below those of large images and many epochs (docs/accuracy.md)."""
+    return 9 * (64 / side) ** 2 + 10 / (epochs + 0.5)
+
+
+def growing_to(last: int) -> Parts:
+    """The parts of a run that grows to `last` pixels; their sides are multiples of 16."""
+    parts = {max(32, 16 * round(share * last / 16)): end for share, end in GROWTH}
+    return tuple(parts.items())
+
+
+def fit(
+    seconds: float, speed: Speed, steps_per_epoch: int, choices: Sequence[Parts], epochs: int = 0
+) -> list[Fitted]:
+    """What fits into `seconds` with each of `choices`, best first; only those that fit at all.
+
+    `epochs` may be chosen already. Raises TooShort where none of them fits.
+    """
+    room = seconds * (1 - RESERVE)
+    fitted = []
+    for parts in choices:
+        an_epoch = speed.epoch(parts, steps_per_epoch)
+        most = min(epochs or MOST_EPOCHS, int(room / an_epoch))
+        if most >= max(1, epochs):
+            fitted.append(Fitted(parts, most, most * an_epoch))
+    if not fitted:
+        shortest = min(speed.epoch(parts, steps_per_epoch) for parts in choices) * max(1, epochs)
+        raise TooShort(shortest / (1 - RESERVE))
+    return sorted(fitted, key=lambda choice: choice.lost)
+
+
+def lengthened(fitted: Fitted, seconds: float, speed: Speed, steps_per_epoch: int) -> Fitted:
+    """`fitted` with its last part longer and its first shorter, so that it takes `seconds`."""
+    *firsts, (last, _) = fitted.parts
+    left = seconds * (1 - RESERVE) - fitted.seconds
+    if not firsts or left <= 0:
+        return fitted
+    # What a run costs more for each step that moves from the first part to the last.
+    first, end_of_first = firsts[0]
+    gain = fitted.epochs * steps_per_epoch * (speed.step(last) - speed.step(first))
+    moved = min(end_of_first, left / gain) if gain > 0 else 0.0
+    kept = [(side, round(end - moved, 3)) for side, end in firsts if end - moved > 0.005]
+    return Fitted((*kept, (last, 1.0)), fitted.epochs, fitted.seconds + moved * gain)

@@ -1,0 +1,74 @@
+"""Which sizes and epochs fit into a time."""
+
+import pytest
+
+from cifar_accel.budget import RESERVE, Speed, TooShort, fit, growing_to, lengthened, points_lost
+from cifar_accel.options.values import parse_sizes
+
+# As tf_efficientnet_lite0 on two cores: batch 128, seconds a step and of an evaluation.
+SPEED = Speed({64: 0.31, 96: 0.62, 128: 1.14}, {64: 8.0, 96: 15.0, 128: 25.0})
+STEPS = 390
+CHOICES = [growing_to(last) for last in (64, 96, 128, 160, 192, 224)]
+
+
+def test_measured_sides_are_taken_as_they_are_and_others_lie_on_a_line():
+    assert SPEED.step(96) == 0.62
+    assert SPEED.step(112) == pytest.approx(0.62 + (1.14 - 0.62) * (112**2 - 96**2) / 7168)
+    assert SPEED.step(256) > SPEED.step(128)
+    assert 0 < SPEED.step(32) < SPEED.step(64)
+
+
+def test_an_epoch_is_the_mean_of_a_run():
+    parts = parse_sizes("64:0.4,96:0.7,128")
+    step = 0.4 * 0.31 + 0.3 * 0.62 + 0.3 * 1.14
+    assert SPEED.epoch(parts, STEPS) == pytest.approx(STEPS * step + 25)
+
+
+def test_sides_grow_in_steps_of_16():
+    assert growing_to(128) == parse_sizes("64:0.4,96:0.7,128")
+    for last in (64, 96, 160, 192, 224):
+        assert all(side % 16 == 0 for side, _ in growing_to(last))
+    # At the least size, parts of one side are one part.
+    assert growing_to(32) == ((32, 1.0),)
+
+
+@pytest.mark.parametrize("minutes", [10, 15, 30, 60, 120, 600])
+def test_what_fits_is_filled(minutes):
+    seconds = 60 * minutes
+    best, *others = fit(seconds, SPEED, STEPS, CHOICES)
+    assert all(best.lost <= other.lost for other in others)
+    longer = lengthened(best, seconds, SPEED, STEPS)
+    assert longer.epochs == best.epochs
+    # As --image-size says it, it takes as long.
+    parts = parse_sizes(longer.image_size)
+    takes = longer.epochs * SPEED.epoch(parts, STEPS)
+    assert takes == pytest.approx(longer.seconds, rel=0.01)
+    assert takes <= seconds
+    if best.epochs < 25:
+        assert takes >= seconds * (1 - RESERVE) * 0.9
+
+
+def test_more_time_takes_larger_images():
+    sides = [fit(60 * minutes, SPEED, STEPS, CHOICES)[0].parts[-1][0] for minutes in (15, 60, 240)]
+    assert sides == sorted(sides)
+    assert sides[0] < sides[-1]
+
+
+def test_what_is_chosen_already():
+    (only,) = fit(3600, SPEED, STEPS, [((96, 1.0),)])
+    assert only.image_size == 96
+    assert lengthened(only, 3600, SPEED, STEPS) == only
+    assert {choice.epochs for choice in fit(3600, SPEED, STEPS, CHOICES, epochs=4)} == {4}
+
+
+def test_too_short_a_time_names_the_shortest():
+    with pytest.raises(TooShort) as failure:
+        fit(30, SPEED, STEPS, CHOICES)
+    assert fit(failure.value.seconds + 1e-6, SPEED, STEPS, CHOICES)
+    with pytest.raises(TooShort):
+        fit(failure.value.seconds - 1, SPEED, STEPS, CHOICES)
+
+
+def test_points_are_lost_to_small_images_and_few_epochs():
+    assert points_lost(64, 10) > points_lost(96, 10) > points_lost(128, 10)
+    assert points_lost(96, 3) > points_lost(96, 10)
