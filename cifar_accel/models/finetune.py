@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from cifar_accel.errors import BadInput
-from cifar_accel.models.create import build_model, family_of
+from cifar_accel.models.create import build_model, family_of, has_batch_norm
 from cifar_accel.options.options import TrainingArguments
 
 # Sides of the input, in the order in which they are tried: 128 pixels, or the nearest that the
@@ -16,6 +16,9 @@ SIDES = (128, 126, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
 # A model with more parameters, or a longer run, is regularised.
 MOST_PARAMETERS = 8e6
 MOST_EPOCHS = 25
+
+# Layer decay of families other than the usual: 1 for models with batch norm, 0.8 for others.
+LAYER_DECAY = {"nfnet": 0.9}
 
 Origin = dict[str, str]
 
@@ -39,6 +42,10 @@ def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgum
     own = model.pretrained_cfg.get("interpolation")
     interpolation = own if own in ("bilinear", "bicubic") else "bicubic"
     args, origin = derived(args, origin, {"interpolation": interpolation})
+
+    # How much slower early layers learn. What batch norm has normalised needs no such care.
+    decay = LAYER_DECAY.get(family_of(model), 1.0 if has_batch_norm(model) else 0.8)
+    args, origin = derived(args, origin, {"layer_decay": decay})
 
     # NFNets diverge without adaptive clipping (Brock et al. 2021).
     if family_of(model) == "nfnet":

@@ -45,7 +45,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         learning_rate=1e-3,
         weight_decay=0.05,
         decay_all=False,
-        layer_decay=0.8,
     ),
     # Small pictures of signs, where a flip changes the meaning.
     "digits": dict(
@@ -57,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What a start derives from the model and the images, where no flag says it. A run that goes on
 # keeps what its first start derived.
 DERIVED_LATE = frozenset(
-    "image_size epochs warmup_epochs interpolation cutmix mixup_prob model_kwargs clip_grad "
-    "clip_mode".split()
+    "image_size epochs warmup_epochs layer_decay interpolation cutmix mixup_prob model_kwargs "
+    "clip_grad clip_mode".split()
 )
 
 

@@ -62,12 +62,19 @@ def test_nfnets_are_clipped_adaptively():
     assert fit("test_nfnet", clip_grad=1.0, clip_mode="norm")[0].clip_mode == "norm"
 
 
+def test_layers_decay_where_there_is_no_batch_norm():
+    decays = {
+        model: fit(model)[0].layer_decay for model in ("test_vit", "test_resnet", "test_nfnet")
+    }
+    assert decays == {"test_vit": 0.8, "test_resnet": 1.0, "test_nfnet": 0.9}
+
+
 def test_what_is_derived_late_is_known_to_the_run_folder():
     found = set()
     for model, options in (("test_nfnet", {"epochs": 26}), ("test_vit", {})):
         _, origin = fit(model, **options)
         found |= {name for name, of in origin.items() if of == "derived"}
-    assert found == DERIVED_LATE
+    assert found | {"epochs", "warmup_epochs"} == DERIVED_LATE
 
 
 def test_flags_win():
