@@ -10,8 +10,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from cifar_accel.files import home
 from cifar_accel.launch.command import check_launcher, read_launcher_config
 from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.memory import SCRATCH, Estimate, estimate, free_memory, in_bytes
-from cifar_accel.machine.processes import check_device, chosen_device
+from cifar_accel.machine.processes import check_device, chosen_device, join_processes
+from cifar_accel.machine.signals import StopRequest
 from cifar_accel.models.create import build_model, check_model, name_of
+from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.network import require_network
 from cifar_accel.optim.optimizers import build_optimizer, check_names, moments_per_weight
 from cifar_accel.options.options import TrainingArguments, flag
@@ -36,13 +38,17 @@ from cifar_accel.plan import Plan, make_plan, micro_batch_sizes
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
-from cifar_accel.run import cut_splits
+from cifar_accel.run import Splits, cut_splits
+from cifar_accel.timing import fit_to_budget, time_sizes
 from cifar_accel.trial import how_to_cut
 
 # What torchvision's two sets hold, so that a run can be planned before they are downloaded:
 # training images, test images, classes; and the host that they come from.
 TORCHVISION_SIZES = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}
 CIFAR_HOST = "www.cs.toronto.edu"
+
+# Steps of each size are timed so long.
+SECONDS_TO_TIME = 1.0
 
 
 class Note(Exception):
@@ -65,6 +71,11 @@ class Findings:
     plan: Plan | None = None
     # Bytes of a float32 copy of the model.
     weight_bytes: int = 0
+    # The splits without pixels, the images' sides, and whether a step fits into memory.
+    splits: Splits | None = None
+    side: tuple[int, int] = (0, 0)
+    fits: bool = False
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
@@ -73,7 +84,11 @@ def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
     processes = whole_number("CIFAR_ACCEL_PROCESSES", whole_number("WORLD_SIZE"))
     local = whole_number("LOCAL_WORLD_SIZE", processes)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    found = Findings(args, precision, max(1, processes), max(1, local))
+    if args.recipe == "finetune":
+        # As a start would. Where that is not possible, a check below says why.
+        with suppress(BadInput):
+            args, origin = fit_to_model(args, origin)
+    found = Findings(args, precision, max(1, processes), max(1, local), origin=origin)
     print_options(found, origin)
 
     # Every check is made, whatever the one before it says.
@@ -205,6 +220,7 @@ def check_data(found: Findings) -> str:
     dataset, held_out = cut_splits(args, dataset, min(side))
     found.classes = classes
     found.training_images = len(dataset.train)
+    found.splits, found.side = (dataset, held_out), side
     held = f", {len(held_out):,} held out" if args.validation_fraction else ""
     text = f"{name}: {len(dataset.train):,} training{held}, {len(dataset.test):,} test images"
     return f"{text}, {classes} classes{note}"
@@ -301,6 +317,7 @@ def check_memory(found: Findings) -> str:
         text += "; the libraries take nearly 1 GiB more"
     if need.total(images) > room:
         raise BadInput(f"{text}. {what_would_fit(args, plan, need, room)}")
+    found.fits = True
     return text
 
 
@@ -311,6 +328,55 @@ def what_would_fit(args: TrainingArguments, plan: Plan | None, need: Estimate, r
         if need.total(size) <= room:
             return how_to_cut(plan, size) if plan else f"Give --micro-batch-size {size}"
     return "Take a smaller --model or --image-size"
+
+
+def check_time(found: Findings) -> str:
+    """How long the run takes, by a few steps on black images; with --budget, its plan."""
+    if not found.plan or not found.splits or not found.fits:
+        raise Note("not known without data, model and memory")
+    if whole_number("WORLD_SIZE") > 1:
+        raise Note("not timed beside a launcher's other processes")
+    # One process's share of a step, from weights that need not be here.
+    args = replace(
+        found.args,
+        batch_size=found.args.batch_size // found.processes,
+        pretrained=False,
+        checkpoint=None,
+    )
+    ranks = join_processes(args.device, found.precision)
+    start = (Opened(folder_of(args)), ranks, StopRequest())
+    splits = with_pixels(found.splits, found.side)
+    if args.budget:
+        args, _ = fit_to_budget(args, found.origin, *start, splits)
+        return f"{args.image_size} px and {args.epochs} epochs fit into {args.budget}"
+
+    sides = tuple(side for side, _ in args.sizes)
+    speed, _ = time_sizes(args, found.origin, *start, sides, SECONDS_TO_TIME, splits)
+    epoch = speed.epoch(args.sizes, found.plan.steps_per_epoch)
+    steps = ", ".join(f"{seconds:.3g} s at {side} px" for side, seconds in speed.steps.items())
+    whole = f"{in_time(args.epochs * epoch)}: {args.epochs} epochs of {in_time(epoch)}"
+    return f"about {whole}, by a few steps: {steps}"
+
+
+def in_time(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
+    """Splits of black images in place of none; the system gives no memory to what is only read."""
+    dataset, held_out = splits
+
+    def black(split: Split) -> Split:
+        return replace(split, images=np.zeros((len(split.labels), 3, *side), np.uint8))
+
+    test = black(dataset.test)
+    evaluation = test if held_out is dataset.test else black(held_out)
+    return replace(dataset, train=black(dataset.train), test=test), evaluation
 
 
 def check_folder(found: Findings) -> str:
@@ -385,6 +451,7 @@ CHECKS: dict[str, Callable[[Findings], str]] = {
     "schedule": check_schedule,
     "model": check_weights,
     "memory": check_memory,
+    "time": check_time,
     "run": check_folder,
     "disk": check_disk,
     "tracker": check_tracker,

@@ -44,6 +44,9 @@ from cifar_accel.records.meters import Sums
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import describe_config
 
+# A data set cut as the options say, and the split that is evaluated while training.
+Splits = tuple[Dataset, Split]
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -115,10 +118,11 @@ def set_up(
     opened: Opened,
     ranks: Ranks,
     stop: StopRequest,
+    splits: Splits | None = None,
 ) -> tuple[Run, State]:
     """Load the data, make the model and the optimizer, and resume. All ranks enter.
 
-    Raises BadInput.
+    `splits` are in place of what --dataset names. Raises BadInput.
     """
     # Refuse what does not exist before anything is downloaded or decoded.
     check_choices(args)
@@ -131,12 +135,9 @@ def set_up(
     making = replace(args, **without)
 
     # The data comes first: the plan needs the number of images, the model that of the classes.
-    dataset, held_out = load_splits(args)
+    dataset, held_out = splits or load_splits(args)
     check_images(opened, dataset.name, dataset.fingerprint)
-    accumulation = ranks.accelerator.gradient_accumulation_steps
-    # The loop divides the loss itself: Accelerate must not divide the loss a second time.
-    ranks.accelerator.gradient_accumulation_steps = 1
-    plan = make_plan(args, len(dataset.train), ranks.world, ranks.rank, accumulation)
+    plan = plan_for(args, len(dataset.train), ranks)
 
     # The model tells how its input is normalised.
     model, optimizer = make_model(args, making, len(dataset.train.classes), plan, ranks)
@@ -171,6 +172,16 @@ def set_up(
     return run, state
 
 
+def plan_for(args: TrainingArguments, images: int, ranks: Ranks) -> Plan:
+    """The plan of this process over `images`, with the launcher's accumulation.
+
+    The loop divides the loss itself: from here on Accelerate must not do it a second time.
+    """
+    accumulation = ranks.accelerator.gradient_accumulation_steps
+    ranks.accelerator.gradient_accumulation_steps = 1
+    return make_plan(args, images, ranks.world, ranks.rank, accumulation)
+
+
 # ---- options that follow from the model
 
 
@@ -202,13 +213,13 @@ def check_choices(args: TrainingArguments) -> None:
 # ---- data
 
 
-def load_splits(args: TrainingArguments) -> tuple[Dataset, Split]:
+def load_splits(args: TrainingArguments) -> Splits:
     """The data set, cut as the options say, and the split that is evaluated while training."""
     dataset = load_dataset(args.dataset, args.data_dir, args.input_size, say)
     return cut_splits(args, dataset, min(dataset.train.images.shape[2:]))
 
 
-def cut_splits(args: TrainingArguments, dataset: Dataset, side: int) -> tuple[Dataset, Split]:
+def cut_splits(args: TrainingArguments, dataset: Dataset, side: int) -> Splits:
     """`dataset` cut as the options say, and the split that is evaluated while training.
 
     `side` is the images' shorter side in pixels. Raises BadInput when it cannot be cut so.

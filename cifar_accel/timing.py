@@ -34,15 +34,15 @@ from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import Config
-from cifar_accel.run import Run, set_up
+from cifar_accel.run import Run, Splits, set_up
 from cifar_accel.step import take_step
 
 # The sides in pixels that are tried. Others are interpolated.
 SIDES = (64, 96, 128)
 # Steps at each: these first ones, which compile and allocate, are not timed, and then as many as
-# take so many seconds, but so many at least.
+# take this share of the budget, or these seconds if that is less, but so many at least.
 UNTIMED_STEPS = 1
-SECONDS = 3.0
+SHARE, SECONDS = 0.01, 3.0
 FEWEST_STEPS = 3
 # Images evaluated at each side, and at once.
 EVALUATED = 256
@@ -58,10 +58,12 @@ def fit_to_budget(
     opened: Opened,
     ranks: Ranks,
     stop: StopRequest,
+    splits: Splits | None = None,
 ) -> tuple[TrainingArguments, dict[str, str]]:
     """The options with sizes and epochs that fit into --budget, and where each comes from.
 
-    All ranks enter. Raises BadInput, which names the shortest time, where it is too short.
+    Steps are timed on `splits` (unset: what --dataset names). All ranks enter. Raises BadInput,
+    which names the shortest time, where it is too short.
     """
     assert args.budget
     if args.plan_of:
@@ -70,7 +72,9 @@ def fit_to_budget(
     # What is to be chosen. A model that takes one size a run is trained at one of the timed ones.
     chosen = args.sizes if origin["image_size"] == "flag" else None
     sides = tuple(side for side, _ in chosen) if chosen else SIDES
-    speed, plan = time_sizes(args, origin, opened, ranks, stop, sides)
+    budget = parse_duration(args.budget, "--budget")
+    seconds = min(SECONDS, SHARE * budget)
+    speed, plan = time_sizes(args, origin, opened, ranks, stop, sides, seconds, splits)
     if chosen:
         choices = [chosen]
     elif can_grow(args):
@@ -80,7 +84,7 @@ def fit_to_budget(
 
     # What is left, of which the main process's clock is the judge.
     gone = time.time() - psutil.Process().create_time()
-    left = ranks.from_main(parse_duration(args.budget, "--budget") - gone - ENDING)
+    left = ranks.from_main(budget - gone - ENDING)
     epochs = args.epochs if origin["epochs"] == "flag" else 0
     steps = plan.steps_per_epoch
     try:
@@ -125,11 +129,14 @@ def time_sizes(
     ranks: Ranks,
     stop: StopRequest,
     sides: tuple[int, ...] = SIDES,
+    seconds: float = SECONDS,
+    splits: Splits | None = None,
 ) -> tuple[Speed, Plan]:
     """Seconds of a step and of an evaluation by side, and the plan of a run at the last side.
 
-    All ranks enter; of their times the longest count. Each side's run is set up as a training is,
-    takes a few steps, and is forgotten. Raises BadInput as `set_up` does.
+    Steps of each side are taken for `seconds`, on `splits` (unset: what --dataset names). All ranks
+    enter; of their times the longest count. Each side's run is set up as a training is, and is
+    forgotten. Raises BadInput as `set_up` does.
     """
     accelerator = ranks.accelerator
     accumulation = accelerator.gradient_accumulation_steps
@@ -140,8 +147,8 @@ def time_sizes(
     for side in sides:
         # What it says of itself is said by the run that follows.
         with contextlib.redirect_stdout(io.StringIO()):
-            run, state = set_up(replace(args, image_size=side), origin, opened, ranks, stop)
-        steps[side] = max(ranks.gather(_seconds_of_a_step(run, state)))
+            run, state = set_up(replace(args, image_size=side), origin, opened, ranks, stop, splits)
+        steps[side] = max(ranks.gather(_seconds_of_a_step(run, state, seconds)))
         evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
         plan = run.plan
         # The training begins as if nothing had been before. Accelerate would unscale the gradients
@@ -154,8 +161,8 @@ def time_sizes(
     return Speed(steps, evaluations), plan
 
 
-def _seconds_of_a_step(run: Run, state: State) -> float:
-    """Seconds of an optimizer step; its images are made as in training."""
+def _seconds_of_a_step(run: Run, state: State, seconds: float) -> float:
+    """Seconds of an optimizer step, over `seconds`; its images are made as in training."""
     run.model.module.train()
     batches = run.data.train.training_batches(
         run.plan.order, 0, run.plan.total_steps, run.plan.image_size
@@ -174,7 +181,7 @@ def _seconds_of_a_step(run: Run, state: State) -> float:
             timed = step - UNTIMED_STEPS
             passed = time.perf_counter() - began
             # All ranks take as many steps, since they exchange gradients.
-            if run.ranks.any(timed >= FEWEST_STEPS and passed > SECONDS)[0]:
+            if run.ranks.any(timed >= FEWEST_STEPS and passed > seconds)[0]:
                 return passed / timed
     return (time.perf_counter() - began) / max(1, step - UNTIMED_STEPS)
 

@@ -8,7 +8,7 @@ instead list its runs: `runs`, each a table of options laid over `parameters`.
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,18 @@ def plan_runs(path: str, runs: list[Options], extra: list[str]) -> dict[Path, li
             raise BadInput(f"{path}: two runs are the same and would both write {folder}")
         named = [] if name == args.run_name else [f"--run-name={name}"]
         planned[folder] = of_run + named
+    share_plans(planned, resolved)
     return planned
+
+
+def share_plans(planned: dict[Path, list[str]], resolved: list[TrainingArguments]) -> None:
+    """Let runs of --budget that differ by their seed alone take over the plan of the first."""
+    firsts: dict[TrainingArguments, Path] = {}
+    for (folder, words), args in zip(planned.items(), resolved, strict=True):
+        setting = replace(args, seed=0, run_name=None)
+        first = firsts.setdefault(setting, folder)
+        if args.budget and first != folder:
+            words.append(f"--plan-of={first}")
 
 
 def name_runs(runs: list[Options], names: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import yaml
 from made_runs import make_run
 
 from cifar_accel.cli import main
-from cifar_accel.launch.study import as_flags, is_finished, name_runs, read_study
+from cifar_accel.launch.study import as_flags, is_finished, name_runs, plan_runs, read_study
 from cifar_accel.launch.yaml_files import shipped_folder
 
 
@@ -195,6 +195,20 @@ def test_a_bad_launcher_config_starts_nothing(in_process, tmp_path, monkeypatch)
 
 
 # ---- names
+
+
+def test_seeds_of_a_setting_share_the_plan_of_a_budget():
+    grid = [
+        {"optimizer": optimizer, "seed": seed} for optimizer in ("adamw", "lion") for seed in (1, 2)
+    ]
+    runs = [{"recipe": "finetune", "budget": "30m", "model": "test_vit", **point} for point in grid]
+    planned = plan_runs("study.yaml", runs, [])
+    taken_over = [[word for word in words if "plan-of" in word] for words in planned.values()]
+    folders = list(planned)
+    assert taken_over == [[], [f"--plan-of={folders[0]}"], [], [f"--plan-of={folders[2]}"]]
+    # Without a budget there is nothing to share.
+    plain = plan_runs("study.yaml", [{"seed": 1}, {"seed": 2}], [])
+    assert not any("plan-of" in word for words in plain.values() for word in words)
 
 
 def test_runs_of_a_grid_get_names_of_their_own():

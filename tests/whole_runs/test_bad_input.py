@@ -35,6 +35,17 @@ FLAGS = [
     (["--image-size", "0"], "--image-size 0"),
     (["--image-size", "64:0.7,96:0.4,128"], "--image-size 64:0.7,96:0.4,128: sizes and shares"),
     (["--recipe", "finetune"], "--recipe finetune: needs weights to start from"),
+    (["--budget", "30m"], "--budget has no effect without --recipe finetune"),
+    (["--plan-of", "x"], "--plan-of has no effect without --budget"),
+    (["--recipe", "finetune", "--pretrained", "--budget", "soon"], "--budget soon: write hours"),
+    (
+        "--recipe finetune --pretrained --budget 30m --max-time 1h".split(),
+        "leave --max-time and --max-steps away",
+    ),
+    (
+        "--recipe finetune --pretrained --budget 30m --image-size 64".split(),
+        "--budget chooses --image-size, --epochs or both",
+    ),
     (["--layer-decay", "0"], "--layer-decay 0: must be greater than 0"),
     (["--layer-decay", "1.1"], "--layer-decay 1.1: must be less than or equal to 1"),
     (["--warmup-epochs", "9"], "longer than the run (--epochs 4)"),

@@ -1,6 +1,7 @@
 """`--dry-run` says what would happen and what is amiss, and leaves no trace."""
 
 import os
+import re
 import socket
 import subprocess
 
@@ -84,8 +85,17 @@ def test_everything_with_its_origin(dry):
     schedule = "cosine, 32 steps, 6 of warm-up: 1e-05 at 0, 0.003 at 6,"
     assert schedule in line(out, "schedule")
     assert "MiB a process" in line(out, "memory")
+    assert re.search(r"about [\d.]+ s: 4 epochs of [\d.]+ s, by a few steps: ", line(out, "time"))
     assert "; decoded images: 0 MiB, " in line(out, "disk")
     assert "a new run" in line(out, "run")
+
+
+def test_a_budgets_plan_is_printed_and_not_carried_out(dry):
+    base = "--dataset digits --model test_vit --recipe finetune --tracker none --batch-size 32"
+    # Its weights may have to be downloaded still.
+    _, out = dry("--budget", "10m", base=base.split())
+    assert re.search(r"budget +\S+ +\d+ +[\d.]+ +[\d.]+  <- this", out)
+    assert re.search(r"[\d:.,]+ px and \d+ epochs fit into 10m", line(out, "time"))
 
 
 def test_each_remedy(dry):
@@ -124,7 +134,7 @@ def test_a_name_that_is_wrong_is_told_once(dry):
         assert code == 2
         assert "BAD" in line(out, name)
         assert "note" in line(out, "memory")
-        assert "1 of 11 checks failed" in out
+        assert "1 of 12 checks failed" in out
 
 
 def test_a_port_that_is_taken(dry, tmp_path):
