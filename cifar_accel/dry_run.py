@@ -348,7 +348,7 @@ def check_time(found: Findings) -> str:
     splits = with_pixels(found.splits, found.side)
     if args.budget:
         args, _ = fit_to_budget(args, found.origin, *start, splits)
-        return f"{args.image_size} px and {args.epochs} epochs fit into {args.budget}"
+        return f"fits into {args.budget}: --image-size {args.image_size} --epochs {args.epochs}"
 
     sides = tuple(side for side, _ in args.sizes)
     speed, _ = time_sizes(args, found.origin, *start, sides, SECONDS_TO_TIME, splits)

@@ -44,6 +44,9 @@ SIDES = (64, 96, 128)
 UNTIMED_STEPS = 1
 SHARE, SECONDS = 0.01, 3.0
 FEWEST_STEPS = 3
+# Images over which precisions are compared, and by how much one must be faster to be named.
+IMAGES_TO_COMPARE = 64
+CLEARLY_FASTER = 1.15
 # Images evaluated at each side, and at once.
 EVALUATED = 256
 # The options that --budget chooses.
@@ -151,6 +154,8 @@ def time_sizes(
         steps[side] = max(ranks.gather(_seconds_of_a_step(run, state, seconds)))
         evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
         plan = run.plan
+        if side == sides[0]:
+            _name_a_faster_precision(run, side)
         # The training begins as if nothing had been before. Accelerate would unscale the gradients
         # of every optimizer that it has prepared.
         del run
@@ -184,6 +189,40 @@ def _seconds_of_a_step(run: Run, state: State, seconds: float) -> float:
             if run.ranks.any(timed >= FEWEST_STEPS and passed > seconds)[0]:
                 return passed / timed
     return (time.perf_counter() - began) / max(1, step - UNTIMED_STEPS)
+
+
+def _name_a_faster_precision(run: Run, side: int) -> None:
+    """Say so where fp32 or bf16, which the launcher did not choose, is clearly faster here."""
+    chosen = run.ranks.accelerator.mixed_precision
+    if chosen not in ("no", "bf16"):
+        return
+    other = "bf16" if chosen == "no" else "no"
+    factor = _seconds_of_passes(run, side, chosen) / _seconds_of_passes(run, side, other)
+    if factor > CLEARLY_FASTER:
+        say(
+            f"note      --mixed_precision {other} is {factor:.1f} times as fast here; it is the "
+            f"launcher's: ACCELERATE_MIXED_PRECISION={other}"
+        )
+
+
+def _seconds_of_passes(run: Run, side: int, precision: str) -> float:
+    """Seconds of a forward and a backward pass over a few images at `precision` (no or bf16)."""
+    device = run.ranks.device
+    # Accelerate has put its own precision around the forward pass.
+    forward = getattr(run.model.module, "_original_forward", run.model.module.forward)
+    weights = [p for p in run.model.module.parameters() if p.requires_grad]
+    images = min(run.plan.order.micro_batch_size, IMAGES_TO_COMPARE)
+    x = torch.zeros(images, 3, side, side, device=device)
+    x = x.contiguous(memory_format=run.model.layout)
+    # The first makes what the second finds made.
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = forward(x)
+        gradients = torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
+        # The host waits here.
+        sum(g.sum() for g in gradients if g is not None).item()  # type: ignore[union-attr]
+    return time.perf_counter() - began
 
 
 def _seconds_of_an_evaluation(run: Run) -> float:

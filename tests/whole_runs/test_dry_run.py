@@ -95,7 +95,8 @@ def test_a_budgets_plan_is_printed_and_not_carried_out(dry):
     # Its weights may have to be downloaded still.
     _, out = dry("--budget", "10m", base=base.split())
     assert re.search(r"budget +\S+ +\d+ +[\d.]+ +[\d.]+  <- this", out)
-    assert re.search(r"[\d:.,]+ px and \d+ epochs fit into 10m", line(out, "time"))
+    plan = r"fits into 10m: --image-size [\d:.,]+ --epochs \d+"
+    assert re.search(plan, line(out, "time"))
 
 
 def test_each_remedy(dry):
