@@ -78,12 +78,17 @@ class Fitted:
         """Points of accuracy that the size and the number of epochs cost, roughly."""
         return points_lost(self.parts[-1][0], self.epochs)
 
-    @property
-    def image_size(self) -> int | str:
-        """The parts as --image-size says them."""
-        *firsts, (last, _) = self.parts
-        words = [f"{side}:{end:.3g}" for side, end in firsts]
-        return ",".join([*words, str(last)]) if firsts else last
+
+def one_size(side: int) -> Parts:
+    """The parts of a run at one size."""
+    return ((side, 1.0),)
+
+
+def text_of(parts: Parts) -> int | str:
+    """The parts as --image-size says them."""
+    *firsts, (last, _) = parts
+    words = [f"{side}:{end:.3g}" for side, end in firsts]
+    return ",".join([*words, str(last)]) if firsts else last
 
 
 def points_lost(side: int, epochs: int) -> float:

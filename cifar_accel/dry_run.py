@@ -33,13 +33,13 @@ from cifar_accel.models.create import build_model, check_model, name_of
 from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.network import require_network
 from cifar_accel.optim.optimizers import build_optimizer, check_names, moments_per_weight
-from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.options.options import TrainingArguments, flag, in_words
 from cifar_accel.plan import Plan, make_plan, micro_batch_sizes
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
 from cifar_accel.run import Splits, cut_splits
-from cifar_accel.timing import fit_to_budget, time_sizes
+from cifar_accel.timing import PLANNED, Start, fit_to_budget, time_sizes
 from cifar_accel.trial import how_to_cut
 
 # What torchvision's two sets hold, so that a run can be planned before they are downloaded:
@@ -120,15 +120,6 @@ def print_options(found: Findings, origin: dict[str, str]) -> None:
     rows.append(("processes", str(found.processes), from_launcher))
     for name, value, source in rows:
         say(f"  {name:<22} {value:<28} {source}")
-
-
-def in_words(value: Any) -> str:
-    """An option's value as it would be written on the command line."""
-    if value is None:
-        return "none"
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "-"
-    return str(value)
 
 
 def outcome(check: Callable[[Findings], str], found: Findings) -> tuple[str, str]:
@@ -334,24 +325,24 @@ def check_time(found: Findings) -> str:
     """How long the run takes, by a few steps on black images; with --budget, its plan."""
     if not found.plan or not found.splits or not found.fits:
         raise Note("not known without data, model and memory")
-    if whole_number("WORLD_SIZE") > 1:
-        raise Note("not timed beside a launcher's other processes")
-    # One process's share of a step, from weights that need not be here.
-    args = replace(
-        found.args,
-        batch_size=found.args.batch_size // found.processes,
-        pretrained=False,
-        checkpoint=None,
-    )
+    if found.processes > 1:
+        raise Note("not timed for several processes")
+    # What an earlier start of this run derived holds; the weights need not be here.
+    opened = Opened(folder_of(found.args), origin=found.origin)
+    with suppress(BadInput):
+        look_inside(opened, found.args, found.precision, lambda line: None)
+    args = replace(found.args, **opened.derived, pretrained=False, checkpoint=None)
     ranks = join_processes(args.device, found.precision)
-    start = (Opened(folder_of(args)), ranks, StopRequest())
     splits = with_pixels(found.splits, found.side)
-    if args.budget:
-        args, _ = fit_to_budget(args, found.origin, *start, splits)
+    if args.budget and not opened.derived.keys() & PLANNED:
+        args, _ = fit_to_budget(args, found.origin, opened, ranks, StopRequest(), splits)
         return f"fits into {args.budget}: --image-size {args.image_size} --epochs {args.epochs}"
 
     sides = tuple(side for side, _ in args.sizes)
-    speed, _ = time_sizes(args, found.origin, *start, sides, SECONDS_TO_TIME, splits)
+    # From the beginning, and by a model that is fitted already.
+    afresh = Opened(opened.path, derived={"interpolation": args.interpolation})
+    start = Start(afresh, ranks, StopRequest(), splits)
+    speed, _ = time_sizes(args, found.origin, start, sides, SECONDS_TO_TIME)
     epoch = speed.epoch(args.sizes, found.plan.steps_per_epoch)
     steps = ", ".join(f"{seconds:.3g} s at {side} px" for side, seconds in speed.steps.items())
     whole = f"{in_time(args.epochs * epoch)}: {args.epochs} epochs of {in_time(epoch)}"
@@ -382,7 +373,7 @@ def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
 def check_folder(found: Findings) -> str:
     """The run folder is new, or holds this run."""
     # It can be written.
-    opened = Opened(folder_of(found.args))
+    opened = Opened(folder_of(found.args), origin=found.origin)
     there = nearest_folder(opened.path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise BadInput(f"{there} cannot be written; give another --save-dir")

@@ -44,7 +44,8 @@ def read_as(kind: type[T], path: Path) -> T | None:
     """
     try:
         return adapter(cast(Any, kind)).validate_json(path.read_bytes(), strict=True)
-    except (OSError, ValueError):  # pydantic's ValidationError is a ValueError
+    # pydantic's ValidationError is a ValueError; BadInput is what sizes that cannot be read are.
+    except (OSError, ValueError, BadInput):
         return None
 
 

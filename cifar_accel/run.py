@@ -35,8 +35,9 @@ from cifar_accel.models.finetune import derived, fit_to_model
 from cifar_accel.models.weights import input_statistics
 from cifar_accel.optim.gradients import Watch
 from cifar_accel.optim.optimizers import build_optimizer, check_names
-from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.options import TrainingArguments, flag, in_words
 from cifar_accel.options.policy import read_policy, strength
+from cifar_accel.options.recipes import DERIVED_LATE
 from cifar_accel.plan import Plan, make_plan
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, check_images
@@ -191,7 +192,8 @@ def fit_options(
     """The options as they hold for the model, or held at the first start of a run that goes on."""
     if opened.derived:
         return derived(args, origin, opened.derived)
-    if args.recipe != "finetune":
+    # --budget has fitted it before.
+    if args.recipe != "finetune" or origin["interpolation"] == "derived":
         return args, origin
     say(f"recipe: fitting finetune to {name_of(args)}")
     return fit_to_model(args, origin)
@@ -387,6 +389,8 @@ def announce(
         "data": f"{args.dataset}: {facts['train_images']:,} training, {facts['test_images']:,} "
         f"test images, {facts['classes']} classes; {args.pipeline} pipeline{workers}",
     }
+    if args.recipe == "finetune":
+        lines["recipe"] = recipe_line(args, origin)
     # timm lowers a magnitude above its ceiling without a word; say so.
     if args.aa != "none":
         acts_as = strength(read_policy(args.aa)) if args.aa.startswith("rand") else ""
@@ -397,6 +401,17 @@ def announce(
     )
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         say(f"{name:<9} {text}")
+
+
+def recipe_line(args: TrainingArguments, origin: dict[str, str]) -> str:
+    """What the recipe chose, and what of it follows from this model."""
+    values = [
+        f"{flag(name)} {in_words(getattr(args, name))}"
+        for name in sorted(DERIVED_LATE - {"image_size", "epochs", "warmup_epochs"})
+        if origin[name] == "derived"
+    ]
+    size = f"{args.image_size} px, {args.epochs} epoch{'s' * (args.epochs > 1)}"
+    return f"{args.recipe}: {size}; for this model {', '.join(values) or 'nothing else'}"
 
 
 def device_peak(run: Run) -> float | None:

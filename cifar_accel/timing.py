@@ -1,10 +1,10 @@
-"""How long steps and evaluations take on this machine, found by taking a few."""
+"""How long steps and evaluations take on this machine, found by taking a few; and what fits."""
 
 import contextlib
 import io
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -14,45 +14,65 @@ from cifar_accel.budget import (
     LAST_SIZES,
     RESERVE,
     Fitted,
+    Parts,
     Speed,
     TooShort,
     fit,
     growing_to,
     lengthened,
+    one_size,
+    text_of,
 )
 from cifar_accel.console import say
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home, read_as
-from cifar_accel.machine.processes import Ranks
+from cifar_accel.machine.processes import Ranks, peers_expected
 from cifar_accel.machine.signals import StopRequest
-from cifar_accel.models.finetune import can_grow, derived
-from cifar_accel.options.options import TrainingArguments
+from cifar_accel.models.finetune import derived, sizes_taken
+from cifar_accel.options.options import TrainingArguments, flag
 from cifar_accel.options.resolve import warmup
-from cifar_accel.options.values import parse_duration
+from cifar_accel.options.values import parse_duration, parse_sizes
 from cifar_accel.plan import Plan
 from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import Config
-from cifar_accel.run import Run, Splits, set_up
+from cifar_accel.run import Run, Splits, check_choices, fit_options, load_splits, set_up
 from cifar_accel.step import take_step
+from cifar_accel.trial import check_memory, memory_explained
 
 # The sides in pixels that are tried. Others are interpolated.
 SIDES = (64, 96, 128)
-# Steps at each: these first ones, which compile and allocate, are not timed, and then as many as
-# take this share of the budget, or these seconds if that is less, but so many at least.
-UNTIMED_STEPS = 1
+# Steps of each side are timed for this share of the budget, or these seconds if that is less.
 SHARE, SECONDS = 0.01, 3.0
-FEWEST_STEPS = 3
+# As many steps at least, and at most.
+FEWEST_STEPS, MOST_STEPS = 3, 200
+# Untimed steps before: the first compiles and allocates, CUDA graphs are recorded in the next two,
+# and workers have read ahead.
+UNTIMED_STEPS = 3
 # Images over which precisions are compared, and by how much one must be faster to be named.
 IMAGES_TO_COMPARE = 64
 CLEARLY_FASTER = 1.15
-# Images evaluated at each side, and at once.
+# Images evaluated at once.
 EVALUATED = 256
-# The options that --budget chooses.
-PLANNED = ("image_size", "epochs", "warmup_epochs")
+# The options that --budget chooses, and those in which two runs of one plan agree.
+PLANNED = {"image_size", "epochs", "warmup_epochs"}
+ALIKE = ("model", "dataset", "batch_size", "pipeline")
 # Seconds for what comes after the last evaluation: weights, plots, the tracker's end.
 ENDING = 6.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start has beside its options. `splits` are what its steps are timed on."""
+
+    opened: Opened
+    ranks: Ranks
+    stop: StopRequest
+    splits: Splits
+
+
+# ---- what fits into a budget
 
 
 def fit_to_budget(
@@ -66,39 +86,64 @@ def fit_to_budget(
     """The options with sizes and epochs that fit into --budget, and where each comes from.
 
     Steps are timed on `splits` (unset: what --dataset names). All ranks enter. Raises BadInput,
-    which names the shortest time, where it is too short.
+    which names the shortest time, where it is too short; PeerLost.
     """
-    assert args.budget
+    budget = parse_duration(str(args.budget), "--budget")
+    check_choices(args)
+    args, origin = fit_options(args, origin, opened)
     if args.plan_of:
-        return derived(args, origin, plan_of_another(args))
+        args, origin = derived(args, origin, ranks.from_main(plan_of_another(args)))
+        return with_warmup(args, origin)
+    splits = splits or load_splits(args)
     say(f"budget    {args.budget}: timing a few steps")
-    # What is to be chosen. A model that takes one size a run is trained at one of the timed ones.
-    chosen = args.sizes if origin["image_size"] == "flag" else None
-    sides = tuple(side for side, _ in chosen) if chosen else SIDES
-    budget = parse_duration(args.budget, "--budget")
-    seconds = min(SECONDS, SHARE * budget)
-    speed, plan = time_sizes(args, origin, opened, ranks, stop, sides, seconds, splits)
-    if chosen:
-        choices = [chosen]
-    elif can_grow(args):
-        choices = [growing_to(last) for last in LAST_SIZES]
-    else:
-        choices = [((side, 1.0),) for side in sorted(speed.steps, reverse=True)]
+    # From the beginning, and by a model that is fitted already.
+    afresh = Opened(opened.path, derived={"interpolation": args.interpolation})
+    start = Start(afresh, ranks, stop, splits)
+    choices, sides = what_to_try(args, origin)
+    with peers_expected():
+        speed, plan = time_sizes(args, origin, start, sides, min(SECONDS, SHARE * budget))
 
-    # What is left, of which the main process's clock is the judge.
+    # What is left, of which the main process's clock is the judge. Held-out images are evaluated
+    # each epoch, and the test images once more.
+    dataset, held_out = splits
+    ending = ENDING
+    if args.validation_fraction:
+        ending += max(speed.evaluations.values()) * len(dataset.test) / len(held_out)
     gone = time.time() - psutil.Process().create_time()
-    left = ranks.from_main(budget - gone - ENDING)
+    left = ranks.from_main(budget - gone - ending)
     epochs = args.epochs if origin["epochs"] == "flag" else 0
-    steps = plan.steps_per_epoch
     try:
-        fitted = fit(left, speed, steps, choices, epochs)
+        best, *others = fit(left, speed, plan.steps_per_epoch, choices, epochs)
     except TooShort as e:
-        shortest = math.ceil((e.seconds + gone + ENDING) / 60)
+        shortest = math.ceil((e.seconds + gone + ending) / 60)
         raise BadInput(f"--budget {args.budget}: too short; the shortest is {shortest}m") from e
-    best = fitted[0] if chosen else lengthened(fitted[0], left, speed, steps)
-    explain(best, fitted[1:], speed, left, gone)
+    if origin["image_size"] != "flag":
+        best = lengthened(best, left, speed, plan.steps_per_epoch)
+    explain(best, others, speed, left, gone)
+    chosen = {"image_size": text_of(best.parts), "epochs": best.epochs}
+    return with_warmup(*derived(args, origin, chosen))
 
-    args, origin = derived(args, origin, {"image_size": best.image_size, "epochs": best.epochs})
+
+def what_to_try(
+    args: TrainingArguments, origin: dict[str, str]
+) -> tuple[list[Parts], tuple[int, ...]]:
+    """The sizes to choose from, and the sides to time."""
+    if origin["image_size"] == "flag":
+        return [args.sizes], tuple(side for side, _ in args.sizes)
+    # Some models take one size a run, some one size alone.
+    growing = sizes_taken(args, (text_of(growing_to(last)) for last in LAST_SIZES))
+    sides = sizes_taken(args, SIDES) or [args.input_size]
+    choices = [parse_sizes(text) for text in growing] or [one_size(int(side)) for side in sides]
+    return choices, tuple(int(side) for side in sides)
+
+
+def with_warmup(
+    args: TrainingArguments, origin: dict[str, str]
+) -> tuple[TrainingArguments, dict[str, str]]:
+    """The options with a warm-up as long as the epochs ask for. Raises BadInput: a longer one."""
+    if origin["warmup_epochs"] == "flag":
+        warmup(args, {"epochs"})
+        return args, origin
     return derived(args, origin, warmup(replace(args, warmup_epochs=None), set()))
 
 
@@ -107,9 +152,15 @@ def plan_of_another(args: TrainingArguments) -> dict[str, Any]:
     folder = home(str(args.plan_of))
     config = read_as(Config, folder / "config.json")
     if config is None or config.options.budget != args.budget:
-        raise BadInput(f"--plan-of {folder}: holds no run of --budget {args.budget}")
+        raise BadInput(
+            f"--plan-of {folder}: has no plan of --budget {args.budget}; in a study this is the "
+            "first seed's run, which must have begun"
+        )
+    for name in ALIKE:
+        if getattr(config.options, name) != getattr(args, name):
+            raise BadInput(f"--plan-of {folder}: is of another {flag(name)}")
     say(f"budget    {args.budget}: the plan of {folder}")
-    return {name: getattr(config.options, name) for name in PLANNED}
+    return {name: getattr(config.options, name) for name in PLANNED - {"warmup_epochs"}}
 
 
 def explain(best: Fitted, others: list[Fitted], speed: Speed, left: float, gone: float) -> None:
@@ -120,27 +171,28 @@ def explain(best: Fitted, others: list[Fitted], speed: Speed, left: float, gone:
     say(f"budget    {gone:.0f} s are gone, {RESERVE:.0%} of the other {left:.0f} are kept back")
     say("budget    sizes                   epochs  minutes  points lost to size and epochs")
     for choice in (best, *others):
-        sizes, minutes = str(choice.image_size), choice.seconds / 60
+        sizes, minutes = str(text_of(choice.parts)), choice.seconds / 60
         mark = "  <- this" if choice is best else ""
         say(f"budget    {sizes:<24}{choice.epochs:>6}{minutes:>9.1f}{choice.lost:>9.1f}{mark}")
+
+
+# ---- how long a step takes
 
 
 def time_sizes(
     args: TrainingArguments,
     origin: dict[str, str],
-    opened: Opened,
-    ranks: Ranks,
-    stop: StopRequest,
-    sides: tuple[int, ...] = SIDES,
-    seconds: float = SECONDS,
-    splits: Splits | None = None,
+    start: Start,
+    sides: tuple[int, ...],
+    seconds: float,
 ) -> tuple[Speed, Plan]:
     """Seconds of a step and of an evaluation by side, and the plan of a run at the last side.
 
-    Steps of each side are taken for `seconds`, on `splits` (unset: what --dataset names). All ranks
-    enter; of their times the longest count. Each side's run is set up as a training is, and is
-    forgotten. Raises BadInput as `set_up` does.
+    Steps of each side are taken for about `seconds`. All ranks enter; of their times the longest
+    count. Each side's run is set up as a training is, and is forgotten. Raises BadInput as `set_up`
+    does, and OutOfMemory.
     """
+    ranks = start.ranks
     accelerator = ranks.accelerator
     accumulation = accelerator.gradient_accumulation_steps
     scaler_state = accelerator.scaler.state_dict() if accelerator.scaler else {}
@@ -148,53 +200,67 @@ def time_sizes(
     steps = {}
     evaluations = {}
     for side in sides:
+        of_side = replace(args, image_size=side)
         # What it says of itself is said by the run that follows.
         with contextlib.redirect_stdout(io.StringIO()):
-            run, state = set_up(replace(args, image_size=side), origin, opened, ranks, stop, splits)
-        steps[side] = max(ranks.gather(_seconds_of_a_step(run, state, seconds)))
-        evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
+            run, state = set_up(of_side, origin, start.opened, ranks, start.stop, start.splits)
+        check_memory(run)
         plan = run.plan
-        if side == sides[0]:
-            _name_a_faster_precision(run, side)
+        try:
+            steps[side] = _seconds_of_a_step(run, state, seconds)
+            evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
+            if side == sides[0]:
+                _name_a_faster_precision(run, side)
+        except (RuntimeError, MemoryError) as e:
+            failure = memory_explained(e, run, plan.order.micro_batch_size)
+            if failure is e:
+                raise
+            raise failure from None
         # The training begins as if nothing had been before. Accelerate would unscale the gradients
-        # of every optimizer that it has prepared.
+        # of every optimizer that it has prepared, and dynamo counts what it has compiled.
         del run
         accelerator.free_memory()
         accelerator.gradient_accumulation_steps = accumulation
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(scaler_state)
+        if args.compile:
+            torch._dynamo.reset()
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
     return Speed(steps, evaluations), plan
 
 
 def _seconds_of_a_step(run: Run, state: State, seconds: float) -> float:
-    """Seconds of an optimizer step, over `seconds`; its images are made as in training."""
+    """Seconds of an optimizer step, over about `seconds`; its images are made as in training.
+
+    All ranks enter, and take equally many steps.
+    """
     run.model.module.train()
-    batches = run.data.train.training_batches(
-        run.plan.order, 0, run.plan.total_steps, run.plan.image_size
-    )
+    plan = run.plan
+    # More steps than are ever taken; rates are those of the first epoch.
+    batches = run.data.train.training_batches(plan.order, 0, 10**6, plan.image_size)
     clock = Clock(state)
-    step = 0
-    began = time.perf_counter()
+
+    def take(count: int) -> float:
+        began = time.perf_counter()
+        for step in range(count):
+            take_step(run, step % plan.total_steps, batches, clock)
+        # The host waits here.
+        run.sums.values.tolist()
+        return max(run.ranks.gather((time.perf_counter() - began) / count))
+
     with contextlib.closing(batches):
-        while step < run.plan.total_steps:
-            take_step(run, step, batches, clock)
-            # The host waits here.
-            run.sums.values.tolist()
-            step += 1
-            if step == UNTIMED_STEPS:
-                began = time.perf_counter()
-            timed = step - UNTIMED_STEPS
-            passed = time.perf_counter() - began
-            # All ranks take as many steps, since they exchange gradients.
-            if run.ranks.any(timed >= FEWEST_STEPS and passed > seconds)[0]:
-                return passed / timed
-    return (time.perf_counter() - began) / max(1, step - UNTIMED_STEPS)
+        take(UNTIMED_STEPS)
+        about = take(1)
+        count = min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(seconds / about)))
+        return take(count)
 
 
 def _name_a_faster_precision(run: Run, side: int) -> None:
     """Say so where fp32 or bf16, which the launcher did not choose, is clearly faster here."""
     chosen = run.ranks.accelerator.mixed_precision
-    if chosen not in ("no", "bf16"):
+    # A compiled model would be compiled once more.
+    if chosen not in ("no", "bf16") or run.model.compiled:
         return
     other = "bf16" if chosen == "no" else "no"
     factor = _seconds_of_passes(run, side, chosen) / _seconds_of_passes(run, side, other)
@@ -208,21 +274,24 @@ def _name_a_faster_precision(run: Run, side: int) -> None:
 def _seconds_of_passes(run: Run, side: int, precision: str) -> float:
     """Seconds of a forward and a backward pass over a few images at `precision` (no or bf16)."""
     device = run.ranks.device
+    module = run.model.module.train()
     # Accelerate has put its own precision around the forward pass.
-    forward = getattr(run.model.module, "_original_forward", run.model.module.forward)
-    weights = [p for p in run.model.module.parameters() if p.requires_grad]
+    forward = getattr(module, "_original_forward", module.forward)
+    weights = [p for p in module.parameters() if p.requires_grad]
     images = min(run.plan.order.micro_batch_size, IMAGES_TO_COMPARE)
     x = torch.zeros(images, 3, side, side, device=device)
     x = x.contiguous(memory_format=run.model.layout)
-    # The first makes what the second finds made.
-    for _ in range(2):
+    # The first makes what the others find made; of these the fastest was disturbed least.
+    times = []
+    for _ in range(4):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = forward(x)
         gradients = torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
         # The host waits here.
-        sum(g.sum() for g in gradients if g is not None).item()  # type: ignore[union-attr]
-    return time.perf_counter() - began
+        torch.stack([g.sum() for g in gradients if g is not None]).tolist()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def _seconds_of_an_evaluation(run: Run) -> float:

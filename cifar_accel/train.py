@@ -35,7 +35,7 @@ from cifar_accel.records.meters import Clock
 from cifar_accel.records.state import State, Totals, Window
 from cifar_accel.run import Run, device_peak, set_up
 from cifar_accel.step import take_step
-from cifar_accel.timing import fit_to_budget
+from cifar_accel.timing import PLANNED, fit_to_budget
 from cifar_accel.trial import check_memory, memory_explained
 
 
@@ -69,7 +69,7 @@ def train(
         return opened.finished
 
     # Sizes and epochs that fit the time, unless an earlier start or another run has chosen them.
-    if args.budget and "epochs" not in opened.derived:
+    if args.budget and not opened.derived.keys() & PLANNED:
         args, origin = fit_to_budget(args, origin, opened, ranks, stop)
 
     # Everything that can be refused is refused here, before the run folder says anything new.
@@ -184,7 +184,8 @@ def finish(run: Run, state: State) -> dict[str, Any]:
             f"the weights are not written: {reason}; the same command tries again"
         ) from e
     if run.model.compiled:
-        say(f"compiled  {compiled_graphs()} graphs (training and evaluation need one each)")
+        needed = f"each size in training, and evaluation, need one each: {len(run.args.sizes) + 1}"
+        say(f"compiled  {compiled_graphs()} graphs ({needed})")
     counted = f"{test['accuracy']:.2%} on {test['evaluated_images']:,} test images"
     say(f"result    accuracy {counted}; {run.folder.path}")
     # A run is finished when all ranks have come so far.

@@ -2,7 +2,16 @@
 
 import pytest
 
-from cifar_accel.budget import RESERVE, Speed, TooShort, fit, growing_to, lengthened, points_lost
+from cifar_accel.budget import (
+    RESERVE,
+    Speed,
+    TooShort,
+    fit,
+    growing_to,
+    lengthened,
+    points_lost,
+    text_of,
+)
 from cifar_accel.options.values import parse_sizes
 
 # As tf_efficientnet_lite0 on two cores: batch 128, seconds a step and of an evaluation.
@@ -40,7 +49,7 @@ def test_what_fits_is_filled(minutes):
     longer = lengthened(best, seconds, SPEED, STEPS)
     assert longer.epochs == best.epochs
     # As --image-size says it, it takes as long.
-    parts = parse_sizes(longer.image_size)
+    parts = parse_sizes(text_of(longer.parts))
     takes = longer.epochs * SPEED.epoch(parts, STEPS)
     assert takes == pytest.approx(longer.seconds, rel=0.01)
     assert takes <= seconds
@@ -56,7 +65,7 @@ def test_more_time_takes_larger_images():
 
 def test_what_is_chosen_already():
     (only,) = fit(3600, SPEED, STEPS, [((96, 1.0),)])
-    assert only.image_size == 96
+    assert text_of(only.parts) == 96
     assert lengthened(only, 3600, SPEED, STEPS) == only
     assert {choice.epochs for choice in fit(3600, SPEED, STEPS, CHOICES, epochs=4)} == {4}
 

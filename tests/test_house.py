@@ -23,7 +23,8 @@ LEVELS = [
     "use",
     "run",
     "outputs step",
-    "trial timing",
+    "trial",
+    "timing",
     "dry_run train",
     "cli",
 ]

@@ -4,8 +4,10 @@ from typing import Any
 
 from cifar_accel.options.options import TrainingArguments, flag
 
-# An input smaller than this share of the side that the weights were trained at is told.
+# An input smaller than this share of the side that the weights were trained at is told, unless it
+# has as many pixels as is advised.
 LEAST_SHARE = 1 / 3
+ADVISED = 128
 
 
 def advice(args: TrainingArguments, origin: dict[str, str], model: Any) -> list[str]:
@@ -29,7 +31,7 @@ def advice(args: TrainingArguments, origin: dict[str, str], model: Any) -> list[
 def _small_input(args: TrainingArguments, model: Any) -> str:
     """An input far below the size that the weights were trained at."""
     trained_at = model.pretrained_cfg["input_size"][-1]
-    if args.input_size >= LEAST_SHARE * trained_at:
+    if args.input_size >= min(ADVISED, LEAST_SHARE * trained_at):
         return ""
     tokens = ""
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
@@ -37,7 +39,7 @@ def _small_input(args: TrainingArguments, model: Any) -> str:
         tokens = f", {patches} tokens an image"
     return (
         f"--image-size {args.input_size} is under a third of the {trained_at} px that the weights "
-        f"were trained at{tokens}: it costs many points of accuracy; --image-size 128 mends it"
+        f"were trained at{tokens}: it costs many points; --image-size {ADVISED} mends it"
     )
 
 

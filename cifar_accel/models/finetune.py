@@ -3,6 +3,8 @@
 Its fixed part is in options/recipes.py. How much each ingredient gives is in docs/accuracy.md.
 """
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from cifar_accel.options.options import TrainingArguments
 
 # Sides of the input, in the order in which they are tried: 128 pixels, or the nearest that the
 # model takes; some take the size of their weights alone.
-SIDES = (128, 126, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
+SIDES = (128, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
 # A model with more parameters, or a longer run, is regularised.
 MOST_PARAMETERS = 8e6
 MOST_EPOCHS = 25
@@ -48,24 +50,26 @@ def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgum
     args, origin = derived(args, origin, {"layer_decay": decay})
 
     # NFNets diverge without adaptive clipping (Brock et al. 2021).
-    if family_of(model) == "nfnet":
+    if family_of(model) == "nfnet" and "flag" not in (origin["clip_grad"], origin["clip_mode"]):
         args, origin = derived(args, origin, {"clip_grad": 0.01, "clip_mode": "agc"})
 
     # A large model, or a long run, learns the images by heart.
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS or args.epochs > MOST_EPOCHS:
-        args, origin = derived(args, origin, {"cutmix": 1.0, "mixup_prob": 0.5})
+        if "flag" not in (origin["mixup"], origin["cutmix"]):
+            args, origin = derived(args, origin, {"cutmix": 1.0, "mixup_prob": 0.5})
         args, origin = _with_drop_path(args, origin)
     return args, origin
 
 
-def can_grow(args: TrainingArguments) -> bool:
-    """Whether the model takes images of several sizes in one run."""
-    try:
-        _made(replace(args, image_size="64:0.5,128"))
-    except BadInput:
-        return False
-    return True
+def sizes_taken(args: TrainingArguments, choices: Iterable[str | int]) -> list[str | int]:
+    """Those of `choices`, texts of --image-size, that the model takes."""
+    taken = []
+    for choice in choices:
+        with suppress(BadInput):
+            _made(replace(args, image_size=choice))
+            taken.append(choice)
+    return taken
 
 
 def _quiet(line: str) -> None:
@@ -73,8 +77,9 @@ def _quiet(line: str) -> None:
 
 
 def _made(args: TrainingArguments) -> Any:
-    """The model without its weights. Raises BadInput."""
-    bare = replace(args, pretrained=False, checkpoint=None)
+    """The model, with weights only where they lie in a folder here. Raises BadInput."""
+    is_here = args.pretrained and args.model.startswith("local-dir:")
+    bare = replace(args, pretrained=is_here, checkpoint=None)
     return build_model(bare, 10, _quiet)
 
 
@@ -98,8 +103,8 @@ def _at_a_size_it_takes(
 
 def _with_drop_path(args: TrainingArguments, origin: Origin) -> tuple[TrainingArguments, Origin]:
     """The options with stochastic depth, where the model has it."""
-    # Whose user knows the model's arguments has chosen.
-    if origin["model_kwargs"] == "flag":
+    # Whoever knows the model's arguments has chosen; and once is enough.
+    if origin["model_kwargs"] in ("flag", "derived"):
         return args, origin
     words = (*args.model_kwargs, "drop_path_rate=0.1")
     try:

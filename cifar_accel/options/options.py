@@ -4,12 +4,12 @@
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, Field, FiniteFloat
 from tyro.conf import Positional
 
-from cifar_accel.options.values import parse_sizes
+from cifar_accel.options.values import check_sizes, parse_sizes
 
 # Channel means and deviations of ImageNet's training images, on a scale from 0 to 1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -32,7 +32,7 @@ PositiveIntOrNone = Annotated[int | None, Field(gt=0, le=10**9)]
 NotNegativeIntOrNone = Annotated[int | None, Field(ge=0, le=10**9)]
 
 # One size, or a text of several. To read it is to check it.
-SizeOrSizes = PositiveInt | Annotated[str, AfterValidator(lambda text: parse_sizes(text) and text)]
+SizeOrSizes = PositiveInt | Annotated[str, AfterValidator(check_sizes)]
 
 # `Volatile[int]` is an int that may differ between a run and its continuation: it changes where or
 # how the run goes, not what it computes.
@@ -261,3 +261,12 @@ VOLATILE = frozenset(
 def flag(field: str) -> str:
     """`learning_rate` -> `--learning-rate`."""
     return "--" + field.replace("_", "-")
+
+
+def in_words(value: Any) -> str:
+    """An option's value as it would be written on the command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "-"
+    return str(value)

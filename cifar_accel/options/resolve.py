@@ -54,8 +54,12 @@ NEEDS = {
     "plan_of": Need("--budget", lambda args: args.budget is not None),
     "compile_mode": Need("--compile", lambda args: args.compile),
     "momentum": Need("an optimizer that has one", lambda args: args.optimizer != "adamw"),
-    "mixup_prob": Need("--mixup or --cutmix", lambda args: args.mixup > 0 or args.cutmix > 0),
-    "clip_mode": Need("--clip-grad", lambda args: args.clip_grad > 0),
+    # The recipe finetune may mix and clip, by the model.
+    "mixup_prob": Need(
+        "--mixup or --cutmix",
+        lambda args: args.mixup > 0 or args.cutmix > 0 or args.recipe == "finetune",
+    ),
+    "clip_mode": Need("--clip-grad", lambda args: args.clip_grad > 0 or args.recipe == "finetune"),
     "model_ema_decay": Need("--model-ema", lambda args: args.model_ema),
     "ratio": Need("--scale", lambda args: args.scale is not None),
     "workers": Need("--pipeline timm", lambda args: args.pipeline == "timm"),
@@ -169,6 +173,9 @@ def warmup(args: TrainingArguments, given: set[str]) -> Derived:
         # In epochs, and rounded for who reads it: 0.6 and not 0.6000000000000001.
         share = WARMUP_SHARES.get(args.scheduler, USUAL_WARMUP_SHARE)
         return {"warmup_epochs": round(args.epochs * share, 4)}
+    # How many epochs a budget takes is not known yet.
+    if args.budget and "epochs" not in given:
+        return {}
     if args.warmup_epochs > args.epochs:
         raise BadInput(
             f"--warmup-epochs {args.warmup_epochs:g}: longer than the run (--epochs {args.epochs})"

@@ -65,6 +65,12 @@ def parse_sizes(text: int | str) -> tuple[tuple[int, float], ...]:
     return tuple(sizes)
 
 
+def check_sizes(text: str) -> str:
+    """`text`, if it says sizes. Raises BadInput."""
+    parse_sizes(text)
+    return text
+
+
 def parse_duration(text: str, flag: str = "--max-time") -> float:
     """`90m`, `2h`, `1h30m` or `45s` -> seconds. Raises BadInput, which names `flag`."""
     match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text)

@@ -2,11 +2,16 @@
 
 import re
 import time
+from dataclasses import fields, replace
 
 import pytest
-from conftest import TWO, rows, summary
+from conftest import TWO, rows, sha256, summary
 
+from cifar_accel.budget import one_size
 from cifar_accel.files import read_json
+from cifar_accel.models.finetune import fit_to_model
+from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.timing import what_to_try
 
 # A tiny model whose weights are of a run of its own.
 BUDGET = "--recipe finetune --batch-size 32 --limit-train 256 --limit-test 100 --tracker none"
@@ -51,11 +56,39 @@ def test_a_plan_fits_the_time_and_is_kept(trainer, weights):
     other = trainer(*words, base=weights)
     assert planned(other.run) == (size, epochs, warmup)
     refused = trainer(*words[:-2], "--plan-of", "nowhere", "--run-name", "c", base=weights, check=2)
-    assert "holds no run of --budget 20s" in refused.stderr
+    assert "has no plan of --budget 20s" in refused.stderr
+
+    # Timing leaves nothing behind: flags that say the same train the same.
+    flags = ["--image-size", str(size), "--epochs", str(epochs), "--run-name", "d"]
+    assert sha256(trainer(*flags, base=weights).run) == sha256(run)
+    # A look at the run sees it finished, and not another plan.
+    seen = trainer("--run-name", "a", "--budget", "20s", "--dry-run", base=weights)
+    assert "is finished" in seen.stdout
+    assert "timing a few steps" not in seen.stdout
+
+
+@pytest.mark.parametrize(
+    "model, growing, sides",
+    [
+        ("test_vit", True, (64, 96, 128)),
+        # It takes its own size alone.
+        ("crossvit_9_240", False, (240,)),
+        # It takes any size, but one a run.
+        ("mixer_s32_224", False, (64, 96, 128)),
+    ],
+)
+def test_only_sizes_that_the_model_takes_are_tried(model, growing, sides):
+    args = replace(recipe_defaults("finetune"), model=model)
+    args, origin = fit_to_model(args, {field.name: "recipe" for field in fields(args)})
+    choices, tried = what_to_try(args, origin)
+    assert tried == sides
+    assert (max(map(len, choices)) > 1) == growing
+    if not growing:
+        assert choices == [one_size(side) for side in sides]
 
 
 def test_a_later_start_keeps_the_plan_though_the_time_is_over(trainer, weights, tmp_path):
-    words = ["--run-name", "a", "--budget", "15s", "--save-every", "5steps"]
+    words = ["--run-name", "a", "--budget", "20s", "--save-every", "5steps", "--epochs", "3"]
     first = trainer(*words, base=weights)
     plan = planned(first.run)
     # As if it had been stopped on its way: on two processes it goes on with the plan.
