@@ -18,8 +18,8 @@ from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.records.folder import Opened
 
-# Rows after steps 3 and 6, and an evaluation after the last.
-STEPS, LOG_EVERY = 6, 3
+# Rows after steps 2 and 4, and an evaluation after the last.
+STEPS, LOG_EVERY = 4, 2
 # The host asks for what was summed and watched before the first step and at each row, and for the
 # figures of the evaluation.
 WAITS = {("numbers", "train.collect"): 3, ("numbers", "evaluate.evaluate"): 1}
