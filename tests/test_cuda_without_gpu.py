@@ -60,16 +60,18 @@ def drive(cache, monkeypatch, tmp_path):
     splits = lambda args: run_module.cut_splits(args, data, 8)  # noqa: E731
     monkeypatch.setattr(run_module, "load_splits", splits)
 
+    def forget():
+        # Accelerate's states outlive an Accelerator.
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
     def driven(recipe="plain", precision="no", accumulation=1, change=same, room=2**40, **options):
         few = {"max_steps": STEPS, "log_every": LOG_EVERY, "limit_test": 48}
         small = {"model": "test_vit", "batch_size": 16, "image_size": 32, "pretrained": False}
         rest = {"dataset": "digits", "device": "cuda", "save_every": "none", "warmup_epochs": 0.0}
         args = replace(recipe_defaults(recipe), **few | small | rest | options)
         origin = dict.fromkeys(vars(args), "")
-        # Accelerate's states outlive an Accelerator.
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-
+        forget()
         with fake_cuda.pretended() as watch:
             watch.room = room
             ranks = join_processes("cuda", precision)
@@ -86,7 +88,9 @@ def drive(cache, monkeypatch, tmp_path):
             train.fit(change(run), state, SimpleNamespace(step=lambda: None, row=lambda row: None))
         return watch
 
-    return driven
+    yield driven
+    # The tests that follow in this process are on another device.
+    forget()
 
 
 @pytest.mark.parametrize("case", CASES)
