@@ -39,7 +39,7 @@ from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
 from cifar_accel.run import Splits, cut_splits
-from cifar_accel.timing import PLANNED, Start, fit_to_budget, time_sizes
+from cifar_accel.timing import PLANNED, Start, fit_to_budget, time_sizes, with_pixels
 from cifar_accel.trial import how_to_cut
 
 # What torchvision's two sets hold, so that a run can be planned before they are downloaded:
@@ -359,18 +359,6 @@ def in_time(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
-    """Splits of black images in place of none; the system gives no memory to what is only read."""
-    dataset, held_out = splits
-
-    def black(split: Split) -> Split:
-        return replace(split, images=np.zeros((len(split.labels), 3, *side), np.uint8))
-
-    test = black(dataset.test)
-    evaluation = test if held_out is dataset.test else black(held_out)
-    return replace(dataset, train=black(dataset.train), test=test), evaluation
 
 
 def check_folder(found: Findings) -> str:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -24,6 +25,7 @@ from cifar_accel.budget import (
     text_of,
 )
 from cifar_accel.console import say
+from cifar_accel.data.datasets import Split
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home, read_as
 from cifar_accel.machine.processes import Ranks, peers_expected
@@ -92,7 +94,8 @@ def fit_to_budget(
     check_choices(args)
     args, origin = fit_options(args, origin, opened)
     if args.plan_of:
-        args, origin = derived(args, origin, ranks.from_main(plan_of_another(args)))
+        of_another = plan_of_another(args) if ranks.is_main else {}
+        args, origin = derived(args, origin, ranks.from_main(of_another))
         return with_warmup(args, origin)
     splits = splits or load_splits(args)
     say(f"budget    {args.budget}: timing a few steps")
@@ -133,7 +136,11 @@ def what_to_try(
     # Some models take one size a run, some one size alone.
     growing = sizes_taken(args, (text_of(growing_to(last)) for last in LAST_SIZES))
     sides = sizes_taken(args, SIDES) or [args.input_size]
-    choices = [parse_sizes(text) for text in growing] or [one_size(int(side)) for side in sides]
+    # The seconds of other sides are found between and beyond two that were timed.
+    if len(sides) > 1 and growing:
+        choices = [parse_sizes(text) for text in growing]
+    else:
+        choices = [one_size(int(side)) for side in sides]
     return choices, tuple(int(side) for side in sides)
 
 
@@ -228,6 +235,18 @@ def time_sizes(
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
     return Speed(steps, evaluations), plan
+
+
+def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
+    """Splits of black images in place of none; the system gives no memory to what is only read."""
+    dataset, held_out = splits
+
+    def black(split: Split) -> Split:
+        return replace(split, images=np.zeros((len(split.labels), 3, *side), np.uint8))
+
+    test = black(dataset.test)
+    evaluation = test if held_out is dataset.test else black(held_out)
+    return replace(dataset, train=black(dataset.train), test=test), evaluation
 
 
 def _seconds_of_a_step(run: Run, state: State, seconds: float) -> float:
