@@ -25,7 +25,8 @@ from timm.loss import SoftTargetCrossEntropy
 from benchmarks.measure import images, our_run, serve
 from benchmarks.pipeline import Pictures
 from cifar_accel import train
-from cifar_accel.data.datasets import Dataset, limit
+from cifar_accel.data.datasets import Dataset
+from cifar_accel.data.splits import limit
 from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.options.options import IMAGENET_MEAN, IMAGENET_STD
 from cifar_accel.options.recipes import recipe_defaults

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from cifar_accel.console import say
 from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, is_hub_id
-from cifar_accel.data.decode import image_shape
+from cifar_accel.data.decode import MOST_STORED, image_shape
+from cifar_accel.data.splits import Splits, cut_splits
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.launch.command import check_launcher, read_launcher_config
@@ -30,7 +33,6 @@ from cifar_accel.machine.memory import SCRATCH, Estimate, estimate, free_memory,
 from cifar_accel.machine.processes import check_device, chosen_device, join_processes
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.models.create import build_model, check_model, name_of
-from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.network import require_network
 from cifar_accel.optim.optimizers import build_optimizer, check_names, moments_per_weight
 from cifar_accel.options.options import TrainingArguments, flag, in_words
@@ -38,7 +40,7 @@ from cifar_accel.plan import Plan, make_plan, micro_batch_sizes
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
-from cifar_accel.run import Splits, cut_splits
+from cifar_accel.run import fit_options
 from cifar_accel.timing import PLANNED, Start, fit_to_budget, time_sizes, with_pixels
 from cifar_accel.trial import how_to_cut
 
@@ -86,10 +88,9 @@ def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
     processes = whole_number("CIFAR_ACCEL_PROCESSES", whole_number("WORLD_SIZE"))
     local = whole_number("LOCAL_WORLD_SIZE", processes)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.recipe == "finetune":
-        # As a start would. Where that is not possible, a check below says why.
-        with suppress(BadInput):
-            args, origin = fit_to_model(args, origin)
+    # As a start would. Where that is not possible, a check below says why.
+    with suppress(BadInput):
+        args, origin = fit_options(args, origin, Opened(folder_of(args)))
     found = Findings(args, precision, max(1, processes), max(1, local), origin=origin)
     print_options(found, origin)
 
@@ -184,39 +185,58 @@ def check_data(found: Findings) -> str:
     if not os.access(nearest_folder(root), os.W_OK):
         raise BadInput(f"--data-dir {args.data_dir}: {nearest_folder(root)} cannot be written")
 
-    # Labels of both splits, and the images' size.
-    note = ""
-    if name in TORCHVISION_SIZES:
-        note = check_download(name, root)
-        train, test, classes = TORCHVISION_SIZES[name]
-        labels = {"train": np.arange(train) % classes, "test": np.arange(test) % classes}
-        side = (32, 32)
-    elif is_hub_id(name) and not Path(name).is_dir() and not hub_marker(root, name).exists():
-        require_network(f"--dataset {name}", "pass a local folder in the same layout")
-        raise Note(
-            f"{name}: to download from the hub; how many images it holds is not known before"
-        )
-    else:
-        raws = dict(find_source(name, root, lambda line: None).read())
-        labels = {split: np.asarray(raw.labels) for split, raw in raws.items()}
-        classes = len(raws["train"].classes)
-        side = stored_side(raws["train"], args.input_size)
+    labels, classes, side, note = known_images(args, root)
     found.image_bytes = 3 * math.prod(side) * sum(map(len, labels.values()))
 
     # Cut them as a start would; for that images without pixels do.
     names = [str(c) for c in range(classes)]
-    splits = {
-        split: Split(np.empty((len(of_split), 0), np.uint8), of_split.astype(np.int64), names)
-        for split, of_split in labels.items()
-    }
-    dataset = Dataset(name, splits["train"], splits["test"], "")
-    dataset, held_out = cut_splits(args, dataset, min(side))
+    train, test = (
+        Split(np.empty((len(of_split), 0), np.uint8), of_split.astype(np.int64), names)
+        for of_split in (labels["train"], labels.get("test", np.arange(0)))
+    )
+    dataset, held_out = cut_splits(args, Dataset(name, train, test, ""), min(side))
     found.classes = classes
     found.training_images = len(dataset.train)
     found.splits, found.side = (dataset, held_out), side
-    held = f", {len(held_out):,} held out" if args.validation_fraction else ""
-    text = f"{name}: {len(dataset.train):,} training{held}, {len(dataset.test):,} test images"
-    return f"{text}, {classes} classes{note}"
+    counts = {"training": len(dataset.train)}
+    if args.validation_fraction:
+        counts["held-out"] = len(held_out)
+    if len(test):
+        counts["test"] = len(dataset.test)
+    images = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return f"{name}: {images} images, {classes} classes{note}"
+
+
+def known_images(
+    args: TrainingArguments, root: Path
+) -> tuple[dict[str, NDArray[Any]], int, tuple[int, int], str]:
+    """Labels [N] by split, the number of classes, (H, W) as stored, and a word on what is to do.
+
+    Raises BadInput where they cannot be had, and Note where nothing is known before they are here.
+    """
+    name = args.dataset
+    if name in TORCHVISION_SIZES:
+        train, test, classes = TORCHVISION_SIZES[name]
+        labels = {"train": np.arange(train) % classes, "test": np.arange(test) % classes}
+        return labels, classes, (32, 32), check_download(name, root)
+    if is_hub_id(name) and not Path(name).is_dir() and not hub_marker(root, name).exists():
+        require_network(f"--dataset {name}", "pass a local folder in the same layout")
+        raise Note(
+            f"{name}: to download from the hub; how many images it holds is not known before"
+        )
+    raws = dict(find_source(name, root, lambda line: None).read())
+    labels = {split: np.asarray(raw.labels) for split, raw in raws.items()}
+    side, seconds = stored_side(raws["train"], args.stored_size or args.input_size)
+    note = ""
+    if not isinstance(raws["train"].items, np.ndarray):
+        images = sum(map(len, labels.values()))
+        size = in_bytes(3 * math.prod(side) * images)
+        time_taken = in_time(seconds * images / (os.cpu_count() or 1))
+        note = (
+            f"; decoded once, in about {time_taken}, to {side[1]}x{side[0]}: {size} on disk, and "
+            "as much memory"
+        )
+    return labels, len(raws["train"].classes), side, note
 
 
 def check_download(name: str, root: Path) -> str:
@@ -234,12 +254,19 @@ def check_download(name: str, root: Path) -> str:
     return "; to download"
 
 
-def stored_side(raw: Any, image_size: int) -> tuple[int, int]:
-    """Height and width of the images as they will be stored, judged by some of them."""
-    # 32 of them, from the first to the last.
-    n = len(raw.items)
-    shapes = {image_shape(raw, i) for i in range(0, n, max(1, n // 32))}
-    return shapes.pop() if len(shapes) == 1 else (image_size, image_size)
+def stored_side(raw: Any, side: int) -> tuple[tuple[int, int], float]:
+    """(H, W) of the images as they will be stored, and the seconds that decoding one takes.
+
+    Judged by 32 of them, from the first to the last. `side` is that of copies.
+    """
+    begin = time.monotonic()
+    places = range(0, len(raw.items), max(1, len(raw.items) // 32))
+    shapes = {image_shape(raw, i) for i in places}
+    seconds = (time.monotonic() - begin) / len(places)
+    shape = shapes.pop()
+    if shapes or math.prod(shape) > max(MOST_STORED, side) ** 2:
+        shape = (side, side)
+    return shape, seconds
 
 
 def check_batch(found: Findings) -> str:

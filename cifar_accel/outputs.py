@@ -108,9 +108,8 @@ class Log:
         # step whose window is empty there is nothing to settle.
         self.metrics.truncate(state.step - 1 if state.window_is_open else state.step)
         if run.ranks.is_main:
-            images = "val" if run.args.validation_fraction else "test"
             steps = (plan.total_steps, plan.steps_per_epoch, state.step, plan.stop_step)
-            self.progress = Progress(*steps, images)
+            self.progress = Progress(*steps, run.data.evaluated_on)
         if run.args.profile and run.ranks.is_main:
             self.profiler = Profiler(run.folder.path / "profile", run.args.profile, say)
 
@@ -248,12 +247,12 @@ def write_summary(
 
     Args:
         status: finished, preempted or failed.
-        test: the figures that count, of the test split; unset while it was not read.
+        test: the figures that count; unset while the test split was not read.
         error: what ended it.
     """
     figures = test or {}
-    # Without held-out images the test split is what is evaluated all along.
-    if not test and not run.args.validation_fraction:
+    # Where the test split is what is evaluated all along.
+    if not test and run.data.test is run.data.evaluation:
         figures = state.evaluation
     # Earlier versions went on after an evaluation that was not finite.
     figures = {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -273,6 +272,7 @@ def write_summary(
         "time_s": state.time_s,
         "wall_s": state.wall_s,
         "evaluated_images": figures.get("evaluated_images"),
+        "tested_on": run.data.tested_on,
         "error": error,
     }
     if run.ranks.is_main:

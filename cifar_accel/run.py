@@ -13,10 +13,12 @@ import torch
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
+from cifar_accel.budget import LAST_SIZES
 from cifar_accel.console import say
 from cifar_accel.data.batches import Pipeline
-from cifar_accel.data.datasets import Dataset, Split, find_source, hold_out, is_hub_id, limit
-from cifar_accel.data.decode import load_dataset, system_failures_named
+from cifar_accel.data.datasets import Dataset, Split, find_source, is_hub_id
+from cifar_accel.data.decode import load_images, size_to_store, system_failures_named
+from cifar_accel.data.splits import Splits, cut_splits
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.machine.memory import in_bytes
@@ -44,9 +46,6 @@ from cifar_accel.records.folder import Opened, check_images
 from cifar_accel.records.meters import Sums
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import describe_config
-
-# A data set cut as the options say, and the split that is evaluated while training.
-Splits = tuple[Dataset, Split]
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,18 @@ class Data:
 
     train: Pipeline
     evaluation: Pipeline
+    # The same object as `evaluation` where that is what counts in the end.
     test: Pipeline
+
+    @property
+    def evaluated_on(self) -> str:
+        """What the images that are evaluated while training are: "test" or "held-out"."""
+        return "held-out" if self.train.args.validation_fraction else "test"
+
+    @property
+    def tested_on(self) -> str:
+        """What the images are that count in the end: held-out ones where there is no test split."""
+        return self.evaluated_on if self.test is self.evaluation else "test"
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ def set_up(
     # The data comes first: the plan needs the number of images, the model that of the classes.
     dataset, held_out = splits or load_splits(args)
     check_images(opened, dataset.name, dataset.fingerprint)
+    args, origin = fit_to_images(args, origin, opened, dataset)
     plan = plan_for(args, len(dataset.train), ranks)
 
     # The model tells how its input is normalised.
@@ -192,11 +203,26 @@ def fit_options(
     """The options as they hold for the model, or held at the first start of a run that goes on."""
     if opened.derived:
         return derived(args, origin, opened.derived)
-    # --budget has fitted it before.
-    if args.recipe != "finetune" or origin["interpolation"] == "derived":
+    # --budget has fitted them before it chose the sizes.
+    if "derived" in (origin["interpolation"], origin["stored_size"]):
         return args, origin
-    say(f"recipe: fitting finetune to {name_of(args)}")
-    return fit_to_model(args, origin)
+    if args.recipe == "finetune":
+        say(f"recipe: fitting finetune to {name_of(args)}")
+        args, origin = fit_to_model(args, origin)
+    grows_to = LAST_SIZES[-1] if args.budget and origin["image_size"] != "flag" else 0
+    return derived(args, origin, {"stored_size": size_to_store(args, grows_to)})
+
+
+def fit_to_images(
+    args: TrainingArguments, origin: dict[str, str], opened: Opened, dataset: Dataset
+) -> tuple[TrainingArguments, dict[str, str]]:
+    """The options with crops that finetune shifts by the same share of any image."""
+    if args.recipe != "finetune" or opened.derived:
+        return args, origin
+    # The recipe has the pixels for images of 32.
+    side = min(dataset.train.images.shape[2:])
+    padding = round(args.crop_padding * side / 32)
+    return derived(args, origin, {"crop_padding": padding})
 
 
 # ---- what does not exist
@@ -217,27 +243,8 @@ def check_choices(args: TrainingArguments) -> None:
 
 def load_splits(args: TrainingArguments) -> Splits:
     """The data set, cut as the options say, and the split that is evaluated while training."""
-    dataset = load_dataset(args.dataset, args.data_dir, args.input_size, say)
+    dataset = load_images(args, say)
     return cut_splits(args, dataset, min(dataset.train.images.shape[2:]))
-
-
-def cut_splits(args: TrainingArguments, dataset: Dataset, side: int) -> Splits:
-    """`dataset` cut as the options say, and the split that is evaluated while training.
-
-    `side` is the images' shorter side in pixels. Raises BadInput when it cannot be cut so.
-    """
-    # Limits first, so that held-out images are a share of what is left.
-    train = limit(dataset.train, args.limit_train, "--limit-train", args.seed)
-    test = limit(dataset.test, args.limit_test, "--limit-test", args.seed)
-    held_out = test
-    if args.validation_fraction:
-        train, held_out = hold_out(train, args.validation_fraction, args.seed)
-    if args.crop_padding >= side:
-        raise BadInput(
-            f"--crop-padding {args.crop_padding}: must be smaller than the images' side of {side} "
-            "pixels"
-        )
-    return replace(dataset, train=train, test=test), held_out
 
 
 def make_data(
@@ -362,6 +369,7 @@ def facts_of(
         # What is evaluated while training: the test images where none are held out.
         "held_out_images": len(data.evaluation.split),
         "test_images": len(data.test.split),
+        "tested_on": data.tested_on,
         "classes": len(data.train.split.classes),
         "input_mean": data.train.mean,
         "input_std": data.train.std,
@@ -383,11 +391,12 @@ def announce(
     reason = "from the launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "the default"
     workers = f", {args.workers} workers" if args.pipeline == "timm" else ""
     average = ", averaged weights evaluated and saved" if args.model_ema else ""
+    images = f"{facts['test_images']:,} {facts['tested_on']} images"
     lines = {
         "run": str(folder),
         "device": f"{facts['device_name']}, precision {precision} ({reason})",
-        "data": f"{args.dataset}: {facts['train_images']:,} training, {facts['test_images']:,} "
-        f"test images, {facts['classes']} classes; {args.pipeline} pipeline{workers}",
+        "data": f"{args.dataset}: {facts['train_images']:,} training, {images}, "
+        f"{facts['classes']} classes; {args.pipeline} pipeline{workers}",
     }
     if args.recipe == "finetune":
         lines["recipe"] = recipe_line(args, origin)

@@ -26,6 +26,7 @@ from cifar_accel.budget import (
 )
 from cifar_accel.console import say
 from cifar_accel.data.datasets import Split
+from cifar_accel.data.splits import Splits
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home, read_as
 from cifar_accel.machine.processes import Ranks, peers_expected
@@ -39,7 +40,7 @@ from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import Config
-from cifar_accel.run import Run, Splits, check_choices, fit_options, load_splits, set_up
+from cifar_accel.run import Run, check_choices, fit_options, load_splits, set_up
 from cifar_accel.step import take_step
 from cifar_accel.trial import check_memory, memory_explained
 
@@ -110,7 +111,7 @@ def fit_to_budget(
     # each epoch, and the test images once more.
     dataset, held_out = splits
     ending = ENDING
-    if args.validation_fraction:
+    if held_out is not dataset.test:
         ending += max(speed.evaluations.values()) * len(dataset.test) / len(held_out)
     gone = time.time() - psutil.Process().create_time()
     left = ranks.from_main(budget - gone - ending)

@@ -171,9 +171,9 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     # its weights are still to be evaluated.
     if state.evaluated_step != state.step:
         evaluation_row(run, state)
-    # Without held-out images the last evaluation was of the test set already.
+    # The last evaluation may have been of the test set already.
     test = state.evaluation
-    if run.args.validation_fraction:
+    if run.data.test is not run.data.evaluation:
         say("test: reading the test set, once")
         test = evaluate_split(run, run.data.test, "the test set's evaluation")
     try:
@@ -186,7 +186,8 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     if run.model.compiled:
         needed = f"each size in training, and evaluation, need one each: {len(run.args.sizes) + 1}"
         say(f"compiled  {compiled_graphs()} graphs ({needed})")
-    counted = f"{test['accuracy']:.2%} on {test['evaluated_images']:,} test images"
+    images = f"{test['evaluated_images']:,} {run.data.tested_on} images"
+    counted = f"{test['accuracy']:.2%} on {images}"
     say(f"result    accuracy {counted}; {run.folder.path}")
     # A run is finished when all ranks have come so far.
     run.ranks.wait_for_all()

@@ -30,6 +30,9 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What the names of parquet files, or of the folders they lie in, begin with (regular expressions).
 SPLITS = {"train": "train", "test": "test", "val": "val(idation)?"}
 
+# Names of folders that are hardly those of classes.
+LOOKS_LIKE_A_SPLIT = re.compile(r"(train|test|val)(ing|idation|set|s)?\W*\d*")
+
 # Labels without names are below this: what is larger is an id or the like.
 MOST_UNNAMED_CLASSES = 100_000
 
@@ -58,7 +61,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split with a fingerprint of their content."""
+    """A training and a test split, which may be empty, with a fingerprint of their content."""
 
     name: str
     train: Split
@@ -93,33 +96,8 @@ class Source:
 
     # Gives a digest of its content, which names the decoded arrays.
     identity: Callable[[], str]
-    # Gives the pairs ("train", Raw) and ("test", Raw).
+    # Gives the pairs ("train", Raw) and, where there are test images, ("test", Raw).
     read: Callable[[], Iterator[tuple[str, Raw]]]
-
-
-def limit(split: Split, n: int, flag: str, seed: int) -> Split:
-    """A seeded stratified subset of `n` images; the whole split for 0.
-
-    Raises BadInput, naming `flag`, when there are fewer images.
-    """
-    if n > len(split):
-        raise BadInput(f"{flag} {n}: there are only {len(split):,} images")
-    if n in (0, len(split)):
-        return split
-    return split.subset(stratified_subset(split.labels, n, seed))
-
-
-def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Cut `split` by class into a part to train on and a `fraction` to validate on.
-
-    Raises BadInput when either would be empty.
-    """
-    held = stratified_subset(split.labels, round(len(split) * fraction), seed)
-    kept = np.setdiff1d(np.arange(len(split)), held)
-    if not len(held) or not len(kept):
-        parts = f"{len(kept)} to train on and {len(held)} to validate"
-        raise BadInput(f"--validation-fraction {fraction:g}: leaves {parts}")
-    return split.subset(kept), split.subset(held)
 
 
 def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
@@ -137,11 +115,11 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
     if path.is_dir():
         if _visible(path, path.rglob("*.parquet"), Counter()):
             return _parquet_folder(path, say)
-        if (path / "train").is_dir():
+        if (path / "train").is_dir() or any(map(_is_image, path.glob("*/*"))):
             return _image_folder(path, say)
         raise BadInput(
-            f"--dataset {name}: holds neither *.parquet files nor a train/ folder with one folder "
-            "per class"
+            f"--dataset {name}: holds neither *.parquet files nor a train/ folder, nor a folder "
+            "with images for each class"
         )
 
     # What is not on this machine can be on the hub.
@@ -284,12 +262,12 @@ def _parquet_folder(path: Path, say: Callable[[str], None]) -> Source:
         files.setdefault(_split_of(file.relative_to(path).parts), []).append(file)
     if "test" not in files and "val" in files:
         files["test"] = files["val"]
-    for split in ("train", "test"):
-        if split not in files:
-            raise BadInput(f"--dataset {path}: no parquet file is named {split}-*.parquet")
+    if "train" not in files:
+        raise BadInput(f"--dataset {path}: no parquet file is named train-*.parquet")
 
     # Files of no split, and validation files beside a test split, are left out.
-    shards = {split: [_shard(path, f) for f in files[split]] for split in ("train", "test")}
+    files = {split: files[split] for split in ("train", "test") if split in files}
+    shards = {split: [_shard(path, f) for f in own] for split, own in files.items()}
     first = shards["train"][0]
     for shard in chain(*shards.values()):
         if shard.kind != first.kind:
@@ -298,7 +276,7 @@ def _parquet_folder(path: Path, say: Callable[[str], None]) -> Source:
                 "of one data set; give one of the folders"
             )
     _say_left_out(left_out, say)
-    identity = partial(_digest, path, files["train"] + files["test"])
+    identity = partial(_digest, path, list(chain(*files.values())))
     return Source(identity, partial(_read_parquet_folder, shards))
 
 
@@ -431,19 +409,26 @@ def _read_shard(shard: _Shard) -> tuple[Any, NDArray[np.int64]]:
 
 
 def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
-    """train/CLASS/*.png and test/CLASS/*.png (or val/, validation/)."""
-    test_folders = [path / n for n in ("test", "val", "validation") if (path / n).is_dir()]
-    if not test_folders:
-        raise BadInput(
-            f"--dataset {path}: has a train/ folder but no test/, val/ or validation/ folder; "
-            "move images of each class there"
-        )
+    """train/CLASS/*.png and test/CLASS/*.png (or val/, validation/), or without test images.
+
+    A folder of classes without train/ is all for training.
+    """
+    tests = [path / n for n in ("test", "val", "validation") if (path / n).is_dir()][:1]
+    train = path / "train"
+    if not train.is_dir():
+        train = path
+        for child in path.iterdir():
+            if LOOKS_LIKE_A_SPLIT.fullmatch(child.name.lower()):
+                raise BadInput(
+                    f"--dataset {path}: rename {child.name}/ if it is a split: train/, test/"
+                )
+    folders = dict(zip(("train", "test"), (train, *tests), strict=False))
 
     # The training split's folders are the classes.
     splits: list[tuple[str, Raw]] = []
     left_out: Counter[str] = Counter()
     classes: list[str] = []
-    for split, folder in (("train", path / "train"), ("test", test_folders[0])):
+    for split, folder in folders.items():
         images = _images_by_class(folder, left_out)
         names = list(images)
         classes = classes or names
@@ -455,12 +440,17 @@ def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
     return Source(partial(_digest, path, files), partial(iter, splits))
 
 
+def _is_image(file: Path) -> bool:
+    """Whether `file` is called as images are."""
+    return file.suffix.lower() in IMAGE_ENDINGS
+
+
 def _images_by_class(folder: Path, left_out: Counter[str]) -> dict[str, list[Path]]:
     """The image files in each class folder of `folder`. Raises BadInput for one without images."""
     images: dict[str, list[Path]] = {}
     for class_folder in sorted(f for f in folder.iterdir() if f.is_dir()):
         files = _visible(folder, class_folder.rglob("*"), left_out)
-        found = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
+        found = list(filter(_is_image, files))
         left_out.update(file.suffix or file.name for file in set(files) - set(found))
         name = class_folder.name
         if found and name.encode(errors="replace").decode() != name:

@@ -71,6 +71,8 @@ class TrainingArguments:
     """Use this many test images, a seeded stratified subset (0: all)."""
     validation_fraction: ShareBelowOne = 0.0
     """Share of each class's training images held out; the test set is read once, at the end."""
+    stored_size: PositiveInt | None = None
+    """Side of the decoded copies of images of unequal size (unset: what --scale needs, to 512)."""
     pipeline: Literal["device", "timm"] = "device"
     """device: images live and are augmented on the device; timm: PIL in worker processes."""
     workers: Volatile[NotNegativeIntOrNone] = None

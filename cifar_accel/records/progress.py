@@ -43,7 +43,7 @@ class Progress:
         steps_per_epoch: steps of one epoch.
         start: the step from which this process goes on.
         stop: the step after which it ends.
-        images: "test" or "val", which the accuracy is of.
+        images: "test" or "held-out", which the accuracy is of.
     """
 
     def __init__(self, total_steps: int, steps_per_epoch: int, start: int, stop: int, images: str):

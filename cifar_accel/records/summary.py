@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ class RecordedOptions(TrainingArguments):
     classes: PositiveInt
     input_mean: tuple[Mean, Mean, Mean]
     input_std: tuple[Deviation, Deviation, Deviation]
+    # "test", or "held-out" where the data set has no test images.
+    tested_on: Literal["test", "held-out"] = "test"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Summary:
     total_steps: NotNegativeInt
     # Mean over the last whole epoch; None before the first. A float32 is no larger.
     train_loss: Annotated[float | None, Field(ge=0, le=1e39)]
-    # A share of 1, on the test images; None until the run has finished.
+    # A share of 1, on the images of `tested_on`; None until the run has finished.
     accuracy: Share | None = None
     error: str | None = None
 

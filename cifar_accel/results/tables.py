@@ -26,9 +26,9 @@ NONE = "–"
 SIGN = "mean training loss of the last epoch"
 LEGEND = f"""\
 loss: {SIGN} (smoothing and mixing included);
-acc.: top-1 on the test images. report: loss and accuracy in the course report,
-for the family, optimizer and schedule of the row, with NFNet-F0 and ViT-B/8 on
-CIFAR-100.
+acc.: top-1 on the test images, or on held-out ones where there are none. report:
+loss and accuracy in the course report, for the family, optimizer and schedule of
+the row, with NFNet-F0 and ViT-B/8 on CIFAR-100.
 """
 
 

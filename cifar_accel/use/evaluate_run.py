@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from cifar_accel.data.batches import Pipeline
-from cifar_accel.data.datasets import Split, limit
-from cifar_accel.data.decode import load_dataset
+from cifar_accel.data.datasets import Split
+from cifar_accel.data.decode import load_images
+from cifar_accel.data.splits import cut_splits, limit
 from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import evaluate
 from cifar_accel.files import home
@@ -41,7 +42,7 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     model: Any = run.model()
     known = list(model.pretrained_cfg.get("label_names") or ())
     recorded = None if args.dataset else run.config["options"].get("data_fingerprint")
-    split = _test_images(options, known, recorded, say)
+    kind, split = _test_images(options, known, recorded, say)
 
     # As in training: its precision, layout and input statistics, so that the figures are equal to
     # the last digit on the same kind of device.
@@ -56,7 +57,7 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
         figures = evaluate(ranks.accelerator, model, batches, len(split), layout)
 
     # The main process alone prints.
-    images = f"{figures['evaluated_images']:,} test images of {options.dataset}"
+    images = f"{figures['evaluated_images']:,} {kind} images of {options.dataset}"
     say(f"accuracy  {figures['accuracy']:.4%}  ({images})")
     say(f"top 5     {figures['top5_accuracy']:.4%}")
     say(f"loss      {figures['loss']:.4f}")
@@ -78,14 +79,20 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
 
 def _test_images(
     options: RecordedOptions, known: list[str], recorded: str | None, say: Callable[[str], None]
-) -> Split:
-    """The test images of the run, with labels that are places in the model's classes `known`.
+) -> tuple[str, Split]:
+    """What the run is judged by, "test" or "held-out" images, and these.
 
-    Says so where the images' fingerprint is not the one that is `recorded`. Raises BadInput for
-    images of a class that is not known.
+    Their labels are places in the model's classes `known`. Says so where the images' fingerprint is
+    not the one that is `recorded`. Raises BadInput for images of a class that is not known, and
+    where there are none.
     """
-    dataset = load_dataset(options.dataset, options.data_dir, options.input_size, say)
+    dataset = load_images(options, say)
     test = dataset.test
+    if not len(test):
+        if options.tested_on == "test":
+            raise BadInput(f"--dataset {options.dataset}: has no test images")
+        # Those that the run has not seen either.
+        _, test = cut_splits(options, dataset, min(dataset.train.images.shape[2:]))
     if recorded not in (None, dataset.fingerprint):
         say(f"note: the images of {options.dataset} are not those that the run was trained with")
     # Other images may count the same classes in another order, so their names decide.
@@ -100,4 +107,5 @@ def _test_images(
     labels = np.array([places[name] for name in test.classes])[test.labels]
     # Another data set may have fewer images than the run was limited to.
     count = min(options.limit_test, len(test))
-    return limit(replace(test, labels=labels), count, "--limit-test", options.seed)
+    kind = "test" if len(dataset.test) else "held-out"
+    return kind, limit(replace(test, labels=labels), count, "--limit-test", options.seed)

@@ -13,7 +13,7 @@ import pytest
 from conftest import image_folder, parquet_folder, picture
 from PIL import Image
 
-from cifar_accel.data.datasets import find_source, hold_out, hub_marker, limit
+from cifar_accel.data.datasets import find_source, hub_marker
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
 
@@ -463,37 +463,6 @@ def test_a_hub_data_set_that_was_removed_is_downloaded_again(tmp_path, monkeypat
         load_dataset("some/set", str(tmp_path), 32)
 
 
-# ---- parts of a split
-
-
-def test_limits(cache):
-    train = load_dataset("digits", cache, 32).train
-    small = limit(train, 100, "--limit-train", 1)
-    assert len(small) == 100
-    assert np.bincount(small.labels).min() >= 9
-    assert limit(train, 0, "--limit-train", 1) is train
-    with pytest.raises(BadInput, match="--limit-train 1439: there are only 1,438 images"):
-        limit(train, 1439, "--limit-train", 1)
-
-
-def test_held_out_images_are_not_trained_on(cache):
-    train = load_dataset("digits", cache, 32).train
-    numbered = np.arange(len(train))
-    train = train.subset(numbered)
-    train.images[:, 0, 0, 0] = numbered % 256
-    train.images[:, 0, 0, 1] = numbered // 256
-    kept, held = hold_out(train, 0.2, 1)
-    assert np.bincount(held.labels).min() >= 27
-    both = np.concatenate([kept.images, held.images])[:, 0, 0, :2].astype(int)
-    assert sorted(both[:, 0] + 256 * both[:, 1]) == numbered.tolist()
-
-
-@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
-def test_neither_part_may_be_empty(cache, fraction):
-    with pytest.raises(BadInput, match="--validation-fraction"):
-        hold_out(load_dataset("digits", cache, 32).train, fraction, 1)
-
-
 # ---- bad data
 
 
@@ -513,6 +482,14 @@ def cut_image(root):
 def unknown_class(root):
     image_folder(root)
     (root / "test" / "dog").rename(root / "test" / "wolf")
+    return root
+
+
+def flat_splits(root):
+    """Splits of other names, their images not in folders of classes."""
+    for name in ("Training", "Validation"):
+        (root / name).mkdir(parents=True)
+        (root / name / "0.png").write_bytes(picture(0, (32, 32)))
     return root
 
 
@@ -549,9 +526,9 @@ def broken_link(root):
     return root
 
 
-def no_test_files(root):
+def no_training_files(root):
     parquet_folder(root)
-    (root / "test-00000-of-00001.parquet").unlink()
+    (root / "train-00000-of-00001.parquet").unlink()
     return root
 
 
@@ -598,14 +575,15 @@ def no_rows(root):
         (lambda p: "cifar-100", "did you mean cifar100"),
         (lambda p: str(p / "nowhere"), "no such folder"),
         (lambda p: str(p), "neither *.parquet files nor a train/ folder"),
-        (lambda p: str(image_folder(p / "a", splits=("train",))), "no test/"),
+        (lambda p: str(image_folder(p / "a", splits=("test",))), "nor a train/ folder"),
+        (lambda p: str(flat_splits(p / "a")), "rename Training/ if it is a split"),
         (lambda p: str(no_classes(p / "a")), "train: is empty"),
         (lambda p: str(empty_class(p / "a")), "class folder holds no image"),
         (lambda p: str(unknown_class(p / "a")), "'wolf' is no class of the training split"),
         (lambda p: str(cut_image(p / "a")), "1.png is not a whole image"),
         (lambda p: str(parquet_folder(p / "a", columns=("text", "label"))), "no image column"),
         (lambda p: str(parquet_folder(p / "a", columns=("img", "text"))), "no label column"),
-        (lambda p: str(no_test_files(p / "a")), "no parquet file is named test-*.parquet"),
+        (lambda p: str(no_training_files(p / "a")), "no parquet file is named train-*.parquet"),
         (
             lambda p: str(damaged_second_file(p / "a")),
             "train-00001-of-00002.parquet cannot be read",

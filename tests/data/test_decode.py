@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import forked_runs
@@ -18,8 +19,15 @@ from filelock import FileLock
 from PIL import Image
 from test_datasets import load
 
-from cifar_accel.data.decode import _resize_and_cut, load_dataset
+from cifar_accel.data.decode import (
+    MOST_STORED,
+    _resize_and_cut,
+    load_dataset,
+    load_images,
+    size_to_store,
+)
 from cifar_accel.errors import BadInput
+from cifar_accel.options.options import TrainingArguments
 
 
 @pytest.fixture
@@ -268,6 +276,67 @@ def test_images_of_unequal_size_are_brought_to_one(tmp_path):
         assert load(folder, tmp_path, side).train.images.shape == (6, 3, side, side)
     made = sorted(p.name[-4:] for p in tmp_path.glob("cache/decoded-*") if p.is_dir())
     assert made == ["16px", "24px"]
+
+
+def load_for(args, said=None):
+    return load_images(args, said.append if said is not None else lambda line: None)
+
+
+def test_what_is_never_seen_of_the_images_is_said(tmp_path):
+    """At the first start and at every later one."""
+    folder = image_folder(tmp_path / "data", sizes=((60, 157), (32, 32), (48, 64)))
+    args = TrainingArguments(
+        dataset=str(folder), data_dir=str(tmp_path / "cache"), stored_size=24, scale=None
+    )
+    first, again = [], []
+    load_for(args, first)
+    load_for(args, again)
+    assert "large or of unequal size; each is brought to 24x24" in first[-2]
+    # (1 - 60/157 + 0 + 1 - 48/64) / 3, and 24 * 24 of 157 * 60 + 32 * 32 + 64 * 48 pixels.
+    assert first[-1] == again[-1]
+    assert "copies of 24x24 have 13% of the images' pixels" in again[-1]
+    assert "loses 29% of its area on average, 62% at most (157x60)" in again[-1]
+    assert len(again) == 1
+
+
+def test_images_of_one_size_that_are_not_square(tmp_path):
+    folder = str(image_folder(tmp_path / "data", sizes=((30, 40),)))
+    said = []
+    data = load_dataset(folder, str(tmp_path / "cache"), 32, said.append)
+    assert data.train.images.shape[2:] == (30, 40)
+    assert said[-1] == "data: of images of 40x30 a test sees the centre; 25% are cut away"
+
+
+@pytest.mark.parametrize(
+    "options, side",
+    [
+        # The smallest crop of the report has 8 % of the area; its test cuts an eighth away.
+        (dict(image_size=32, scale=(0.08, 1.0), crop_pct=0.875), 114),
+        (dict(image_size=32, scale=None, crop_pct=0.875), 37),
+        (dict(image_size="64:0.4,96:0.7,128"), 128),
+        (dict(image_size=224, scale=(0.08, 1.0)), MOST_STORED),
+        (dict(image_size=640), 640),
+    ],
+)
+def test_no_crop_enlarges_a_copy(options, side):
+    assert size_to_store(TrainingArguments(**options)) == side
+
+
+def test_a_budget_may_still_choose_larger_images():
+    assert size_to_store(TrainingArguments(image_size=128), grows_to=224) == 224
+
+
+def test_large_images_of_one_size_are_copied_too(tmp_path):
+    """But a run of an earlier version keeps them; either finds what the other has made."""
+    folder = image_folder(tmp_path / "data", sizes=((510, 520),))
+    new = TrainingArguments(
+        dataset=str(folder), data_dir=str(tmp_path / "cache"), image_size=48, stored_size=64
+    )
+    old = replace(new, stored_size=None)
+    for args, shape in ((new, (64, 64)), (old, (510, 520)), (new, (64, 64)), (old, (510, 520))):
+        assert load_for(args).train.images.shape[2:] == shape
+    # Whoever asks for large copies has large images.
+    assert load_for(replace(new, stored_size=600)).train.images.shape[2:] == (510, 520)
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):

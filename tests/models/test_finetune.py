@@ -76,7 +76,9 @@ def test_what_is_derived_late_is_known_to_the_run_folder():
     for model, options in (("test_nfnet", {"epochs": 26}), ("test_vit", {})):
         _, origin = fit(model, **options)
         found |= {name for name, of in origin.items() if of == "derived"}
-    assert found | {"epochs", "warmup_epochs"} == DERIVED_LATE
+    # These follow from --budget and from the images.
+    others = {"epochs", "warmup_epochs", "stored_size", "crop_padding"}
+    assert found | others == DERIVED_LATE
 
 
 def test_flags_win():

@@ -194,7 +194,7 @@ def test_a_config_of_another_kind_is_refused(dry, tmp_path):
 
 
 def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path):
-    """Scaled to --image-size, which is what the padding must be smaller than."""
+    """Their side is what the padding must be smaller than."""
     data = tmp_path / "data"
     for split in ("train", "test"):
         for name in "ab":
@@ -207,7 +207,10 @@ def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path
 
     code, out = dry(*words, "--crop-padding", "4")
     assert code == 0, out
-    assert "16 training, 16 test images, 2 classes" in line(out, "data")
+    assert "16 training, 16 test images, 2 classes; decoded once" in line(out, "data")
+    # 32 images of 3 * 300 * 300 bytes.
+    code, out = dry(*words, "--stored-size", "300")
+    assert "to 300x300: 8 MiB on disk, and as much memory" in line(out, "data")
     code, out = dry(*words, "--crop-padding", "40")
     assert code == 2
     assert "images' side of 32" in line(out, "data")

@@ -126,8 +126,8 @@ def assert_rows_are_whole(run: Path) -> None:
 
 def accuracy_by_timm(run: Path) -> float:
     """Accuracy of the saved model on the test images, by timm and torch alone."""
-    from cifar_accel.data.datasets import limit
     from cifar_accel.data.decode import load_dataset
+    from cifar_accel.data.splits import limit
 
     model = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
     test = limit(load_dataset("digits", options_of(run)["data_dir"], 32).test, 100, "", 3407)
