@@ -2,13 +2,51 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from cifar_accel.data.batches import Batch
 from cifar_accel.errors import Diverged
+
+
+class Outputs:
+    """What a model says of the images of a split; on the device until the ranks put it together.
+
+    Args:
+        keep_logits: whether logits are kept beside the likeliest classes.
+    """
+
+    def __init__(self, keep_logits: bool):
+        self.keep_logits = keep_logits
+        self.batches: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, logits: torch.Tensor, first_five: torch.Tensor) -> None:
+        """Keep logits float32 [b, K] (as float16) and the likeliest classes int64 [b, 5]."""
+        kept = {"first_five": first_five.int()}
+        if self.keep_logits:
+            # Beyond this is infinity.
+            most = torch.finfo(torch.float16).max
+            kept["logits"] = logits.clamp(-most, most).half()
+        for name, values in kept.items():
+            self.batches.setdefault(name, []).append(values)
+
+    def of_all_ranks(self, accelerator: Accelerator, images: int) -> dict[str, NDArray[Any]]:
+        """`first_five` int32 [N, 5] and `logits` float16 [N, K], in the order of the split.
+
+        All ranks enter; the main process alone gets them. The host waits for the device.
+        """
+        gathered = {
+            # Ranks have contiguous parts; places beyond the last image fill up the last one's.
+            name: accelerator.gather(torch.cat(batches))[:images]
+            for name, batches in self.batches.items()
+        }
+        if not accelerator.is_main_process:
+            return {}
+        return {name: values.cpu().numpy() for name, values in gathered.items()}
 
 
 def evaluate(
@@ -18,6 +56,7 @@ def evaluate(
     images: int,
     memory_format: torch.memory_format = torch.contiguous_format,
     name: str = "the evaluation",
+    outputs: Outputs | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy of `model` over a split of `images` images.
 
@@ -28,15 +67,15 @@ def evaluate(
         model: the bare model; a wrapper's forward would communicate.
         batches: this rank's batches; images float32 [b, 3, S, S], labels int64 [b].
         name: what an error calls it.
+        outputs: gets what the model says of each of this rank's images.
 
     Returns:
-        loss: mean cross-entropy. accuracy, top5_accuracy: fractions in [0, 1].
-        evaluated_images: how many were counted.
+        loss: mean cross-entropy. accuracy, top5_accuracy: in [0, 1]. evaluated_images: their count.
 
     Raises:
         Diverged: the loss is not finite.
     """
-    # Put back after the last batch; after a stop or a failure nobody trains on.
+    # Put back after the last batch.
     was_training = model.training
     model.eval()
     # mps has no float64.
@@ -52,6 +91,8 @@ def evaluate(
             loss = F.cross_entropy(logits, batch.labels, reduction="sum", ignore_index=-1)
             counted = (batch.labels >= 0).sum()
             sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted]).to(dtype)
+            if outputs is not None:
+                outputs.add(logits, first_five)
     model.train(was_training)
 
     # The only wait: the sums of all ranks.

@@ -22,6 +22,7 @@ from cifar_accel.machine.speed import Profiler
 from cifar_accel.models.weights import save_model
 from cifar_accel.records import checkpoint, trackers
 from cifar_accel.records.metrics import Metrics
+from cifar_accel.records.predictions import of_outputs, write_predictions
 from cifar_accel.records.progress import Progress
 from cifar_accel.records.state import State
 from cifar_accel.records.summary import read_config, starting_weights
@@ -231,6 +232,21 @@ def keep_weights(run: Run, name: str) -> None:
     """Keep the weights of an epoch, where there is room."""
     with no_room_is_a_warning(run.folder.path / name):
         save_weights(run, name)
+
+
+def save_predictions(run: Run, state: State) -> None:
+    """Write what the model says of each image, where there is room; the main process does."""
+    if not run.ranks.is_main:
+        return
+    splits = {"test": run.data.test.split, run.data.evaluated_on: run.data.evaluation.split}
+    predictions = {}
+    for kind, outputs in run.outputs.items():
+        split = splits[kind]
+        predictions[kind] = of_outputs(
+            split.labels, split.classes, outputs, state.data, split.places
+        )
+    with no_room_is_a_warning(run.folder.path / "predictions.safetensors"):
+        write_predictions(run.folder.path, predictions)
 
 
 # ---- how it ended

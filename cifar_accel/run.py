@@ -5,11 +5,12 @@ Read it from `set_up` downwards. What a checkpoint holds beside weights and opti
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
@@ -121,6 +122,9 @@ class Run:
     sums: Sums
     watch: Watch
     stop: StopRequest
+    # What the model says, at the last step, of the images of "test" and "held-out" splits: of each
+    # what `Outputs.of_all_ranks` gives.
+    outputs: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
 
 def set_up(

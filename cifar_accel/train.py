@@ -16,7 +16,7 @@ import torch
 from cifar_accel.console import FAILED, STOPPED, say
 from cifar_accel.data.batches import Batch, Pipeline
 from cifar_accel.errors import BadInput, Diverged, PeerLost, Stopped, TrainingError
-from cifar_accel.evaluate import evaluate
+from cifar_accel.evaluate import Outputs, evaluate
 from cifar_accel.files import write_json
 from cifar_accel.machine.processes import join_processes, peers_expected
 from cifar_accel.machine.signals import StoppedAtOnce, StopRequest
@@ -27,11 +27,13 @@ from cifar_accel.outputs import (
     keep_weights,
     mark_preempted,
     save_checkpoint,
+    save_predictions,
     save_weights,
     write_summary,
 )
 from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
+from cifar_accel.records.predictions import keeps_logits
 from cifar_accel.records.state import State, Totals, Window
 from cifar_accel.run import Run, device_peak, set_up
 from cifar_accel.step import take_step
@@ -167,15 +169,16 @@ def finish(run: Run, state: State) -> dict[str, Any]:
 
     All ranks enter. Raises Stopped, and TrainingError when there is no room for the weights.
     """
-    # A stop right after a row leaves nothing to settle. Where --max-steps now ends the run there,
-    # its weights are still to be evaluated.
-    if state.evaluated_step != state.step:
+    # A stop right after a row leaves nothing to settle, but nobody remembers what the model said.
+    # Where --max-steps now ends the run there, its weights are still to be evaluated.
+    if state.evaluated_step != state.step or not run.outputs:
         evaluation_row(run, state)
     # The last evaluation may have been of the test set already.
     test = state.evaluation
     if run.data.test is not run.data.evaluation:
         say("test: reading the test set, once")
-        test = evaluate_split(run, run.data.test, "the test set's evaluation")
+        test = evaluate_split(run, run.data.test, "the test set's evaluation", "test")
+    save_predictions(run, state)
     try:
         save_weights(run, "model")
     except OSError as e:
@@ -307,33 +310,44 @@ def training_row(run: Run, state: State) -> dict[str, float]:
 def evaluation_row(run: Run, state: State) -> dict[str, float]:
     """Evaluate, and remember the best accuracy. All ranks enter; the host waits at the end."""
     name = f"the evaluation after step {state.step:,}"
-    result = evaluate_split(run, run.data.evaluation, name)
+    is_last = state.step >= run.plan.stop_step
+    kept_as = run.data.evaluated_on if is_last else None
+    result = evaluate_split(run, run.data.evaluation, name, kept_as)
     state.evaluation = result
     state.evaluated_step = state.step
     state.best_accuracy = max(state.best_accuracy, result["accuracy"])
     return {f"eval/{name}": value for name, value in result.items() if name != "evaluated_images"}
 
 
-def evaluate_split(run: Run, pipeline: Pipeline, name: str) -> dict[str, float]:
+def evaluate_split(
+    run: Run, pipeline: Pipeline, name: str, kept_as: str | None
+) -> dict[str, float]:
     """Exact figures of the run's weights over one split. All ranks enter.
 
+    What the model says is kept in the run's `outputs`, under the name `kept_as` if there is one.
     Raises Stopped, and Diverged with `name`.
     """
     # Each rank has its own batch-norm statistics: the main one's are saved, so they are evaluated.
     run.ranks.take_main_buffers(run.model.evaluated)
     size = run.plan.evaluation_batch_size
     batches = pipeline.evaluation_batches(size, run.ranks.world, run.ranks.rank)
+    images, classes = len(pipeline.split), len(pipeline.split.classes)
+    outputs = Outputs(keeps_logits(images, classes)) if kept_as else None
     try:
         # Closed however this ends: workers that are left behind would keep the process alive.
         with closing(batches):
-            return evaluate(
+            figures = evaluate(
                 run.ranks.accelerator,
                 run.model.evaluated,
                 unless_stopped(run, batches),
-                len(pipeline.split),
+                images,
                 run.model.layout,
                 name,
+                outputs,
             )
+            if outputs and kept_as:
+                run.outputs[kept_as] = outputs.of_all_ranks(run.ranks.accelerator, images)
+            return figures
     except (RuntimeError, MemoryError) as e:
         failure = memory_explained(e, run, size, where=" in an evaluation")
         if failure is e:

@@ -50,13 +50,21 @@ class Split:
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: list[str]
+    # int64 [N]: of a part, the samples' places in the whole; None: this is the whole.
+    part: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """int64 [N]: the samples' places in the split of the data set."""
+        return np.arange(len(self)) if self.part is None else self.part
+
     def subset(self, index: NDArray[np.int64]) -> "Split":
         """The samples at `index` (a copy)."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        part = self.places[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], part=part)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from cifar_accel.data.datasets import Split
 from cifar_accel.data.decode import load_images
 from cifar_accel.data.splits import cut_splits, limit
 from cifar_accel.errors import BadInput
-from cifar_accel.evaluate import evaluate
+from cifar_accel.evaluate import Outputs, evaluate
 from cifar_accel.files import home
 from cifar_accel.machine.processes import join_processes
 from cifar_accel.options.options import EvaluateArguments
+from cifar_accel.records.predictions import FILE as PREDICTIONS
+from cifar_accel.records.predictions import keeps_logits, of_outputs, write_predictions
 from cifar_accel.records.summary import RecordedOptions
 from cifar_accel.records.trackers import TrackedRun, start_tracker
-from cifar_accel.use.load import load_run
+from cifar_accel.use.load import FinishedRun, load_run
 
 
 def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     model: Any = run.model()
     known = list(model.pretrained_cfg.get("label_names") or ())
     recorded = None if args.dataset else run.config["options"].get("data_fingerprint")
-    kind, split = _test_images(options, known, recorded, say)
+    kind, split, fingerprint = _test_images(options, known, recorded, say)
 
     # As in training: its precision, layout and input statistics, so that the figures are equal to
     # the last digit on the same kind of device.
@@ -52,35 +54,52 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     model.to(ranks.device, memory_format=layout)
     pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
     batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
+    outputs = Outputs(keeps_logits(len(split), len(split.classes)))
     # Workers that are left behind would keep the process alive.
     with closing(batches):
-        figures = evaluate(ranks.accelerator, model, batches, len(split), layout)
+        figures = evaluate(ranks.accelerator, model, batches, len(split), layout, outputs=outputs)
+        said = outputs.of_all_ranks(ranks.accelerator, len(split))
 
     # The main process alone prints.
     images = f"{figures['evaluated_images']:,} {kind} images of {options.dataset}"
     say(f"accuracy  {figures['accuracy']:.4%}  ({images})")
     say(f"top 5     {figures['top5_accuracy']:.4%}")
     say(f"loss      {figures['loss']:.4f}")
+    # A run of an earlier version has none.
+    file = run.folder / PREDICTIONS
+    if ranks.is_main and not args.dataset and not file.exists():
+        try:
+            predictions = of_outputs(split.labels, known, said, fingerprint, split.places)
+            write_predictions(run.folder, {kind: predictions})
+            say(f"written   {file}")
+        except OSError as e:
+            say(f"warning: {file} cannot be written ({e.strerror or e})")
     if ranks.is_main and args.tracker != "none":
-        # A run of its own beside the training in its group.
-        tracked = TrackedRun(
-            project=options.project,
-            name=options.run_name,
-            group=options.group,
-            job_type="evaluate",
-            config=run.config["options"],
-            folder=run.folder,
-            run_id=None,
-        )
-        tracker = start_tracker(args.tracker, say, tracked)
-        tracker.finish({f"test/{name}": value for name, value in figures.items()}, 0)
+        _log(run, args.tracker, figures, say)
     return {"status": "finished", **figures}
+
+
+def _log(
+    run: FinishedRun, tracker: str, figures: dict[str, float], say: Callable[[str], None]
+) -> None:
+    """Log the figures as a run of its own beside the training in its group."""
+    tracked = TrackedRun(
+        project=run.options.project,
+        name=run.options.run_name,
+        group=run.options.group,
+        job_type="evaluate",
+        config=run.config["options"],
+        folder=run.folder,
+        run_id=None,
+    )
+    started = start_tracker(tracker, say, tracked)
+    started.finish({f"test/{name}": value for name, value in figures.items()}, 0)
 
 
 def _test_images(
     options: RecordedOptions, known: list[str], recorded: str | None, say: Callable[[str], None]
-) -> tuple[str, Split]:
-    """What the run is judged by, "test" or "held-out" images, and these.
+) -> tuple[str, Split, str]:
+    """What the run is judged by, "test" or "held-out" images, these, and their set's fingerprint.
 
     Their labels are places in the model's classes `known`. Says so where the images' fingerprint is
     not the one that is `recorded`. Raises BadInput for images of a class that is not known, and
@@ -108,4 +127,5 @@ def _test_images(
     # Another data set may have fewer images than the run was limited to.
     count = min(options.limit_test, len(test))
     kind = "test" if len(dataset.test) else "held-out"
-    return kind, limit(replace(test, labels=labels), count, "--limit-test", options.seed)
+    test = replace(test, labels=labels, classes=known)
+    return kind, limit(test, count, "--limit-test", options.seed), dataset.fingerprint

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -27,6 +28,7 @@ from conftest import (
 
 from cifar_accel.cli import evaluate_command, main, train_command
 from cifar_accel.files import read_json
+from cifar_accel.records.predictions import read_predictions
 from cifar_accel.results.charts import PLOTS
 
 
@@ -378,3 +380,39 @@ def test_the_reports_architectures_train(trainer, cifar, model, parameters):
     done = trainer(*words, base=(), env=all_cores, launcher=FRESH)
     assert summary(done.run)["evaluated_images"] == 32
     assert options_of(done.run)["parameters"] > parameters
+
+
+# ---- what the model says of each image
+
+
+def test_predictions_agree_with_the_summary(trainer, in_process):
+    """Of the test images and of those held out; and evaluate writes them where they are missing."""
+    words = "--validation-fraction 0.25 --epochs 2 --tracker none --log-every 100".split()
+    run = trainer(*words).run
+    written = read_predictions(run)
+    counts = {kind: len(predictions.labels) for kind, predictions in written.items()}
+    assert counts == {"held-out": 64, "test": 100}
+    assert written["test"].correct.mean() == summary(run)["accuracy"]
+    assert written["held-out"].correct.mean() == rows(run)[-1]["eval/accuracy"]
+    in_five = (written["test"].first_five == written["test"].labels[:, None]).any(1)
+    assert in_five.mean() == summary(run)["top5_accuracy"]
+
+    (run / "predictions.safetensors").unlink()
+    code, out, _ = in_process(evaluate_command, run, "--device", "cpu")
+    assert code == 0 and f"written   {run / 'predictions.safetensors'}" in out
+    again = read_predictions(run)["test"]
+    assert again.images == written["test"].images
+    assert (again.logits == written["test"].logits).all()
+    # Once they are there, they stay.
+    code, out, _ = in_process(evaluate_command, run, "--device", "cpu")
+    assert code == 0 and "written" not in out
+
+
+def test_predictions_of_two_processes_are_in_the_order_of_the_split(trainer):
+    """With a test set that leaves the last batches filled up."""
+    words = "--epochs 1 --limit-test 99 --tracker none".split()
+    one = read_predictions(trainer(*words, "--run-name", "one").run)["test"]
+    two = read_predictions(trainer(*words, "--run-name", "two", launcher=TWO).run)["test"]
+    assert one.images == two.images
+    assert len(two.labels) == 99
+    assert np.abs(one.logits.astype(float) - two.logits).max() < 0.05
