@@ -1,11 +1,11 @@
 """Tables over runs; runs that differ in the seed alone are averaged."""
 
-import json
 import statistics
 from dataclasses import dataclass
 
 from cifar_accel.console import printable
-from cifar_accel.results.runs import COMPARED, RunFiles, Setting
+from cifar_accel.results.groups import Group, group_by_seed
+from cifar_accel.results.runs import RunFiles, Setting
 
 # The course report's own results: (family, optimizer, schedule) -> training loss of the last epoch
 # and accuracy on the test images, a share of 1.
@@ -41,24 +41,6 @@ class Table:
     rows: list[list[str]]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs of one experiment, with different seeds: a row of a table."""
-
-    setting: Setting
-    # What makes it differ from the other groups of its setting, and what it leaves out; may be "".
-    label: str
-    # The cells below FIGURES.
-    figures: list[str]
-
-    @property
-    def model(self) -> str:
-        """The model, with the label behind it."""
-        if not self.label:
-            return self.setting.model
-        return f"{self.setting.model} ({self.label})"
-
-
 def default_table(runs: list[RunFiles]) -> Table:
     """The report's first table: one row per model under AdamW with warm-up and cosine."""
     in_default_setting = [
@@ -68,7 +50,7 @@ def default_table(runs: list[RunFiles]) -> Table:
     ]
     rows = []
     for group in group_by_seed(in_default_setting):
-        rows.append([group.model, group.setting.dataset, *group.figures])
+        rows.append([_model(group), group.setting.dataset, *_figures(group)])
     title = "Default setting (AdamW, warm-up + cosine)"
     return Table(title, ["model", "data", *FIGURES], rows)
 
@@ -79,68 +61,27 @@ def settings_table(runs: list[RunFiles]) -> Table:
     for group in group_by_seed(runs):
         setting = group.setting
         how = f"{setting.optimizer}, {setting.scheduler}"
-        rows.append([group.model, setting.dataset, how, *group.figures])
+        rows.append([_model(group), setting.dataset, how, *_figures(group)])
     return Table(
         "Optimizers and schedules", ["model", "data", "optimizer, schedule", *FIGURES], rows
     )
 
 
-def group_by_seed(runs: list[RunFiles]) -> list[Group]:
-    """Finished runs, put together where they agree in all but the seed."""
-    # Options may be lists, which are no keys of a dictionary; their JSON is.
-    by_options: dict[str, list[RunFiles]] = {}
-    for run in runs:
-        options = {name: run.options.get(name) for name in COMPARED}
-        key = json.dumps([run.setting, options, run.summary["steps"]], sort_keys=True)
-        by_options.setdefault(key, []).append(run)
-
-    # Within a group all runs have the same options, so the first one stands for it.
-    groups = []
-    firsts = [seeds[0] for seeds in by_options.values()]
-    for seeds in by_options.values():
-        first = seeds[0]
-        same_setting = [other for other in firsts if other.setting == first.setting]
-        groups.append(Group(first.setting, _label(first, same_setting), _figures(seeds)))
-    return groups
+def _model(group: Group) -> str:
+    """The model, with the label behind it."""
+    return f"{group.setting.model} ({group.label})" if group.label else group.setting.model
 
 
-def _label(run: RunFiles, same_setting: list[RunFiles]) -> str:
-    """What a reader must know of a run beside its setting.
-
-    Args:
-        run: the run that stands for its group.
-        same_setting: those of all groups that have the same setting, `run` among them.
-    """
-    # The options in which the groups differ.
-    options = run.options
-    differing = [
-        name
-        for name in COMPARED
-        if any(other.options.get(name) != options.get(name) for other in same_setting)
-    ]
-    parts = [f"{name} {options.get(name)}" for name in differing]
-
-    # A run over a part of the data, or of the steps, is no whole one.
-    for name in ("limit_train", "limit_test"):
-        if options[name] and name not in differing:
-            parts.append(f"{name} {options[name]:,}")
-    steps = run.summary["steps"]
-    total_steps = run.summary["total_steps"]
-    if steps < total_steps:
-        parts.append(f"{steps:,} of {total_steps:,} steps")
-    return ", ".join(parts)
-
-
-def _figures(seeds: list[RunFiles]) -> list[str]:
-    """The cells below FIGURES for runs that differ in the seed alone."""
-    losses = [run.summary["train_loss"] for run in seeds]
+def _figures(group: Group) -> list[str]:
+    """The cells below FIGURES."""
+    losses = [run.summary["train_loss"] for run in group.runs]
     # A run that ended within its first epoch has no loss of a whole one.
     losses = [loss for loss in losses if loss is not None]
-    accuracies = [100 * run.summary["accuracy"] for run in seeds]
+    accuracies = [100 * accuracy for accuracy in group.accuracies]
     return [
         mean_and_deviation(losses, digits=4),
         mean_and_deviation(accuracies, digits=2),
-        _published(seeds[0].setting),
+        _published(group.setting),
     ]
 
 
