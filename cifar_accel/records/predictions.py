@@ -38,6 +38,8 @@ class Predictions:
     # float16 [N, K]; None where they would be too large.
     logits: NDArray[np.float16] | None
     classes: list[str]
+    # int64 [N]: the images' places in the split of the data set.
+    places: NDArray[np.int64]
     # By this images are known to be the same, and in the same order.
     images: str
 
@@ -71,6 +73,7 @@ def of_outputs(
         first_five=outputs["first_five"].astype(np.int64),
         logits=outputs.get("logits"),
         classes=classes,
+        places=places,
         images=images.hexdigest(),
     )
 
@@ -84,6 +87,7 @@ def write_predictions(run: Path, splits: Mapping[str, Predictions]) -> None:
     for kind, predictions in splits.items():
         tensors[f"{kind}.labels"] = predictions.labels.astype(np.int32)
         tensors[f"{kind}.first_five"] = predictions.first_five.astype(np.int32)
+        tensors[f"{kind}.places"] = predictions.places.astype(np.int32)
         if predictions.logits is not None:
             tensors[f"{kind}.logits"] = predictions.logits
     # The splits have the same classes.
@@ -113,19 +117,26 @@ def read_predictions(run: Path) -> dict[str, Predictions]:
     try:
         with safe_open(file, "numpy") as tensors:
             metadata = tensors.metadata()
-            names = set(tensors.keys())
             classes = json.loads(metadata["classes"])
-            return {
-                kind: Predictions(
-                    labels=tensors.get_tensor(f"{kind}.labels").astype(np.int64),
-                    first_five=tensors.get_tensor(f"{kind}.first_five").astype(np.int64),
-                    logits=tensors.get_tensor(f"{kind}.logits")
-                    if f"{kind}.logits" in names
-                    else None,
-                    classes=classes,
-                    images=images,
-                )
-                for kind, images in json.loads(metadata["images"]).items()
-            }
+            images = json.loads(metadata["images"])
+            return {kind: _read_split(tensors, kind, classes, images[kind]) for kind in images}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"{file}: is no file of predictions ({e})") from e
+
+
+def _read_split(tensors: Any, kind: str, classes: list[str], images: str) -> Predictions:
+    """The predictions of one split in an open file."""
+
+    def integers(name: str) -> NDArray[np.int64]:
+        read: NDArray[np.int64] = tensors.get_tensor(f"{kind}.{name}").astype(np.int64)
+        return read
+
+    has_logits = f"{kind}.logits" in tensors.keys()
+    return Predictions(
+        labels=integers("labels"),
+        first_five=integers("first_five"),
+        logits=tensors.get_tensor(f"{kind}.logits") if has_logits else None,
+        classes=classes,
+        places=integers("places"),
+        images=images,
+    )

@@ -43,6 +43,7 @@ def test_what_is_written_is_read(tmp_path):
     for kind, expected in written.items():
         got = read[kind]
         assert got.labels.tolist() == expected.labels.tolist()
+        assert got.places.tolist() == expected.places.tolist()
         assert (got.logits == expected.logits).all()
         assert (got.predicted == expected.logits.argmax(1)).all()
         assert got.correct.tolist() == (got.predicted == got.labels).tolist()
