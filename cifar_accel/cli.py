@@ -17,6 +17,7 @@ from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
+    CompareArguments,
     EvaluateArguments,
     ReportArguments,
     StudyArguments,
@@ -192,10 +193,21 @@ def study_command(argv: Sequence[str]) -> int:
 def report_command(argv: Sequence[str]) -> int:
     """Print the tables of all runs below a folder and write report.md and report.html there."""
     # matplotlib and the like are loaded for this command alone.
-    from cifar_accel.results.page import write_report
+    from cifar_accel.results.report import write_report
 
     args = parse(ReportArguments, argv, "cifar-accel report")
     say(write_report(args))
+    return 0
+
+
+@guarded
+def compare_command(argv: Sequence[str]) -> int:
+    """Print what the runs of two settings, or of all below a folder, say of their difference."""
+    # scipy is loaded for this command alone.
+    from cifar_accel.results.compare import compare
+
+    args = parse(CompareArguments, argv, "cifar-accel compare")
+    say(compare(args))
     return 0
 
 
@@ -211,6 +223,7 @@ COMMANDS = {
     "evaluate": Command(evaluate_command, "evaluate a run folder on its test set"),
     "study": Command(study_command, "run every run of a study file that is not finished"),
     "report": Command(report_command, "tables, plots and a page of all runs below a folder"),
+    "compare": Command(compare_command, "whether one setting is better than another"),
 }
 
 

@@ -104,6 +104,21 @@ def load_dataset(
     return Dataset(name, train, test, fingerprint)
 
 
+def decoded_images(
+    data_dir: str, fingerprint: str, side: int | None, split: str
+) -> NDArray[np.uint8] | None:
+    """The images of a split as a run has seen them, uint8 [N, 3, H, W]; None where they are gone.
+
+    They are only looked at: nothing is decoded, and nothing checked.
+    """
+    folder = home(data_dir) / f"decoded-v{CACHE_VERSION}-{fingerprint}"
+    for made in (folder.with_name(f"{folder.name}-{side}px"), folder):
+        with suppress(*NOT_WHOLE):
+            images: NDArray[np.uint8] = np.load(made / f"{split}_images.npy", mmap_mode="r")
+            return images
+    return None
+
+
 def _fingerprint(source: Source) -> str:
     # Resumed runs compare it, older ones too: what is hashed never changes.
     return blake2b(f"1 {source.identity()}".encode(), digest_size=12).hexdigest()

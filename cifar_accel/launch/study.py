@@ -1,204 +1,291 @@
 """Studies: many runs from one file, each in a process of its own.
 
-A study skips what is finished and goes on after a failure. Its file is in wandb's sweep format
-(`method: grid`, `parameters` with `value` or `values`), so `wandb sweep` reads it too. A file may
-instead list its runs: `runs`, each a table of options laid over `parameters`.
+A study skips what is finished and goes on after a failure. What another process trains it leaves to
+that, and looks at it again when a place is free: so several studies of one file share its runs.
 """
 
-import itertools
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
-from cifar_accel.console import STOPPED
-from cifar_accel.errors import BadInput, did_you_mean
-from cifar_accel.files import home
-from cifar_accel.launch.child import run_child
-from cifar_accel.launch.command import check_launcher, command_for
-from cifar_accel.launch.yaml_files import read_yaml
-from cifar_accel.options.options import StudyArguments, TrainingArguments
-from cifar_accel.options.parsing import parse_training
-from cifar_accel.records.summary import read_config, read_summary
+from cifar_accel.console import BAD_INPUT, FAILED, STOPPED
+from cifar_accel.errors import BadInput
+from cifar_accel.launch.child import Child, signals_passed_on
+from cifar_accel.launch.command import (
+    check_launcher,
+    command_for,
+    count_gpus,
+    read_launcher_config,
+    variables,
+)
+from cifar_accel.launch.study_file import read_study
+from cifar_accel.launch.study_runs import (
+    StudyRun,
+    figures,
+    is_finished,
+    plan_runs,
+    standing,
+    time_left,
+    user_of,
+)
+from cifar_accel.launch.yaml_files import shipped_folder
+from cifar_accel.options.options import StudyArguments
+from cifar_accel.records.summary import read_config
+from cifar_accel.results.runs import read_run
+from cifar_accel.results.tables import markdown, settings_table
 
-# Most runs of a study. To look through their options takes minutes.
-MOST_RUNS = 10_000
-
-# Options of one run by name, as a study file gives them.
-Options = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a study file says: its name, and the options of each of its runs."""
-
-    name: str
-    runs: list[Options]
+# Seconds between two looks at what runs.
+TICK = 0.2
 
 
 def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]) -> int:
     """Run what is not finished, with the words `extra` added to those of every run.
 
-    Returns 0 when all runs are finished, 1 when one failed, 143 when a signal stopped the study.
-    Raises BadInput before the first run when the file or the options of any run are wrong.
+    Returns 0 when all runs are finished, 1 when one failed, 143 when a signal stopped the study;
+    and 0 where the runs were only to be shown. Raises BadInput before the first run when the file,
+    the options of any run or the number of jobs are wrong.
     """
     # All that can be known to be wrong with any run is found here.
     study = read_study(args.file)
-    runs = study.runs
-    if args.save_dir:
-        runs = [{**options, "save_dir": args.save_dir} for options in runs]
-    planned = plan_runs(args.file, runs, extra)
-    check_launcher()
+    runs = plan_runs(args.file, study, extra, args.save_dir)
+    for run in runs:
+        if is_finished(run.folder, run.words):
+            run.state = "finished"
+    finished = in_state(runs, "finished")
+    to_do = len(runs) - len(finished)
+    plan = (
+        f"study {study.name}: {len(finished)} of {len(runs)} runs finished, {to_do} to do; "
+        f"{time_left(runs, args.jobs)}"
+    )
+    if args.status:
+        say(plan)
+        for run in runs:
+            say(f"{run.folder}: {standing(run)}")
+        return 0
 
-    # One run after the other. Only a signal ends the study early.
-    failed = []
-    for number, (folder, words) in enumerate(planned.items(), 1):
-        say(f"\nstudy {study.name}, run {number} of {len(planned)}: {folder}")
-        if is_finished(folder, words):
-            say(f"finished before: accuracy {read_summary(folder)['accuracy']:.2%}")
-            continue
-        start = command_for(words)
-        say(start.reason)
-        code = run_child(start.command, start.environment, folder)
-        if code == STOPPED:
-            say("study: stopped; the same command goes on from here")
-            return STOPPED
-        if code != 0:
-            say(f"study: this run failed (exit code {code}); going on with the next")
-            failed.append(folder)
+    # The plan first.
+    places = places_for(args.jobs)
+    say(plan)
+    if to_do:
+        say(places.reason)
+    if args.dry_run:
+        for run in runs:
+            say(f"{run.folder}: {standing(run)}\n    {shlex.join([*places.command, *run.words])}")
+        return 0
 
-    say(f"\nstudy {study.name}: {len(planned) - len(failed)} of {len(planned)} runs finished")
-    for folder in failed:
-        say(f"  failed: {folder} (the same command tries it again)")
-    return 1 if failed else 0
-
-
-def is_finished(folder: Path, words: list[str]) -> bool:
-    """Whether `folder` holds the very run that `words` train, finished."""
-    command = (read_config(folder) or {}).get("command", [])
-    summary = read_summary(folder)
-    # The first word is the program's path, which depends on how it was started.
-    if command[1:] != words or summary.get("status") != "finished":
-        return False
-    # These words began it. Others, by hand, may have ended it earlier than they would.
-    is_whole: bool = summary["steps"] == summary["total_steps"]
-    return is_whole or any(word.startswith("--max-steps") for word in words)
+    # The runs, and what came of them.
+    if not Training(runs, places, args.verbose, say).train_all():
+        say("study: stopped; the same command goes on from here")
+        return STOPPED
+    return tell_results(study.name, runs, say)
 
 
-# ---- the file
+def tell_results(name: str, runs: list[StudyRun], say: Callable[[str], None]) -> int:
+    """Print the table of the finished runs and what failed; returns the exit code."""
+    finished = in_state(runs, "finished")
+    read = [read_run(run.folder) for run in finished]
+    if read:
+        say("\n" + markdown(settings_table([run for run in read if run and run.finished])))
+    say(f"\nstudy {name}: {len(finished)} of {len(runs)} runs finished")
+    failed = in_state(runs, "failed")
+    for run in failed:
+        say(f"  failed: {run.folder} (the same command tries it again)")
+    return FAILED if failed else 0
 
 
-def read_study(path: str) -> Study:
-    """The study in the file `path`. Raises BadInput for what is wrong in the file."""
-    content = read_yaml(home(path))
-    # What kind of file it is.
-    if not isinstance(content, dict) or not (content.get("parameters") or content.get("runs")):
-        raise BadInput(f"{path}: needs `parameters` (as in a wandb sweep) or a list `runs`")
-    method = content.get("method", "grid")
-    if method != "grid":
-        raise BadInput(
-            f"{path}: method {method} needs wandb's agent (wandb sweep {path}); here only grid runs"
-        )
-
-    # Either may be left out: no parameters are one empty point of a grid, no runs one empty run.
-    parameters = content.get("parameters") or {}
-    rows = content.get("runs") or [{}]
-    is_list_of_tables = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    if not isinstance(parameters, dict) or not is_list_of_tables:
-        raise BadInput(
-            f"{path}: `parameters` must be a table, and `runs` a list of tables of options"
-        )
-    values = {name: _values_of(path, name, choice) for name, choice in parameters.items()}
-    known = {field.name for field in fields(TrainingArguments)}
-    for option in itertools.chain(values, *rows):
-        if option not in known:
-            raise BadInput(f"{path}: there is no option {option}{did_you_mean(str(option), known)}")
-    if len(rows) * math.prod(map(len, values.values())) > MOST_RUNS:
-        raise BadInput(f"{path}: more than {MOST_RUNS:,} runs; make several studies of it")
-
-    # Every run of the list, at every point of the grid; what a run says itself wins.
-    name = str(content.get("name") or Path(path).stem)
-    grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    runs = [{"group": name, **point, **row} for row in rows for point in grid]
-    return Study(name, runs)
+def in_state(runs: list[StudyRun], *states: str) -> list[StudyRun]:
+    """The runs in one of these states."""
+    return [run for run in runs if run.state in states]
 
 
-def _values_of(path: str, name: str, choice: Any) -> list[Any]:
-    """The values that a parameter of a sweep takes, one after the other."""
-    if isinstance(choice, dict):
-        values = choice.get("values")
-        if isinstance(values, list) and values:
-            return values
-        if "value" in choice:
-            return [choice["value"]]
-    raise BadInput(f"{path}: parameter {name} needs `value` or a list `values` that is not empty")
+# ---- where runs go
 
 
-# ---- its runs
+class Places(NamedTuple):
+    """How the runs are started, and how many at a time."""
+
+    # What stands before the words of a run.
+    command: list[str]
+    # Variables to add to the environment, for each of the runs that go at a time.
+    environments: list[dict[str, str]]
+    # A line for the screen.
+    reason: str
 
 
-def plan_runs(path: str, runs: list[Options], extra: list[str]) -> dict[Path, list[str]]:
-    """The words of each run by its folder.
+def places_for(jobs: int) -> Places:
+    """Places for `jobs` runs at a time: one GPU each, or a share of the cores where there is none.
 
-    Raises BadInput when the options of a run are wrong, or when two runs are the same.
+    Raises BadInput for more than there are GPUs, and where the launcher's config asks for several
+    processes a run.
     """
-    # Read as a training will read them: a wrong one is told before the first run starts, and what
-    # was left to the program, such as the run's name, is known.
-    words = [[*as_flags(options), *extra] for options in runs]
-    resolved = [parse_training(of_run)[0] for of_run in words]
-    if any(args.dry_run for args in resolved):
+    check_launcher()
+    if jobs == 1:
+        start = command_for([])
+        return Places(start.command, [start.environment], start.reason)
+
+    # Several runs at a time are single processes. Nobody asked for more where the file is the one
+    # of ours that fits all GPUs of this machine.
+    file, _, config = read_launcher_config()
+    is_ours = shipped_folder("accelerate_configs") in file.parents
+    is_asked_for = os.environ.get("ACCELERATE_CONFIG_FILE") or not is_ours
+    if is_asked_for and not config.needs_no_launcher:
         raise BadInput(
-            "--dry-run looks at one run, not at a study: give it to python -m cifar_accel"
+            f"--jobs {jobs}: {file} asks for a launcher, and several runs at a time are of one "
+            "process each; leave --jobs away, or name another file by ACCELERATE_CONFIG_FILE"
         )
+    command = [sys.executable, "-m", "cifar_accel"]
+    shared = variables(file, config)
+    reason = f"launch: {jobs} runs at a time, one process each, settings of {file}"
 
-    # A run says its name in its words only where it is not the name that it has by itself.
-    planned: dict[Path, list[str]] = {}
-    names = name_runs(runs, [str(args.run_name) for args in resolved])
-    for of_run, args, name in zip(words, resolved, names, strict=True):
-        folder = home(args.save_dir) / name
-        if folder in planned:
-            raise BadInput(f"{path}: two runs are the same and would both write {folder}")
-        named = [] if name == args.run_name else [f"--run-name={name}"]
-        planned[folder] = of_run + named
-    share_plans(planned, resolved)
-    return planned
-
-
-def share_plans(planned: dict[Path, list[str]], resolved: list[TrainingArguments]) -> None:
-    """Let runs of --budget that differ by their seed alone take over the plan of the first."""
-    firsts: dict[TrainingArguments, Path] = {}
-    for (folder, words), args in zip(planned.items(), resolved, strict=True):
-        setting = replace(args, seed=0, run_name=None)
-        first = firsts.setdefault(setting, folder)
-        if args.budget and first != folder:
-            words.append(f"--plan-of={first}")
+    gpus = gpus_here(shared)
+    if 0 < len(gpus) < jobs:
+        raise BadInput(
+            f"--jobs {jobs}: each run takes a GPU, of which there are {len(gpus)}; give at most as "
+            "many jobs"
+        )
+    if gpus:
+        each = [{**shared, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+        return Places(command, each, f"{reason}, GPUs {', '.join(gpus[:jobs])}")
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    shared["OMP_NUM_THREADS"] = threads
+    return Places(command, [shared] * jobs, f"{reason}, OMP_NUM_THREADS {threads}")
 
 
-def name_runs(runs: list[Options], names: list[str]) -> list[str]:
-    """Names that differ: where several runs would have one, what differs between them is added."""
-    longer = []
-    for run, name in zip(runs, names, strict=True):
-        same_name = [other for other, its in zip(runs, names, strict=True) if its == name]
-        varied = [key for key in run if any(other.get(key) != run[key] for other in same_name)]
-        # A slash would make a folder within the folder.
-        parts = [f"-{key}={run[key]}".replace("/", "_") for key in varied if key != "run_name"]
-        longer.append(name + "".join(parts))
-    return longer
+def gpus_here(chosen: dict[str, str]) -> list[str]:
+    """The GPUs to use as CUDA_VISIBLE_DEVICES names them, which may be among the `chosen`."""
+    count = count_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", chosen.get("CUDA_VISIBLE_DEVICES"))
+    if visible is None:
+        return [str(gpu) for gpu in range(count)]
+    named = [gpu.strip() for gpu in visible.split(",")]
+    return [gpu for gpu in named if gpu not in ("", "-1")][:count]
 
 
-def as_flags(options: Options) -> Iterator[str]:
-    """Options as command-line words."""
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            yield flag
-        elif value is False:
-            yield "--no-" + flag.removeprefix("--")
-        elif value is None:
-            yield f"{flag}=none"
-        elif isinstance(value, list):
-            yield flag
-            yield from map(str, value)
+# ---- the runs
+
+
+class Training:
+    """Trains the runs of a study that are to do.
+
+    Of what a run prints, its complaints and on a terminal its progress bar are shown; with
+    `verbose` all of it. Of several runs at a time, the complaints of one that failed.
+    """
+
+    def __init__(
+        self, runs: list[StudyRun], places: Places, verbose: bool, say: Callable[[str], None]
+    ):
+        self.runs = runs
+        self.places = places
+        self.free = list(places.environments)
+        self.verbose = verbose
+        self.say = say
+        # What runs now.
+        self.running: dict[StudyRun, Child] = {}
+        # The signals that came; and whether they, or a run that was stopped, end the study.
+        self.signals: list[int] = []
+        self.stopping = False
+        self.is_waiting = False
+
+    def train_all(self) -> bool:
+        """Whether all runs came to an end. False: a signal stopped the study."""
+        with signals_passed_on(self.running.values()) as self.signals:
+            while in_state(self.runs, "to do", "running", "elsewhere"):
+                for run, child in list(self.running.items()):
+                    if child.process.poll() is not None:
+                        self.end(run)
+                if self.signals and not self.stopping:
+                    self.stopping = True
+                    if self.running:
+                        self.say("study: stopping; what runs saves a checkpoint first")
+                if not self.stopping:
+                    self.start_what_can()
+                elif not self.running:
+                    return False
+                time.sleep(TICK)
+        return True
+
+    def start_what_can(self) -> None:
+        """Fill the free places, in order; what was in progress elsewhere may be there to take."""
+        for run in self.runs:
+            if not self.free or self.signals:
+                return
+            if run.state == "elsewhere" and not user_of(run.folder):
+                run.state = "to do"
+            if run.state == "to do" and has_its_plan(run):
+                self.start(run)
+        elsewhere = in_state(self.runs, "elsewhere")
+        if elsewhere and not self.running and not self.is_waiting:
+            self.is_waiting = True
+            self.say(f"study: waiting for {len(elsewhere)} in progress elsewhere (Ctrl-C: no more)")
+
+    def start(self, run: StudyRun) -> None:
+        """Start a run in a free place, unless another process trains it or has done so."""
+        user = user_of(run.folder)
+        if user:
+            run.state = "elsewhere"
+            self.say(f"{run.folder}: in progress elsewhere, {user}")
+            return
+        if is_finished(run.folder, run.words):
+            self.settle(run)
+            return
+
+        # Whose bar it is, or whose lines.
+        if self.verbose or sys.stderr.isatty():
+            self.say(f"{run.folder}: starts")
+        stdout = None if self.verbose else subprocess.DEVNULL
+        # Several bars would write over each other, and there is none where stderr is a file. It is
+        # closed at the run's end.
+        stderr = None
+        if len(self.places.environments) > 1:
+            stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        command = [*self.places.command, *run.words]
+        child = Child(command, self.free.pop(0), run.folder, stdout, stderr)
+        self.running[run] = child
+        run.state = "running"
+        # A signal that came before it was among those that run has not reached it.
+        if self.signals:
+            child.signal(signal.SIGTERM)
+
+    def end(self, run: StudyRun) -> None:
+        """See how a run ended whose process is over."""
+        child = self.running.pop(run)
+        self.free.append(child.environment)
+        code = child.exit_code(bool(self.signals))
+        # It was stopped: by hand, by the machine, or by --max-time.
+        if code == STOPPED:
+            run.state = "to do"
+            self.stopping = True
+        elif code == 0:
+            self.settle(run)
+        # Another process was faster.
+        elif code in (FAILED, BAD_INPUT) and user_of(run.folder):
+            run.state = "elsewhere"
         else:
-            yield f"{flag}={value}"
+            self.settle(run, f"failed (exit code {code})")
+        if child.stderr:
+            child.stderr.seek(0)
+            if run.state == "failed":
+                print(child.stderr.read(), end="", file=sys.stderr, flush=True)
+            child.stderr.close()
+
+    def settle(self, run: StudyRun, failure: str = "") -> None:
+        """Record that a run finished, or its `failure`, and print its line."""
+        run.state = "failed" if failure else "finished"
+        settled = len(in_state(self.runs, "finished", "failed"))
+        left = time_left(self.runs, len(self.places.environments))
+        what = failure or figures(run)
+        self.say(f"{settled} of {len(self.runs)}: {what}; {left}: {run.folder}")
+
+
+def has_its_plan(run: StudyRun) -> bool:
+    """Whether the run whose plan it takes over has begun, and so made it, or will not any more."""
+    first = run.plan_of
+    if first is None or first.state in ("finished", "failed"):
+        return True
+    return read_config(first.folder) is not None

@@ -242,6 +242,14 @@ class StudyArguments:
     """A YAML file in wandb's sweep format (method: grid), or with a list `runs` of option sets."""
     save_dir: str | None = None
     """Parent of the run folders (unset: as the file says)."""
+    jobs: PositiveInt = 1
+    """Runs at a time, one process each: on a GPU of its own, or on its share of the cores."""
+    status: bool = False
+    """Say how each run stands; train and write nothing."""
+    dry_run: bool = False
+    """Print the plan and the command of each run; train and write nothing."""
+    verbose: bool = False
+    """Show all that the runs print."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,22 @@ class ReportArguments:
 
     folder: Positional[str]
     """A folder with run folders at any depth below it."""
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Say what the runs of two settings tell of their difference, and what they do not."""
+
+    a: Positional[str]
+    """A run folder, or a folder of runs of one setting; without B, of several settings."""
+    b: Positional[str | None] = None
+    """A run folder, or a folder of runs of the setting that A is compared with."""
+    baseline: str | None = None
+    """Without B: the setting to compare with, a part of its name or a folder (unset: the first)."""
+    margin: NotNegative = 0.5
+    """Settings that differ by less than this many points of accuracy are the same."""
+    json: bool = False
+    """Print JSON, with accuracies and differences as shares of 1."""
 
 
 # The options that may differ between a run and its continuation.

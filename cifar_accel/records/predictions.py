@@ -131,7 +131,7 @@ def _read_split(tensors: Any, kind: str, classes: list[str], images: str) -> Pre
         read: NDArray[np.int64] = tensors.get_tensor(f"{kind}.{name}").astype(np.int64)
         return read
 
-    has_logits = f"{kind}.logits" in tensors.keys()
+    has_logits = f"{kind}.logits" in set(tensors.keys())
     return Predictions(
         labels=integers("labels"),
         first_five=integers("first_five"),

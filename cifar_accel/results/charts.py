@@ -30,9 +30,6 @@ AUGMENTATIONS = (
 # A curve of more points than this is drawn thin, with a smoothed one over it.
 MOST_SINGLE_POINTS = 30
 
-# More names than this would hide the curves behind the legend.
-MOST_NAMES = 12
-
 # Figures of this size are not drawn: some a float cannot hold.
 LARGEST = 1e100
 
@@ -75,7 +72,7 @@ def draw_accuracy(axes: Axes, run: RunFiles) -> None:
     training = f"train ({_training_images(run)})"
     draw_curve(axes, run, "train/accuracy", training, "tab:blue", scale=100)
     draw_curve(axes, run, "eval/accuracy", _evaluated_images(run), "tab:orange", scale=100)
-    epochs, accuracies = _points(run, "eval/accuracy", 100)
+    epochs, accuracies = points(run, "eval/accuracy", 100)
     if epochs:
         # Below the last point, 16 points of a font's size away from it.
         axes.annotate(
@@ -90,28 +87,16 @@ def draw_accuracy(axes: Axes, run: RunFiles) -> None:
 
 def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
     """The learning rate by epoch."""
-    axes.plot(*_points(run, "train/lr"), color="tab:green", label="learning rate")
+    axes.plot(*points(run, "train/lr"), color="tab:green", label="learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.set(ylabel="learning rate", title=f"Schedule: {_title(run)}")
-
-
-def draw_comparison(axes: Axes, runs: list[RunFiles]) -> None:
-    """The test accuracy of several runs in percent by epoch."""
-    for run in runs:
-        # By its folder: --resume never puts a number behind the name. Without a legend the page
-        # still names every run, below the figure.
-        name = Path(run.options["run_name"]).with_name(run.path.name)
-        label = printable(str(name)) if len(runs) <= MOST_NAMES else None
-        axes.plot(*_points(run, "eval/accuracy", 100), marker=".", label=label)
-    title = "Accuracy after each epoch, all finished runs"
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=title)
 
 
 def draw_curve(
     axes: Axes, run: RunFiles, key: str, label: str, color: str, scale: float = 1.0
 ) -> None:
     """The metric `key` by epoch, times `scale`."""
-    epochs, values = _points(run, key, scale)
+    epochs, values = points(run, key, scale)
     if len(values) <= MOST_SINGLE_POINTS:
         axes.plot(epochs, values, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
         return
@@ -140,7 +125,7 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
 # ---- what is said about it
 
 
-def _points(run: RunFiles, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
+def points(run: RunFiles, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
     """The epochs in which `key` was logged, and its values, times `scale`; NaN is left out."""
     rows = [row for row in run.rows if abs(row.get(key, math.nan)) < LARGEST]
     rows = [row for row in rows if abs(row["epoch"]) < LARGEST]

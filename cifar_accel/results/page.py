@@ -1,175 +1,393 @@
-"""report.md and report.html of all runs below a folder."""
+"""report.html: one file that can be mailed. Style, figures and Vega are in it as text.
 
-import html
+What comes from run folders is escaped by Jinja; figures go in as JSON, in which `<` is written as
+an escape, so that no name ends the script.
+"""
+
+import base64
+import io
+import json
 import os
 import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
 from cifar_accel.console import printable
-from cifar_accel.errors import BadInput
-from cifar_accel.files import home, write_text
-from cifar_accel.options.options import ReportArguments
-from cifar_accel.results.charts import PLOTS, draw_comparison, plot_run, save_figure
-from cifar_accel.results.runs import RunFiles, find_runs
-from cifar_accel.results.tables import LEGEND, SIGN, Table, default_table, markdown, settings_table
+from cifar_accel.data.decode import decoded_images
+from cifar_accel.options.options import VOLATILE, flag, in_words
+from cifar_accel.records.predictions import Predictions, read_predictions
+from cifar_accel.results import figures
+from cifar_accel.results.calibration import (
+    at_temperature,
+    calibration_error,
+    reliability,
+    temperature,
+)
+from cifar_accel.results.mistakes import (
+    Mistake,
+    accuracy_by_class,
+    always_taken_for_one,
+    between_superclasses,
+    confident_mistakes,
+    most_confused,
+)
+from cifar_accel.results.runs import RunFiles
+from cifar_accel.results.sections import MARGIN, Entry, Section, checks, half_width, verdict_lines
+from cifar_accel.results.statistics import wilson
+from cifar_accel.results.superclasses import superclass_of
+from cifar_accel.results.tables import LEGEND, NONE, Table, section_table
 
-# Of the page. On a narrow screen wide tables scroll by themselves, and the plots of a run, side by
-# side elsewhere, stand below each other.
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;
-     color:#222;background:#fff}
-table{border-collapse:collapse;margin:1rem 0}
-th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}
-td{font-variant-numeric:tabular-nums}
-img{max-width:100%;height:auto}
-.plots{display:grid;gap:1rem;
-       grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
-.plots img{width:100%}
-code{background:#f4f4f4;padding:.1rem .3rem;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
-"""
+TEMPLATES = Path(__file__).parent / "templates"
 
+# Settings whose mistakes are shown, confused pairs, pictures, and the side of one in pixels.
+MOST_SETTINGS = 8
+PAIRS = 12
+PICTURES = 12
+PICTURE_SIDE = 96
 
-def write_report(args: ReportArguments) -> str:
-    """Write report.md and report.html into `args.folder`, and return the Markdown.
-
-    Runs that have no plots yet get them. Raises BadInput when there is no run at or below the
-    folder, or when it cannot be written.
-    """
-    folder = home(args.folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder")
-    runs = find_runs(folder)
-    if not runs:
-        raise BadInput(f"{folder}: no run folder (with config.json) at or below it")
-    for run in runs:
-        if run.rows and not all(_is_drawn(run, name) for name in PLOTS):
-            plot_run(run.path, lambda line: None)
-
-    # The tables are over finished runs; the others are listed with what became of them.
-    finished = [run for run in runs if run.finished]
-    unfinished = [_what_became_of(run, folder) for run in runs if not run.finished]
-    lost = {file.parent for file in folder.rglob("metrics.jsonl")} - {run.path for run in runs}
-    unfinished += [f"{path.relative_to(folder)}: no config.json of a run" for path in sorted(lost)]
-    tables = [default_table(finished), settings_table(finished)]
-    tables = [table for table in tables if table.rows]
-    text = report_in_markdown(tables, unfinished)
-    try:
-        for file in (folder / "report.md", folder / "report.html"):
-            if file.exists() and SIGN not in file.read_text(encoding="utf-8", errors="replace"):
-                raise BadInput(f"{file}: is no report of cifar-accel; move it away, or rename it")
-        # Markdown may hold HTML, and names come from files that anyone may have made.
-        write_text(folder / "report.md", html.escape(text, quote=False))
-        if finished:
-            save_figure(folder / "overview.png", lambda axes: draw_comparison(axes, finished))
-        page = report_in_html(folder, runs, tables, unfinished)
-        write_text(folder / "report.html", page)
-    except OSError as error:
-        raise BadInput(
-            f"{folder}: the report cannot be written there ({error.strerror})"
-        ) from error
-    return f"{text}\nThe page with the plots: {folder / 'report.html'}"
+# The curves: what an axis says, and what a metric is multiplied by.
+CURVES = {
+    "eval/accuracy": ("accuracy after each epoch, %", 100),
+    "eval/loss": ("loss after each epoch, nats", 1),
+    "train/loss": ("training loss, nats", 1),
+    "train/lr": ("learning rate", 1),
+}
 
 
-def _is_drawn(run: RunFiles, plot: str) -> bool:
-    """Whether a plot shows all rows. A run that was killed has drawn nothing itself."""
-    file = run.path / plot
-    rows = run.path / "metrics.jsonl"
-    return file.exists() and file.stat().st_mtime_ns >= rows.stat().st_mtime_ns
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page."""
+
+    id: str
+    title: str
+    height: int
+    # Its numbers, for those who do not see it.
+    table: Table | None
 
 
-def _what_became_of(run: RunFiles, folder: Path) -> str:
-    """One line for a run that is not finished."""
-    damaged = (run.path / "summary.json").exists()
-    otherwise = "no summary.json of a run" if damaged else "running or killed"
-    line = f"{run.path.relative_to(folder)}: {run.summary.get('status', otherwise)}"
-    error = run.summary.get("error")
-    return f"{line}, {error}" if error else line
+@dataclass
+class Charts:
+    """The figures so far: their Vega-Lite specifications, by id."""
+
+    specs: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, title: str, chart: Any, table: Table | None = None) -> Chart:
+        """Take in an Altair chart."""
+        number = f"chart-{len(self.specs) + 1}"
+        self.specs[number] = chart.to_dict()
+        # With axes and legend.
+        return Chart(number, title, self.specs[number]["height"] + 60, table)
 
 
-def report_in_markdown(tables: list[Table], unfinished: list[str]) -> str:
-    """The report as Markdown, not escaped: for a terminal."""
-    parts = [f"## {table.title}\n\n{markdown(table)}\n\n" for table in tables]
-    parts.append(LEGEND)
-    if unfinished:
-        parts.append("\n## Not finished\n\n")
-        parts += [f"- {printable(line)}\n" for line in unfinished]
-    return "".join(parts)
-
-
-# ---- the page; whatever comes from a file is escaped where it enters a piece of HTML
-
-
-def escape(text: str) -> str:
-    """`text` as HTML shows it: neither markup nor control characters."""
-    return html.escape(printable(text))
-
-
-def report_in_html(
-    folder: Path, runs: list[RunFiles], tables: list[Table], unfinished: list[str]
+def page(
+    title: str, folder: Path, runs: list[RunFiles], sections: list[Section], unfinished: list[str]
 ) -> str:
-    """The report as one HTML page that refers to the plots beside it by relative paths."""
-    # Resolved, since a folder that was given as "." has no name.
-    title = escape(folder.resolve().name)
-    parts = [f"<h1>{title}</h1>"]
-    parts += [table_in_html(table) for table in tables]
-    parts.append(f"<p>{LEGEND}</p>")
-    if unfinished:
-        lines = "".join(f"<li>{escape(line)}</li>" for line in unfinished)
-        parts.append(f"<h2>Not finished</h2><ul>{lines}</ul>")
-    if (folder / "overview.png").exists():
-        parts.append('<p><img src="overview.png" alt="accuracy of all runs"></p>')
-    parts += [run_in_html(run, folder) for run in runs]
-    body = "\n".join(parts)
-    return f"""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width">
-<title>{title}</title>
-<style>{STYLE}</style>
-<body>
-{body}
-</body>
-</html>
-"""
+    """The page of all `runs` below `folder`, the finished ones of them in `sections`."""
+    charts = Charts()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    # What a name may hold must not reach a terminal or the page's layout.
+    environment.finalize = lambda value: printable(value) if type(value) is str else value
+    described = [_section(section, charts) for section in sections]
+    return environment.get_template("page.html").render(
+        title=title,
+        facts=_facts(runs),
+        sections=described,
+        legend=LEGEND,
+        unfinished=unfinished,
+        runs=[_run(run, folder) for run in runs],
+        style=_text("page.css"),
+        script=_text("page.js"),
+        vega=vega(),
+        charts=json.dumps(charts.specs).replace("<", "\\u003c"),
+    )
 
 
-def table_in_html(table: Table) -> str:
-    """A table below its title."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
-    lines = [f"<tr>{head}</tr>"]
-    for row in table.rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    rows = "\n".join(lines)
-    return f"""
-<h2>{escape(table.title)}</h2>
-<div class=scroll><table>
-{rows}
-</table></div>"""
+def _text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def run_in_html(run: RunFiles, folder: Path) -> str:
-    """A run's section: its result, its command and its plots."""
-    # A report of one run's own folder has the plots beside it, and no name but the folder's.
+@cache
+def vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, of the version that Altair writes for."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle(vl_version="6.4")  # type: ignore[call-arg]
+    return bundle
+
+
+def _facts(runs: list[RunFiles]) -> str:
+    """What the runs are, in a line."""
+    finished = sum(run.finished for run in runs)
+    hours = sum(run.summary.get("wall_s") or 0 for run in runs) / 3600
+    data = sorted({run.setting.dataset for run in runs})
+    versions = sorted(
+        {
+            f"{name} {run.config['versions'].get(name)}"
+            for run in runs
+            for name in ("torch", "timm", "cifar_accel")
+            if name in run.config.get("versions", {})
+        }
+    )
+    counts = f"{finished} of {len(runs)} runs finished, {hours:.1f} hours of training"
+    return "; ".join([counts, ", ".join(data), *versions])
+
+
+# ---- a section
+
+
+def _section(section: Section, charts: Charts) -> dict[str, Any]:
+    """What the template is given of a section."""
+    predictions = [_predictions(entry) for entry in section.entries]
+    everything = [said for of_one in predictions for _, said in of_one]
+    alike = always_taken_for_one(everything) if _on_the_same_images(everything) else []
+    # Runs of an earlier version leave out where they err.
+    lines = checks(section)
+    without = sum(len(entry.group.runs) for entry in section.entries) - len(everything)
+    if without:
+        lines.append(f"{without} runs have no predictions: cifar-accel evaluate RUN writes them")
+    shown = list(zip(section.entries, predictions, strict=True))[:MOST_SETTINGS]
+    best = section.best.group
+    return {
+        "title": f"{best.setting.dataset}, {section.images}",
+        "verdict": verdict_lines(section),
+        "checks": lines,
+        "common": _common(section),
+        "settings": section_table(section),
+        "charts": [*_comparing(section, charts), *_calibration(shown, charts)],
+        "errors": [_errors(entry, of_one, charts) for entry, of_one in shown if of_one],
+        "images": f"{best.options.get('tested_on', 'test')} image",
+        "alike": _pictured(best.runs[0], alike[:PICTURES]),
+        "alike_count": f"{len(alike):,}",
+    }
+
+
+def _predictions(entry: Entry) -> list[tuple[RunFiles, Predictions]]:
+    """The setting's runs that have left predictions of the images that count, with these."""
+    tested_on = entry.group.options.get("tested_on", "test")
+    read = [(run, read_predictions(run.path).get(tested_on)) for run in entry.group.runs]
+    return [(run, said) for run, said in read if said is not None]
+
+
+def _on_the_same_images(predictions: Sequence[Predictions]) -> bool:
+    """Whether there are several, all of the same images."""
+    return len(predictions) > 1 and len({said.images for said in predictions}) == 1
+
+
+def _common(section: Section) -> str:
+    """The options in which all settings agree and that someone gave, in a line."""
+    groups = [entry.group for entry in section.entries]
+    given = sorted({name for group in groups for run in group.runs for name in run.flags})
+    words = []
+    for name in ["recipe", "epochs", "image_size", "batch_size", *given]:
+        values = {json.dumps(group.options.get(name)) for group in groups}
+        if len(values) == 1 and name not in VOLATILE | {"seed"}:
+            words.append(f"{flag(name)} {in_words(groups[0].options.get(name))}")
+    return "In all of them: " + ", ".join(dict.fromkeys(words))
+
+
+def _comparing(section: Section, charts: Charts) -> list[Chart]:
+    """Intervals, differences, curves and cost of the settings."""
+    spread = [_spread(entry) for entry in section.entries]
+    title = "Accuracy of each seed, mean and 95 % interval"
+    made = [charts.add(title, figures.intervals(spread))]
+
+    differences = [
+        {
+            "name": printable(entry.name),
+            "difference": round(100 * entry.comparison.difference, 3),
+            "low": round(100 * entry.comparison.interval.low, 3),
+            "high": round(100 * entry.comparison.interval.high, 3),
+        }
+        for entry in section.entries
+        if entry.comparison and entry.comparison.interval
+    ]
+    if differences:
+        title = f"Difference to the best; within the band, {100 * MARGIN:g} points, it is too small"
+        made.append(charts.add(title, figures.differences(differences, 100 * MARGIN)))
+
+    for key, (label, scale) in CURVES.items():
+        curves = {
+            printable(entry.name): figures.binned(entry.group.runs, key, scale)
+            for entry in section.entries
+        }
+        drawn = {name: rows for name, rows in curves.items() if rows}
+        if drawn:
+            title = f"{label[0].upper()}{label[1:]}: mean, and from the least to the largest seed"
+            made.append(charts.add(title, figures.curves(drawn, label)))
+
+    cost = [
+        {
+            "name": printable(entry.name),
+            "minutes": round(run.summary["wall_s"] / 60, 2),
+            "accuracy": round(100 * run.summary["accuracy"], 3),
+            "seed": run.options["seed"],
+        }
+        for entry in section.entries
+        for run in entry.group.runs
+        if run.summary.get("wall_s")
+    ]
+    if cost:
+        made.append(charts.add("Accuracy and time, a point a run", figures.cost(cost)))
+    return made
+
+
+def _spread(entry: Entry) -> dict[str, Any]:
+    """A row of `figures.intervals`."""
+    values = [100 * accuracy for accuracy in entry.group.accuracies]
+    mean = float(np.mean(values))
+    half = 100 * (half_width(entry) or 0)
+    return {
+        "name": printable(entry.name),
+        "mean": round(mean, 3),
+        "low": round(mean - half, 3),
+        "high": round(mean + half, 3),
+        "values": [round(value, 3) for value in values],
+    }
+
+
+def _calibration(
+    shown: list[tuple[Entry, list[tuple[RunFiles, Predictions]]]], charts: Charts
+) -> list[Chart]:
+    """How far the settings' probabilities can be believed; of runs that have logits."""
+    by_setting = {}
+    rows = []
+    for entry, predictions in shown:
+        with_logits = [(run, said) for run, said in predictions if said.logits is not None]
+        if not with_logits:
+            continue
+        binned = [reliability(at_temperature(said, 1.0), said.correct) for _, said in with_logits]
+        by_setting[printable(entry.name)] = binned[0]
+        error = 100 * float(np.mean([calibration_error(bins) for bins in binned]))
+        rows.append([entry.name, f"{error:.2f}", *_mended(with_logits)])
+    if not by_setting:
+        return []
+    head = ["setting", "ECE, %", "temperature", "ECE with it, %"]
+    chart = figures.reliability_chart(by_setting)
+    title = "Accuracy over confidence, of each setting's first seed"
+    return [charts.add(title, chart, Table("Calibration", head, rows))]
+
+
+def _mended(with_logits: list[tuple[RunFiles, Predictions]]) -> list[str]:
+    """The temperature that held-out images ask for, and the calibration error with it."""
+    found = []
+    for run, said in with_logits:
+        held_out = read_predictions(run.path).get("held-out")
+        # Not of the images by which the run is judged.
+        if held_out and held_out.logits is not None and held_out.images != said.images:
+            divisor = temperature(held_out)
+            bins = reliability(at_temperature(said, divisor), said.correct)
+            found.append((divisor, calibration_error(bins)))
+    if not found:
+        return ["needs --validation-fraction", NONE]
+    divisor, error = np.mean(found, axis=0)
+    direction = "overconfident" if divisor > 1 else "underconfident"
+    return [f"{divisor:.2f} ({direction})", f"{100 * error:.2f}"]
+
+
+# ---- where a setting errs
+
+
+def _errors(
+    entry: Entry, of_runs: list[tuple[RunFiles, Predictions]], charts: Charts
+) -> dict[str, Any]:
+    """What the template is given of a setting's mistakes."""
+    predictions = [said for _, said in of_runs]
+    if not _on_the_same_images(predictions):
+        # Each seed has test images of its own: one stands for all.
+        predictions = predictions[:1]
+    classes = predictions[0].classes
+    pairs = [
+        [pair.true, pair.taken_for, f"{pair.images:.1f}", f"{pair.share:.0%}"]
+        for pair in most_confused(predictions, PAIRS)
+    ]
+    tables = [
+        Table("Confused most often", ["class", "taken for", "images", "of the class"], pairs),
+        _by_class(predictions),
+    ]
+    made = []
+    above = superclass_of(classes)
+    if above:
+        shares = between_superclasses(predictions, above)
+        chart = figures.superclass_map(shares, sorted(set(above)))
+        made.append(charts.add("Super-classes: what their images are taken for, in %", chart))
+    return {
+        "name": entry.name,
+        "charts": made,
+        "tables": tables,
+        "mistakes": _pictured(of_runs[0][0], confident_mistakes(predictions[0], PICTURES)),
+    }
+
+
+def _by_class(predictions: list[Predictions]) -> Table:
+    """Accuracy of each class with its interval, the lowest first."""
+    shares, images = accuracy_by_class(predictions)
+    rows = []
+    for c in np.argsort(shares, kind="stable"):
+        if images[c]:
+            low, high = wilson(round(shares[c] * images[c]), int(images[c]))
+            between = f"{low:.0%} to {high:.0%}"
+            rows.append([predictions[0].classes[c], f"{shares[c]:.1%}", between, str(images[c])])
+    return Table("By class", ["class", "accuracy", "95 % interval", "images"], rows)
+
+
+def _pictured(run: RunFiles, mistakes: list[Mistake]) -> list[dict[str, Any]]:
+    """Mistakes with their pictures, where the decoded images are on this machine."""
+    options = run.options
+    kind = "test" if options.get("tested_on", "test") == "test" else "train"
+    images = decoded_images(
+        str(options["data_dir"]),
+        str(options.get("data_fingerprint")),
+        options.get("stored_size"),
+        kind,
+    )
+    shown = []
+    for mistake in mistakes:
+        picture = ""
+        if images is not None and mistake.place < len(images):
+            picture = _webp(images[mistake.place])
+        sure = f"{mistake.probability:.0%} sure" if mistake.probability else ""
+        shown.append(asdict(mistake) | {"picture": picture, "sure": sure})
+    return shown
+
+
+def _webp(pixels: Any) -> str:
+    """An image uint8 [3, H, W] as WebP, no larger than its place on the page; in base 64."""
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    image.thumbnail((2 * PICTURE_SIDE, 2 * PICTURE_SIDE))
+    encoded = io.BytesIO()
+    image.save(encoded, "WEBP", quality=85)
+    return base64.b64encode(encoded.getvalue()).decode()
+
+
+# ---- a run
+
+
+def _run(run: RunFiles, folder: Path) -> dict[str, Any]:
+    """What the template is given of a run."""
     parts = run.path.relative_to(folder).parts
+    # A report of one run's own folder has no name for it but the folder's.
     name = "/".join(parts) or run.path.name
     # As bytes, since the name of a folder need not be UTF-8.
     base = "".join(f"{quote(os.fsencode(part))}/" for part in parts)
-    images = []
-    for file, shows in PLOTS.items():
-        if (run.path / file).exists():
-            images.append(f'<img src="{base}{file}" alt="{shows} of {escape(name)}">')
-
-    result = f"seed {run.options['seed']}, {run.summary.get('steps', 0):,} steps"
+    names = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "accuracy.png", "lr.png")
+    files = [{"name": n, "href": Markup(f"{base}{n}")} for n in names if (run.path / n).exists()]
     accuracy = run.summary.get("accuracy")
+    result = run.summary.get("status", "not finished")
     if accuracy is not None:
-        result = f"accuracy {accuracy:.2%}, {result}"
+        result = f"{accuracy:.2%}, seed {run.options['seed']}"
+    given = [[flag(name), in_words(run.options.get(name))] for name in sorted(run.flags)]
     # The first word is the program's path on the machine that trained.
     command = shlex.join(["python", "-m", "cifar_accel", *run.command[1:]])
-    return f"""
-<h2>{escape(name)}</h2>
-<p>{escape(result)}</p>
-<p><code>{escape(command)}</code></p>
-<div class=plots>{"".join(images)}</div>"""
+    table = Table("Given by flag", ["option", "value"], given)
+    return {"name": name, "result": result, "command": command, "files": files, "table": table}

@@ -37,16 +37,26 @@ class RunFiles:
     path: Path
     # Every option of TrainingArguments by name, and what was known only once the run was set up.
     options: dict[str, Any]
-    # The options that were given by flag.
-    flags: set[str]
-    # The command line that started it.
-    command: list[str]
+    # config.json as it is.
+    config: dict[str, Any]
     # summary.json; {} as long as there is none.
     summary: dict[str, Any]
     # When that was written, in seconds; 0 as long as there is none.
     ended_at: float
     # The lines of metrics.jsonl, by step.
     rows: list[dict[str, Any]]
+
+    @property
+    def flags(self) -> set[str]:
+        """The options that were given by flag."""
+        provenance = self.config.get("provenance", {})
+        return {name for name, source in provenance.items() if source == "flag"}
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that started it."""
+        words: list[str] = self.config.get("command", [])
+        return words
 
     @property
     def finished(self) -> bool:
@@ -81,13 +91,11 @@ def read_run(path: Path) -> RunFiles | None:
     options["weights"] = config.get("weights")
     metrics = path / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
-    provenance = config.get("provenance", {})
     file = path / "summary.json"
     return RunFiles(
         path=path,
         options=options,
-        flags={name for name, source in provenance.items() if source == "flag"},
-        command=config.get("command", []),
+        config=config,
         summary=read_summary(path),
         ended_at=file.stat().st_mtime if file.exists() else 0.0,
         rows=rows,

@@ -1,14 +1,15 @@
-"""Tables over runs; runs that differ in the seed alone are averaged."""
+"""Tables of texts: of the settings, and in Markdown or for a terminal."""
 
 import statistics
 from dataclasses import dataclass
 
 from cifar_accel.console import printable
 from cifar_accel.results.groups import Group, group_by_seed
-from cifar_accel.results.runs import RunFiles, Setting
+from cifar_accel.results.runs import RunFiles
+from cifar_accel.results.sections import Entry, Section, accuracy_in_words, sections_of
 
-# The course report's own results: (family, optimizer, schedule) -> training loss of the last epoch
-# and accuracy on the test images, a share of 1.
+# The course report's own results on CIFAR-100, by model, optimizer and schedule: training loss of
+# the last epoch, and accuracy on the test images, a share of 1.
 PUBLISHED = {
     ("nfnet", "adamw", "cosine"): (1.6041, 0.7423),
     ("nfnet", "sgdm", "cosine"): (2.4778, 0.5847),
@@ -16,93 +17,91 @@ PUBLISHED = {
     ("vit", "adamw", "cosine"): (1.7612, 0.7317),
 }
 
-# The last columns of every table.
-FIGURES = ["loss", "acc. %", "report"]
-
 # What stands in a cell without a value.
 NONE = "–"
+# In a terminal the least text of a setting, and what stands for the rest.
+SHORTEST = 24
+CUT = "…"
 
 # What the columns mean, below the tables; and the words by which a file is known to be a report.
 SIGN = "mean training loss of the last epoch"
-LEGEND = f"""\
-loss: {SIGN} (smoothing and mixing included);
-acc.: top-1 on the test images, or on held-out ones where there are none. report:
-loss and accuracy in the course report, for the family, optimizer and schedule of
-the row, with NFNet-F0 and ViT-B/8 on CIFAR-100.
-"""
+LEGEND = (
+    "acc.: top-1, mean over seeds ± half of its 95 % interval (n seeds). stands: below the best, "
+    "or perhaps (below?); the same within half a point (= best); or it cannot be told (≈ best). "
+    f"to the best: the difference in points, with its 95 % interval. loss: {SIGN}, smoothing and "
+    "mixing included. lr: the highest learning rate. minutes: of a run, with evaluations."
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts."""
+    """A table of texts; its first column is the most important one, its last the least."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
 
 
-def default_table(runs: list[RunFiles]) -> Table:
-    """The report's first table: one row per model under AdamW with warm-up and cosine."""
-    in_default_setting = [
-        run
-        for run in runs
-        if run.setting.optimizer == "adamw" and run.setting.scheduler == "cosine"
-    ]
-    rows = []
-    for group in group_by_seed(in_default_setting):
-        rows.append([_model(group), group.setting.dataset, *_figures(group)])
-    title = "Default setting (AdamW, warm-up + cosine)"
-    return Table(title, ["model", "data", *FIGURES], rows)
-
-
 def settings_table(runs: list[RunFiles]) -> Table:
-    """The report's second table: optimizers and schedules."""
-    rows = []
-    for group in group_by_seed(runs):
-        setting = group.setting
-        how = f"{setting.optimizer}, {setting.scheduler}"
-        rows.append([_model(group), setting.dataset, how, *_figures(group)])
-    return Table(
-        "Optimizers and schedules", ["model", "data", "optimizer, schedule", *FIGURES], rows
-    )
+    """The settings of finished runs, the best first; sections that cannot be compared in turn."""
+    sections = sections_of(group_by_seed(runs))
+    tables = [section_table(section) for section in sections]
+    rows = [row for table in tables for row in table.rows]
+    return Table("Settings", tables[0].head if tables else [], rows)
 
 
-def _model(group: Group) -> str:
-    """The model, with the label behind it."""
-    return f"{group.setting.model} ({group.label})" if group.label else group.setting.model
+def section_table(section: Section) -> Table:
+    """The settings of one section, the best first."""
+    head = ["setting", "acc. %", "stands", "to the best", "top 5", "loss", "lr", "img/s", "minutes"]
+    published = [_published(entry.group) for entry in section.entries]
+    rows = [_row(entry) for entry in section.entries]
+    if any(published):
+        head.append("course report")
+        rows = [[*row, cell or NONE] for row, cell in zip(rows, published, strict=True)]
+    return Table("Settings", head, rows)
 
 
-def _figures(group: Group) -> list[str]:
-    """The cells below FIGURES."""
-    losses = [run.summary["train_loss"] for run in group.runs]
-    # A run that ended within its first epoch has no loss of a whole one.
-    losses = [loss for loss in losses if loss is not None]
-    accuracies = [100 * accuracy for accuracy in group.accuracies]
+def _row(entry: Entry) -> list[str]:
+    runs = entry.group.runs
+    comparison = entry.comparison
+    difference = NONE
+    if comparison:
+        difference = f"{100 * comparison.difference:+.2f}"
+        if comparison.interval:
+            low, high = (f"{100 * bound:+.2f}" for bound in comparison.interval)
+            difference += f" [{low}, {high}]"
     return [
-        mean_and_deviation(losses, digits=4),
-        mean_and_deviation(accuracies, digits=2),
-        _published(group.setting),
+        entry.name,
+        accuracy_in_words(entry).replace(" %", ""),
+        entry.standing,
+        difference,
+        _mean(runs, "top5_accuracy", 100, ".2f"),
+        _mean(runs, "train_loss", 1, ".4f"),
+        f"{entry.group.options['learning_rate']:.3g}",
+        _mean(runs, "images_per_s", 1, ",.0f"),
+        _mean(runs, "wall_s", 1 / 60, ".1f"),
     ]
 
 
-def mean_and_deviation(values: list[float], digits: int) -> str:
-    """The mean, with standard deviation and n where there are several values."""
-    if not values:
-        return NONE
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
+def _mean(runs: list[RunFiles], key: str, scale: float, digits: str) -> str:
+    """The mean of a figure of summary.json; a run may have ended without it."""
+    values = [run.summary.get(key) for run in runs]
+    known = [scale * value for value in values if isinstance(value, int | float)]
+    return format(statistics.mean(known), digits) if known else NONE
 
 
-def _published(setting: Setting) -> str:
-    """Loss and accuracy (in percent) of the course report for a setting, by the model's family."""
-    # A DeiT is a ViT that was trained otherwise.
-    model = setting.model.lower().replace("deit", "vit")
-    for (family, *how), (loss, accuracy) in PUBLISHED.items():
-        if family in model and how == [setting.optimizer, setting.scheduler]:
-            return f"{loss:.4f}, {100 * accuracy:.2f}"
-    return NONE
+def _published(group: Group) -> str:
+    """Loss and accuracy in percent of the course report, where model and data are its own."""
+    options = group.options
+    data = options["dataset"].rstrip("/").rpartition("/")[2]
+    figures = PUBLISHED.get((options["model"], options["optimizer"], options["scheduler"]))
+    if figures is None or data != "cifar100" or options["recipe"] != "report":
+        return ""
+    loss, accuracy = figures
+    return f"{loss:.4f}, {100 * accuracy:.2f}"
+
+
+# ---- as text
 
 
 def markdown(table: Table) -> str:
@@ -118,3 +117,26 @@ def markdown(table: Table) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def fitted(table: Table, columns: int) -> Table:
+    """The table as wide as a terminal of so many columns: without its last ones, its first cut."""
+    widths = [
+        max(len(printable(cell)) for cell in column)
+        for column in zip(table.head, *table.rows, strict=True)
+    ]
+    first = min(widths[0], SHORTEST)
+    # "| a | b |": three characters a column, and one more.
+    kept = 1
+    room = columns - 1 - (first + 3)
+    while kept < len(widths) and room >= widths[kept] + 3:
+        room -= widths[kept] + 3
+        kept += 1
+    longest = first + max(0, room)
+
+    def cut(row: list[str]) -> list[str]:
+        name = printable(row[0])
+        short = name if len(name) <= longest else name[: longest - 1] + CUT
+        return [short, *row[1:kept]]
+
+    return Table(table.title, cut(table.head), [cut(row) for row in table.rows])

@@ -1,17 +1,27 @@
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import heed_signals, steps, summary, wait_for
+from filelock import FileLock
 from made_runs import make_run
 
+import cifar_accel.launch.command as command_module
 from cifar_accel.cli import main
-from cifar_accel.launch.study import as_flags, is_finished, name_runs, plan_runs, read_study
-from cifar_accel.launch.yaml_files import shipped_folder
+from cifar_accel.errors import BadInput
+from cifar_accel.launch.study import places_for
+from cifar_accel.launch.study_file import read_study
+from cifar_accel.launch.study_runs import StudyRun, plan_runs
 
 
 def study_file(path: Path, cache: str, **extra) -> Path:
@@ -33,10 +43,37 @@ def study_file(path: Path, cache: str, **extra) -> Path:
     return path
 
 
+def command(file: Path, *words) -> list:
+    start = [sys.executable, "-m", "cifar_accel.cli", "study", file]
+    return [*start, "--save-dir", file.parent / "ck", *words]
+
+
 def run_study(file: Path, *words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "cifar_accel.cli", "study", file]
-    command += ["--save-dir", file.parent / "ck", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=file.parent, timeout=240)
+    return subprocess.run(
+        command(file, *words), capture_output=True, text=True, cwd=file.parent, timeout=240
+    )
+
+
+def start_study(file: Path, *words) -> subprocess.Popen:
+    """A study whose output is to be read as it comes."""
+    return subprocess.Popen(
+        command(file, *words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=file.parent,
+        preexec_fn=heed_signals,
+    )
+
+
+def read_to(process: subprocess.Popen, words: str) -> str:
+    """What a process prints, to the first line that holds `words`."""
+    told = ""
+    for line in process.stdout:
+        told += line
+        if words in line:
+            return told
+    raise AssertionError(f"{words!r} is not in\n{told}")
 
 
 # ---- whole studies
@@ -54,24 +91,149 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
     def written() -> list[int]:
         return [(tmp_path / "ck" / n / "metrics.jsonl").stat().st_mtime_ns for n in "ac"]
 
+    # The plan, a line for each run, the table, and what failed: nothing else.
     first = run_study(file)
     assert first.returncode == 1
-    assert "2 of 3 runs finished" in first.stdout
-    assert re.search(r"failed: .*/ck/b ", first.stdout)
+    plan, launch, *lines = first.stdout.splitlines()
+    assert plan == "study three: 0 of 3 runs finished, 3 to do; time left not known yet"
+    assert launch.startswith("launch: one process")
+    folder = re.escape(str(tmp_path / "ck"))
+    patterns = [
+        rf"1 of 3: accuracy \d+\.\d\d%, \d+ s; about \d+ s left: {folder}/a",
+        rf"2 of 3: failed \(exit code \d\); about \d+ s left: {folder}/b",
+        rf"3 of 3: accuracy \d+\.\d\d%, \d+ s; nothing left: {folder}/c",
+        "",
+        r"\|.*acc.*\|",
+        r"\|-[-|]*\|",
+        r"\|.*test_nfnet.*\|",
+        "",
+        "study three: 2 of 3 runs finished",
+        rf"  failed: {folder}/b \(.*",
+    ]
+    assert len(lines) == len(patterns)
+    for pattern, line in zip(patterns, lines, strict=True):
+        assert re.fullmatch(pattern, line), line
     assert "no such file" in first.stderr
 
     before = written()
     shutil.copy(tmp_path / "ck" / "a" / "model" / "model.safetensors", later)
-    second = run_study(file)
+    second = run_study(file, "--verbose")
     assert second.returncode == 0
-    assert "3 of 3 runs finished" in second.stdout
-    assert second.stdout.count("finished before") == 2
+    assert "2 of 3 runs finished, 1 to do; about" in second.stdout
+    assert "study three: 3 of 3 runs finished" in second.stdout
     assert second.stdout.count("loading torch") == 1
     assert written() == before
 
     third = run_study(file)
     assert third.returncode == 0
-    assert third.stdout.count("finished before") == 3
+    assert "3 of 3 runs finished, 0 to do; nothing left" in third.stdout
+    table = [line for line in third.stdout.splitlines() if line.startswith("|")]
+    assert len(table) > 2
+    assert [line for line in second.stdout.splitlines() if line.startswith("|")] == table
+
+
+def test_jobs_run_at_a_time_stop_by_ctrl_c_and_go_on(tmp_path, cache):
+    """Three runs, two at a time; the one that fails says why."""
+    rows = [{"run_name": name, "epochs": 20} for name in "abc"]
+    rows[2]["checkpoint"] = str(tmp_path / "never.pth")
+    file = study_file(tmp_path / "study.yaml", cache, runs=rows)
+    ck = tmp_path / "ck"
+    process = start_study(file, "--jobs", "2")
+    wait_for(lambda: all((ck / name / "metrics.jsonl").exists() for name in "ab"))
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 143
+    assert "study: stopping; what runs saves a checkpoint first" in told
+    assert "the same command goes on from here" in told
+    assert [summary(ck / name)["status"] for name in "ab"] == ["preempted"] * 2
+    assert not (ck / "c").exists()
+
+    done = run_study(file, "--jobs", "2")
+    assert done.returncode == 1
+    assert "0 of 3 runs finished, 3 to do" in done.stdout
+    assert "study three: 2 of 3 runs finished" in done.stdout
+    assert done.stderr.count("never.pth: no such file") == 1
+    assert [summary(ck / name)["steps"] for name in "ab"] == [160] * 2
+    # A run goes on where it was stopped: each step is logged once.
+    assert steps(ck / "a") == sorted(set(steps(ck / "a")))
+
+
+def test_two_studies_of_one_file_share_its_runs(tmp_path, cache):
+    rows = [{"run_name": name} for name in "ab"]
+    file = study_file(tmp_path / "study.yaml", cache, runs=rows)
+    studies = [start_study(file), start_study(file)]
+    told = [process.communicate(timeout=240)[0] for process in studies]
+    assert [process.returncode for process in studies] == [0, 0]
+    assert all("study three: 2 of 2 runs finished" in output for output in told)
+    # Each was trained once.
+    for name in "ab":
+        config = json.loads((tmp_path / "ck" / name / "config.json").read_text())
+        assert not config.get("resumed")
+        assert steps(tmp_path / "ck" / name)[-1] == 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells the bar by a terminal of Linux")
+def test_on_a_terminal_the_bar_of_the_run_is_shown(tmp_path, cache):
+    file = study_file(tmp_path / "study.yaml", cache, runs=[{"run_name": "a"}])
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
+    with open(its, "wb") as terminal:
+        process = subprocess.Popen(
+            command(file), stdout=subprocess.DEVNULL, stderr=terminal, cwd=tmp_path
+        )
+    shown = b""
+    # At its end a terminal is an error to read.
+    with open(ours, "rb", buffering=0) as reader, contextlib.suppress(OSError):
+        while part := reader.read(1000):
+            shown += part
+    assert process.wait(60) == 0
+    assert b"epoch 2/2 100%" in shown
+    assert b"loading torch" not in shown
+
+
+# ---- what another process trains
+
+
+def one_run(tmp_path: Path) -> tuple[Path, StudyRun]:
+    """A study of one run, and that run."""
+    file = tmp_path / "study.yaml"
+    file.write_text("runs: [{run_name: a, dataset: digits}]")
+    (run,) = plan_runs(str(file), read_study(str(file)), [], str(tmp_path / "ck"))
+    return file, run
+
+
+def finish(run: StudyRun) -> None:
+    """Write what the run's own training would leave."""
+    make_run(run.folder)
+    config = json.loads((run.folder / "config.json").read_text())
+    config["command"] = ["program", *run.words]
+    (run.folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_in_progress_elsewhere_is_waited_for(tmp_path):
+    file, run = one_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    with FileLock(run.folder / ".lock"):
+        (run.folder / ".lock").write_text("process 7 on here\n")
+        process = start_study(file)
+        told = read_to(process, "waiting for 1")
+        assert f"{run.folder}: in progress elsewhere, process 7 on here" in told
+        finish(run)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "1 of 1: accuracy 50.00%" in told
+
+
+def test_ctrl_c_ends_the_wait_for_another_process(tmp_path):
+    file, run = one_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    with FileLock(run.folder / ".lock"):
+        process = start_study(file)
+        read_to(process, "waiting for 1")
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[0]
+    assert process.returncode == 143
+    assert "the same command goes on from here" in told
 
 
 def test_a_marker_of_an_earlier_stop_does_not_stop_the_study(tmp_path, cache):
@@ -81,107 +243,6 @@ def test_a_marker_of_an_earlier_stop_does_not_stop_the_study(tmp_path, cache):
     done = run_study(study_file(tmp_path / "study.yaml", cache, runs=rows))
     assert done.returncode == 1
     assert "1 of 2 runs finished" in done.stdout
-
-
-# ---- the file
-
-
-def test_the_shipped_studies():
-    report = read_study(str(shipped_folder("studies") / "report.yaml"))
-    assert report.name == "report"
-    names = ("run_name", "model", "optimizer", "scheduler")
-    assert [tuple(options[name] for name in names) for options in report.runs] == [
-        ("convnet/adamw", "nfnet", "adamw", "cosine"),
-        ("convnet/sgdm", "nfnet", "sgdm", "cosine"),
-        ("convnet/linear_decay", "nfnet", "adamw", "linear_decay"),
-        ("vit/adamw", "vit", "adamw", "cosine"),
-    ]
-    tour = read_study(str(shipped_folder("studies") / "tour.yaml"))
-    assert len(tour.runs) == 4
-
-
-@pytest.mark.parametrize("words, whole", [([], False), (["--max-steps=8"], True)])
-def test_a_run_that_was_cut_short_by_hand_is_not_finished(tmp_path, words, whole):
-    run = make_run(tmp_path / "a", {"steps": 8})
-    config = json.loads((run / "config.json").read_text())
-    config["command"] = ["program", *words]
-    (run / "config.json").write_text(json.dumps(config))
-    assert is_finished(run, words) == whole
-
-
-def test_a_sweep_file_is_a_grid(tmp_path):
-    file = tmp_path / "sweep.yaml"
-    file.write_text("""
-program: cifar_accel
-method: grid
-parameters: {seed: {values: [1, 2]}, optimizer: {values: [adamw, sgdm]}, model_ema: {value: true}}
-""")
-    runs = read_study(str(file)).runs
-    points = [(options["seed"], options["optimizer"]) for options in runs]
-    assert points == [(1, "adamw"), (1, "sgdm"), (2, "adamw"), (2, "sgdm")]
-    words = ["--group=sweep", "--seed=1", "--optimizer=adamw", "--model-ema"]
-    assert list(as_flags(runs[0])) == words
-
-
-def test_every_kind_of_value_has_its_words():
-    options = {"pretrained": False, "max_time": None, "model_kwargs": ["a=1", "b=2"]}
-    words = ["--no-pretrained", "--max-time=none", "--model-kwargs", "a=1", "b=2"]
-    assert list(as_flags(options)) == words
-
-
-# Three options of a thousand values each.
-A_BILLION_RUNS = "parameters:" + "".join(
-    f"\n  {name}: {{values: {list(range(1, 1001))}}}" for name in ("seed", "epochs", "batch_size")
-)
-
-# Each line repeats the one above it ten times.
-A_BILLION_WORDS = "a0: &a0 [x]" + "".join(
-    f"\na{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)
-)
-A_BILLION_MERGES = "a0: &a0 {x: y}" + "".join(
-    f"\na{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)
-)
-
-
-def test_aliases_and_merges_are_read(tmp_path):
-    file = tmp_path / "study.yaml"
-    file.write_text("parameters: {seed: &s {values: [1, 2]}, epochs: *s}")
-    assert len(read_study(str(file)).runs) == 4
-    file.write_text("runs: [&a {seed: 1, model: vit}, {<<: *a, seed: 2}]")
-    models = [(options["model"], options["seed"]) for options in read_study(str(file)).runs]
-    assert models == [("vit", 1), ("vit", 2)]
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("runs: [", "is not YAML"),
-        ("name: 2001-99-99", "is not YAML"),
-        ("name: x", "needs `parameters`"),
-        ("runs: [{modell: vit}]", "there is no option modell; did you mean model"),
-        ("runs: 3", "`runs` a list of tables"),
-        ("parameters: [a]", "`parameters` must be a table"),
-        ("parameters: {seed: {values: 3}}", "a list `values`"),
-        ("parameters: {seed: 3}", "needs `value` or a list `values`"),
-        ("method: bayes\nparameters: {seed: {value: 3}}", "wandb's agent"),
-        ("runs: [{seed: 1, run_name: a}, {seed: 1, run_name: a}]", "two runs are the same"),
-        ("runs: [{epochs: 0}]", "--epochs 0"),
-        ("runs: [{dry_run: true}]", "--dry-run looks at one run"),
-        ("parameters: {seed: {values: []}}", "a list `values` that is not empty"),
-        (A_BILLION_RUNS, "more than 10,000 runs"),
-        (A_BILLION_WORDS, "more than 1,000,000 characters, its aliases written out"),
-        (A_BILLION_MERGES, "more than 1,000,000 characters, its aliases written out"),
-        ("runs: [{seed: 1}]\nruns: [{seed: 2}]", "a key stands twice in a table"),
-        ("runs: &a [*a]", "more than 1,000,000 characters, its aliases written out"),
-    ],
-)
-def test_a_bad_study_starts_nothing(in_process, tmp_path, text, message):
-    (tmp_path / "study.yaml").write_text(text)
-    code, _, err = in_process(main, "study", tmp_path / "study.yaml")
-    assert code == 2
-    assert message in err
-    assert err.count("\n") == 1
 
 
 def test_a_bad_launcher_config_starts_nothing(in_process, tmp_path, monkeypatch):
@@ -194,29 +255,95 @@ def test_a_bad_launcher_config_starts_nothing(in_process, tmp_path, monkeypatch)
     assert out == ""
 
 
-# ---- names
+# ---- what is only shown
 
 
-def test_seeds_of_a_setting_share_the_plan_of_a_budget():
-    grid = [
-        {"optimizer": optimizer, "seed": seed} for optimizer in ("adamw", "lion") for seed in (1, 2)
-    ]
-    runs = [{"recipe": "finetune", "budget": "30m", "model": "test_vit", **point} for point in grid]
-    planned = plan_runs("study.yaml", runs, [])
-    taken_over = [[word for word in words if "plan-of" in word] for words in planned.values()]
-    folders = list(planned)
-    assert taken_over == [[], [f"--plan-of={folders[0]}"], [], [f"--plan-of={folders[2]}"]]
-    # Without a budget there is nothing to share.
-    plain = plan_runs("study.yaml", [{"seed": 1}, {"seed": 2}], [])
-    assert not any("plan-of" in word for words in plain.values() for word in words)
+@pytest.mark.parametrize("flag", ["--status", "--dry-run"])
+def test_what_is_shown_is_not_trained(in_process, tmp_path, flag):
+    file = tmp_path / "study.yaml"
+    file.write_text("runs: [{run_name: a, dataset: digits}, {run_name: b c, seed: 4}]")
+    a, _ = plan_runs(str(file), read_study(str(file)), [], str(tmp_path / "ck"))
+    finish(a)
+    before = set(tmp_path.rglob("*"))
+    code, out, _ = in_process(main, "study", file, flag, "--save-dir", tmp_path / "ck")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "study study: 1 of 2 runs finished, 1 to do; time left not known yet"
+    assert f"{a.folder}: finished, accuracy 50.00%" in lines
+    assert f"{tmp_path}/ck/b c: to do" in lines
+    command = (
+        f"    {sys.executable} -m cifar_accel --group=study '--run-name=b c' --seed=4 "
+        f"--save-dir={tmp_path}/ck"
+    )
+    assert (command in lines) == (flag == "--dry-run")
+    assert set(tmp_path.rglob("*")) == before
 
 
-def test_runs_of_a_grid_get_names_of_their_own():
-    runs = [{"learning_rate": rate, "seed": seed} for rate in (0.1, 0.2) for seed in (1, 2)]
-    assert name_runs(runs, ["m/adamw-s1", "m/adamw-s2"] * 2) == [
-        "m/adamw-s1-learning_rate=0.1",
-        "m/adamw-s2-learning_rate=0.1",
-        "m/adamw-s1-learning_rate=0.2",
-        "m/adamw-s2-learning_rate=0.2",
-    ]
-    assert name_runs([{"seed": 1}, {"seed": 2}], ["a", "b"]) == ["a", "b"]
+# ---- places
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with so many GPUs, by a program that stands for nvidia-smi."""
+
+    def with_gpus(count: int, visible: str | None = None) -> None:
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\n" + "echo 'GPU 0: one'\n" * count)
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        monkeypatch.delenv("ACCELERATE_CONFIG_FILE", raising=False)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        command_module._installed_gpus.cache_clear()
+
+    yield with_gpus
+    command_module._installed_gpus.cache_clear()
+
+
+@pytest.mark.parametrize("visible, taken", [(None, ["0", "1"]), ("3,GPU-7,1", ["3", "GPU-7"])])
+def test_jobs_take_a_gpu_each(machine, visible, taken):
+    machine(4, visible)
+    places = places_for(2)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in places.environments] == taken
+    assert places.environments[0]["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert places.command == [sys.executable, "-m", "cifar_accel"]
+    assert "OMP_NUM_THREADS" not in places.environments[0]
+    with pytest.raises(BadInput, match=r"--jobs 5: each run takes a GPU, of which there are [34]"):
+        places_for(5)
+
+
+def test_jobs_share_the_cores_where_there_is_no_gpu(machine, monkeypatch):
+    machine(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert [each["OMP_NUM_THREADS"] for each in places_for(3).environments] == ["2"] * 3
+    assert places_for(20).environments[0]["OMP_NUM_THREADS"] == "1"
+    # One at a time is what it was; and what the user set stays.
+    assert "OMP_NUM_THREADS" not in places_for(1).environments[0]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert places_for(3).environments[0]["OMP_NUM_THREADS"] == "5"
+
+
+def test_jobs_are_of_one_process_each(machine, in_process, tmp_path, monkeypatch):
+    machine(2)
+    config = tmp_path / "two.yaml"
+    config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2")
+    monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(config))
+    file, _ = one_run(tmp_path)
+    code, out, err = in_process(main, "study", file, "--jobs", 2)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--jobs 2: {config} asks for a launcher" in err
+    # Its own choice of GPUs is kept.
+    config.write_text("distributed_type: NO\ngpu_ids: 1,0")
+    places = places_for(2)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in places.environments] == ["1", "0"]
+
+
+def test_no_jobs_are_refused(in_process, tmp_path):
+    file, _ = one_run(tmp_path)
+    code, _, err = in_process(main, "study", file, "--jobs", 0)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--jobs 0: must be greater than 0" in err

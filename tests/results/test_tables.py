@@ -3,22 +3,40 @@ import json
 from made_runs import make_run
 
 from cifar_accel.results.runs import find_runs
-from cifar_accel.results.tables import Table, default_table, markdown, settings_table
+from cifar_accel.results.tables import Table, fitted, markdown, settings_table
+
+
+def column(folder, name):
+    table = settings_table(find_runs(folder))
+    return [row[table.head.index(name)] for row in table.rows]
 
 
 def test_seeds_are_averaged(tmp_path):
+    """The half-width is t(0.975, 1) = 12.706 times 14.142 / sqrt(2)."""
     make_run(tmp_path / "a", {"accuracy": 0.5, "train_loss": 1.0}, seed=1)
     make_run(tmp_path / "b", {"accuracy": 0.7, "train_loss": 2.0}, seed=2)
-    rows = default_table(find_runs(tmp_path)).rows
-    figures = ["1.5000 ± 0.7071 (n=2)", "60.00 ± 14.14 (n=2)", "1.6041, 74.23"]
-    assert rows == [["NFNet-F0", "digits", *figures]]
+    assert column(tmp_path, "acc. %") == ["60.00 ± 127.06 (n = 2)"]
+    assert column(tmp_path, "loss") == ["1.5000"]
+
+
+def test_the_best_is_first_and_marked(tmp_path):
+    """The others say how surely they are below it."""
+    accuracies = {"a": (0.50, 0.51, 0.52), "b": (0.60, 0.612, 0.621), "c": (0.59, 0.62, 0.612)}
+    for erased, (name, values) in enumerate(accuracies.items()):
+        for seed, accuracy in enumerate(values):
+            make_run(
+                tmp_path / f"{name}{seed}", {"accuracy": accuracy}, seed=seed, reprob=erased / 10
+            )
+    assert column(tmp_path, "setting") == ["reprob 0.1", "reprob 0.2", "reprob 0.0"]
+    assert column(tmp_path, "stands") == ["best", "≈ best", "below?"]
+    assert column(tmp_path, "to the best")[0] == "–"
+    assert column(tmp_path, "to the best")[2].startswith("-10.10 [")
 
 
 def test_a_row_says_what_makes_it_differ(tmp_path):
     make_run(tmp_path / "a", smoothing=0.1)
     make_run(tmp_path / "b", smoothing=0.2, micro_batch_size=8)
-    rows = default_table(find_runs(tmp_path)).rows
-    assert [row[0] for row in rows] == ["NFNet-F0 (smoothing 0.1)", "NFNet-F0 (smoothing 0.2)"]
+    assert column(tmp_path, "setting") == ["smoothing 0.1", "smoothing 0.2"]
 
 
 def test_seeds_of_other_images_precision_or_length_are_no_repetition(tmp_path):
@@ -29,29 +47,23 @@ def test_seeds_of_other_images_precision_or_length_are_no_repetition(tmp_path):
     run = make_run(tmp_path / "e", seed=5, data_fingerprint="abc")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"weights": {"checkpoint": ["123"]}}))
-    rows = settings_table(find_runs(tmp_path)).rows
-    assert len(rows) == 5
-    assert not any("n=" in cell for row in rows for cell in row)
-    assert "mixed_precision bf16" in rows[2][0]
+    names = column(tmp_path, "setting")
+    assert len(names) == 5
+    assert all(cell.endswith("(n = 1)") for cell in column(tmp_path, "acc. %"))
+    assert any("mixed_precision bf16" in name for name in names)
+    assert any("4 of 16 steps" in name for name in names)
 
 
-def test_a_row_says_what_it_leaves_out(tmp_path):
-    make_run(tmp_path / "a", {"steps": 1500, "total_steps": 16_000}, limit_train=2000)
-    rows = settings_table(find_runs(tmp_path)).rows
-    assert rows[0][0] == "NFNet-F0 (limit_train 2,000, 1,500 of 16,000 steps)"
-
-
-def test_other_settings_have_rows_and_published_figures_of_their_own(tmp_path):
-    make_run(tmp_path / "a", {"train_loss": None}, model="local-dir:some/deit_tiny/")
-    make_run(tmp_path / "b", model="vit", scheduler="constant")
-    make_run(tmp_path / "c", optimizer="sgdm", dataset="some/where")
-    runs = find_runs(tmp_path)
-    assert [row[0] for row in default_table(runs).rows] == ["deit_tiny"]
-    assert settings_table(runs).rows == [
-        ["deit_tiny", "digits", "adamw, cosine", "–", "50.00", "1.7612, 73.17"],
-        ["ViT-B/8", "digits", "adamw, constant", "2.0000", "50.00", "–"],
-        ["NFNet-F0", "where", "sgdm, cosine", "2.0000", "50.00", "2.4778, 58.47"],
-    ]
+def test_published_figures_stand_beside_their_own_models_and_data_alone(tmp_path):
+    make_run(tmp_path / "a", dataset="some/cifar100", model="nfnet")
+    make_run(tmp_path / "b", dataset="some/cifar100", model="vit", scheduler="constant")
+    table = settings_table(find_runs(tmp_path))
+    assert table.head[-1] == "course report"
+    assert [row[-1] for row in table.rows] == ["1.6041, 74.23", "–"]
+    # Other data, or another model of the family.
+    for folder, options in (("x", {}), ("y", {"dataset": "cifar100", "model": "deit_tiny"})):
+        make_run(tmp_path / folder / "a", **options)
+        assert "course report" not in settings_table(find_runs(tmp_path / folder)).head
 
 
 def test_markdown_is_aligned_and_a_bar_is_no_column():
@@ -62,3 +74,16 @@ def test_markdown_is_aligned_and_a_bar_is_no_column():
         "| a\\|b  | 1     |",
         "| c     | 1,000 |",
     ]
+
+
+def test_a_table_fits_a_terminal():
+    """Its last columns go first, then the end of its first one."""
+    row = ["a setting with a long name of fifty characters, so", "74.23", "best", "1.6041"]
+    table = Table("t", ["setting", "acc.", "stands", "loss"], [row])
+    assert fitted(table, 200) == table
+    for columns in (40, 50, 60, 80):
+        lines = markdown(fitted(table, columns)).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert "74.23" in lines[2]
+    assert fitted(table, 60).rows == [["a setting with a long name of…", "74.23", "best", "1.6041"]]
+    assert fitted(table, 40).head == ["setting", "acc."]

@@ -1,0 +1,126 @@
+"""Where models err: classes that are taken for others, and images that are got wrong.
+
+Functions take the predictions of several runs on the same images, such as one setting's seeds: a
+count is then the mean over the runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+from sklearn.metrics import confusion_matrix
+
+from cifar_accel.records.predictions import Predictions
+
+Floats = NDArray[np.float64]
+
+
+def confusion(runs: Sequence[Predictions]) -> Floats:
+    """How many images of each class (row) are taken for each class (column): float64 [K, K]."""
+    places = range(len(runs[0].classes))
+    counts = [confusion_matrix(run.labels, run.predicted, labels=places) for run in runs]
+    mean: Floats = np.mean(counts, axis=0)
+    return mean
+
+
+@dataclass(frozen=True)
+class Confused:
+    """Images of one class that are taken for another one."""
+
+    true: str
+    taken_for: str
+    # A mean over runs, and the share of the true class's images.
+    images: float
+    share: float
+
+
+def most_confused(runs: Sequence[Predictions], count: int) -> list[Confused]:
+    """The `count` pairs of classes that are confused most often, most often first."""
+    classes = runs[0].classes
+    table = confusion(runs)
+    of_class = table.sum(1)
+    np.fill_diagonal(table, 0)
+    found = []
+    for place in np.argsort(-table, axis=None, kind="stable")[:count]:
+        true, taken_for = np.unravel_index(place, table.shape)
+        images = float(table[true, taken_for])
+        if images:
+            share = images / of_class[true]
+            found.append(Confused(classes[true], classes[taken_for], images, share))
+    return found
+
+
+def between_superclasses(runs: Sequence[Predictions], superclass: list[str]) -> Floats:
+    """Of each super-class's images (row), the share taken for each super-class: float64 [S, S].
+
+    `superclass` is that of each class; rows and columns are in the order of their first classes'
+    names.
+    """
+    names = sorted(set(superclass))
+    # [K, S]: 1 where the class is of the super-class.
+    member = np.array([[own == name for name in names] for own in superclass], float)
+    table = member.T @ confusion(runs) @ member
+    shares: Floats = table / table.sum(1, keepdims=True)
+    return shares
+
+
+def accuracy_by_class(runs: Sequence[Predictions]) -> tuple[Floats, NDArray[np.int64]]:
+    """Accuracy of each class, a mean over the runs, and its number of images: [K] each."""
+    labels = runs[0].labels
+    classes = len(runs[0].classes)
+    images = np.bincount(labels, minlength=classes)
+    correct = np.mean([run.correct for run in runs], axis=0)
+    share: Floats = np.bincount(labels, correct, classes) / np.maximum(images, 1)
+    return share, images
+
+
+def probabilities(run: Predictions) -> Floats:
+    """float64 [N, K]: the model's probability of each class. The run must have logits."""
+    assert run.logits is not None
+    shares: Floats = softmax(run.logits.astype(np.float64), axis=1)
+    return shares
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that is got wrong."""
+
+    # Its place in the data set's split.
+    place: int
+    true: str
+    taken_for: str
+    # The model's probability of what it is taken for.
+    probability: float
+
+
+def confident_mistakes(run: Predictions, count: int) -> list[Mistake]:
+    """The `count` images that the model is surest of and gets wrong; none without logits."""
+    if run.logits is None:
+        return []
+    sure = probabilities(run).max(1)
+    wrong = np.flatnonzero(~run.correct)
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")[:count]]
+    return [_mistake(run, int(i), float(sure[i])) for i in worst]
+
+
+def always_taken_for_one(runs: Sequence[Predictions]) -> list[Mistake]:
+    """Images that every run takes for one and the same wrong class: the label may be at fault.
+
+    The surest first, by the mean of the runs that have logits.
+    """
+    first = runs[0]
+    alike = ~first.correct
+    for run in runs[1:]:
+        alike &= run.predicted == first.predicted
+    with_logits = [probabilities(run).max(1) for run in runs if run.logits is not None]
+    sure = np.mean(with_logits, axis=0) if with_logits else np.zeros(len(alike))
+    places = np.flatnonzero(alike)
+    places = places[np.argsort(-sure[places], kind="stable")]
+    return [_mistake(first, int(i), float(sure[i])) for i in places]
+
+
+def _mistake(run: Predictions, i: int, probability: float) -> Mistake:
+    true, taken_for = (run.classes[c] for c in (run.labels[i], run.predicted[i]))
+    return Mistake(int(run.places[i]), true, taken_for, probability)

@@ -1,0 +1,233 @@
+"""What the report says of settings that can be compared: in which order they stand, and how surely.
+
+Settings can be compared where they were judged by the same images. Each is compared with the best
+of them (multiple comparisons with the best: Hsu 1981), as `cifar-accel compare` does it.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cifar_accel.errors import BadInput
+from cifar_accel.results.compare import Candidate, Comparison, against, candidates_of
+from cifar_accel.results.groups import Group
+from cifar_accel.results.runs import COMPARED
+from cifar_accel.results.statistics import mean_interval
+
+# Settings that differ by less than this share are the same for all that matters.
+MARGIN = 0.005
+# Names in a sentence.
+MOST_NAMED = 4
+# Too few values of an option for the best to lie at their edge.
+FEWEST_VALUES = 3
+
+# How a setting stands to the best one, by the verdict on the two.
+STANDING = {"better": "below", "tentatively": "below?", "same": "= best", "cannot tell": "≈ best"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A setting and how it stands."""
+
+    candidate: Candidate
+    # What tells it from the other settings of the section.
+    name: str
+    # With the best as A; None for the best itself, and where they cannot be compared.
+    comparison: Comparison | None
+    # One of STANDING, "best", or "" where they are not compared.
+    standing: str
+
+    @property
+    def group(self) -> Group:
+        """The runs of the setting."""
+        return self.candidate.group
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings that were judged by the same images, the best first."""
+
+    entries: list[Entry]
+    # Why a setting is not compared.
+    notes: list[str]
+
+    @property
+    def best(self) -> Entry:
+        """The setting of the highest mean accuracy."""
+        return self.entries[0]
+
+    @property
+    def images(self) -> str:
+        """What the accuracies are of, in words."""
+        options = self.best.group.options
+        kind = options.get("tested_on", "test")
+        counts = {run.summary.get("evaluated_images") for run in self.best.group.runs}
+        count = next(iter(counts)) if len(counts) == 1 else None
+        return f"{count:,} {kind} images" if count else f"{kind} images"
+
+
+def sections_of(groups: Sequence[Group]) -> list[Section]:
+    """Sections of settings that can be compared; the one with the most runs first."""
+    by_images: dict[str, list[Group]] = {}
+    for group in groups:
+        by_images.setdefault(_judged_by(group), []).append(group)
+    sections = [_section(members) for members in by_images.values()]
+    return sorted(sections, key=lambda section: -sum(len(e.group.runs) for e in section.entries))
+
+
+def _judged_by(group: Group) -> str:
+    """What settings must agree in to be compared."""
+    options = group.options
+    names = ["data_fingerprint", "classes", "tested_on", "limit_test"]
+    if options.get("tested_on") == "held-out":
+        names += ["validation_fraction", "limit_train"]
+    if options.get("data_fingerprint") is None:
+        names.append("dataset")
+    return json.dumps([options.get(name) for name in names])
+
+
+def _section(groups: list[Group]) -> Section:
+    candidates = candidates_of(groups)
+    candidates.sort(key=lambda candidate: -statistics.mean(candidate.group.accuracies))
+    best = candidates[0]
+    comparisons: dict[str, Comparison] = {}
+    notes: list[str] = []
+    if len(candidates) > 1:
+        try:
+            compared, notes = against(best, candidates, MARGIN)
+            comparisons = {each.b.name: each for each in compared}
+        except BadInput as error:
+            notes = [f"not compared: {error}"]
+    entries = []
+    names = _short_names(candidates)
+    for candidate, name in zip(candidates, names, strict=True):
+        comparison = comparisons.get(candidate.name)
+        standing = STANDING[comparison.verdict] if comparison else ""
+        standing = "best" if candidate is best else standing
+        entries.append(Entry(candidate, name, comparison, standing))
+    return Section(entries, notes)
+
+
+def _short_names(candidates: list[Candidate]) -> list[str]:
+    """The settings' names without what is in all of them; the whole ones where that is not enough."""
+    parts = []
+    for candidate in candidates:
+        setting = candidate.group.setting
+        label = candidate.group.label
+        words = [setting.model, setting.optimizer, setting.scheduler]
+        parts.append([*words, *(label.split(", ") if label else [])])
+    common = set.intersection(*map(set, parts))
+    names = [", ".join(part for part in of_one if part not in common) for of_one in parts]
+    whole = [candidate.name for candidate in candidates]
+    return names if all(names) and len(set(names)) == len(names) else whole
+
+
+# ---- in words
+
+
+def verdict_lines(section: Section) -> list[str]:
+    """What the section's figures say, the most important first."""
+    best = section.best
+    figures = accuracy_in_words(best)
+    if len(section.entries) == 1:
+        return [f"{best.name}: {figures} on {section.images}."]
+    lines = [f"Highest of {len(section.entries)} settings: {best.name}, {figures}."]
+    if all(entry.comparison is None or min(_runs(entry)) < 2 for entry in section.entries[1:]):
+        lines.append(
+            "With one run each nothing is said of the settings; repeat them with other seeds."
+        )
+        return lines
+    for verdict, words in (
+        ("better", "It is better than"),
+        ("tentatively", "Tentatively it is better than"),
+        ("same", f"The same within {100 * MARGIN:g} points:"),
+        ("cannot tell", "Cannot be told from it:"),
+    ):
+        found = [
+            entry
+            for entry in section.entries
+            if entry.comparison and entry.comparison.verdict == verdict
+        ]
+        if found:
+            named = "; ".join(_with_difference(entry) for entry in found[:MOST_NAMED])
+            more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            lines.append(f"{words} {named}{more}.")
+    return lines
+
+
+def _runs(entry: Entry) -> tuple[int, int]:
+    assert entry.comparison is not None
+    return entry.comparison.a.n, entry.comparison.b.n
+
+
+def _with_difference(entry: Entry) -> str:
+    """A setting's name, and by how many points it is below the best."""
+    comparison = entry.comparison
+    assert comparison is not None
+    points = f"{100 * comparison.difference:+.2f}"
+    if comparison.interval:
+        low, high = (f"{100 * bound:+.2f}" for bound in comparison.interval)
+        points += f" [{low}, {high}]"
+    return f"{entry.name} ({points})"
+
+
+def accuracy_in_words(entry: Entry) -> str:
+    """Mean accuracy, the half-width of its 95 % interval, and n."""
+    accuracies = entry.group.accuracies
+    text = f"{100 * statistics.mean(accuracies):.2f} %"
+    n = len(accuracies)
+    half = half_width(entry)
+    if half is not None:
+        return f"{text} ± {100 * half:.2f} (n = {n})"
+    return f"{text} (n = {n})"
+
+
+def half_width(entry: Entry) -> float | None:
+    """Half of the 95 % interval of the mean over seeds; None for one run or without a spread."""
+    interval = mean_interval(entry.candidate.accuracies(entry.group.seeds))
+    return (interval.high - interval.low) / 2 if interval else None
+
+
+def checks(section: Section) -> list[str]:
+    """What a reader should know before the verdict is believed: one line each, where amiss."""
+    groups = [entry.group for entry in section.entries]
+    runs = [run for group in groups for run in group.runs]
+    repeats = sum(len(group.repeats) for group in groups)
+    lines = list(section.notes)
+    if repeats:
+        lines.append(f"{repeats} runs repeat a seed, which is no evidence; the newest counts")
+    if len(groups) == 1:
+        return lines
+    few = [entry.name for entry in section.entries if len(entry.group.runs) < 3]
+    if few:
+        which = "all settings" if len(few) == len(groups) else _some(few)
+        lines.append(f"fewer than 3 seeds: {which}")
+    if len({tuple(group.seeds) for group in groups}) > 1:
+        lines.append("the settings have different seeds; two are compared over those of both")
+    gpus = {json.dumps(run.config.get("hardware", {}).get("gpus")) for run in runs}
+    if len(gpus) > 1:
+        lines.append("the runs are of different machines: compare no times")
+    lines += [line for name in COMPARED if (line := _at_the_edge(section, name))]
+    if not groups[0].options["validation_fraction"]:
+        lines.append(
+            "the best is chosen by the images that it is judged by, so its figure is too good; "
+            "--validation-fraction chooses by others"
+        )
+    return lines
+
+
+def _at_the_edge(section: Section, name: str) -> str:
+    """A line where the best setting has the least or largest value of an option that was varied."""
+    values = [entry.group.options.get(name) for entry in section.entries]
+    numbers = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool)})
+    if len(numbers) < FEWEST_VALUES or values[0] not in (numbers[0], numbers[-1]):
+        return ""
+    side = "least" if values[0] == numbers[0] else "largest"
+    return f"the best has the {side} {name} that was tried, {values[0]}: try beyond it"
+
+
+def _some(names: list[str]) -> str:
+    """Some names, and how many more."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return "; ".join(names[:MOST_NAMED]) + more

@@ -1,0 +1,71 @@
+"use strict";
+// Charts are drawn when they come into view, in the colours of the system.
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function draw(place, isDark) {
+  const options = {renderer: "svg", actions: false, theme: isDark ? "dark" : undefined};
+  const spec = structuredClone(charts[place.dataset.chart]);
+  return vegaEmbed(place, spec, options);
+}
+const places = [...document.querySelectorAll("[data-chart]")];
+const drawn = new Set();
+const watch = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (entry.isIntersecting && !drawn.has(entry.target)) {
+      drawn.add(entry.target);
+      draw(entry.target, dark.matches);
+    }
+  }
+}, {rootMargin: "300px"});
+places.forEach((place) => watch.observe(place));
+dark.addEventListener("change", () => drawn.forEach((place) => draw(place, dark.matches)));
+// On paper everything is open and light.
+addEventListener("beforeprint", () => {
+  document.querySelectorAll("details").forEach((details) => { details.open = true; });
+  places.forEach((place) => { drawn.add(place); draw(place, false); });
+});
+addEventListener("afterprint", () => drawn.forEach((place) => draw(place, dark.matches)));
+
+// A click on a heading sorts by it; numbers by their value, cells without one last.
+function value(row, column) {
+  const text = row.cells[column].textContent.trim();
+  const number = parseFloat(text.replaceAll(",", "").replace("\u2212", "-"));
+  return Number.isNaN(number) ? text : number;
+}
+function compare(a, b) {
+  if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+  return typeof a === "number" ? a - b : a.localeCompare(b);
+}
+for (const table of document.querySelectorAll("table.sortable")) {
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const sign = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      const rows = [...table.tBodies[0].rows];
+      rows.sort((a, b) => sign * compare(value(a, column), value(b, column)));
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
+
+// The table as text, in the order that is shown.
+const written = {
+  markdown: (rows) => rows.map((row, i) => {
+    const line = `| ${row.map((cell) => cell.replaceAll("|", "\\|")).join(" | ")} |`;
+    return i ? line : `${line}\n|${"---|".repeat(row.length)}`;
+  }).join("\n"),
+  csv: (rows) => rows.map((row) => row.map((cell) => `"${cell.replaceAll('"', '""')}"`).join(",")).join("\n"),
+};
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.parentElement.hidden = !navigator.clipboard;
+  button.addEventListener("click", async () => {
+    const table = document.getElementById(button.dataset.table);
+    const rows = [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim()));
+    await navigator.clipboard.writeText(written[button.dataset.copy](rows));
+    button.textContent = "copied";
+  });
+}

@@ -1,0 +1,63 @@
+"""What is said of settings, and what a reader is told before it."""
+
+from made_runs import make_run
+
+from cifar_accel.results.groups import group_by_seed
+from cifar_accel.results.runs import find_runs
+from cifar_accel.results.sections import checks, sections_of, verdict_lines
+
+
+def sections(folder):
+    return sections_of(group_by_seed(find_runs(folder)))
+
+
+def make_runs(folder, accuracies, **options):
+    for seed, accuracy in enumerate(accuracies):
+        make_run(folder / f"{options}-{seed}", {"accuracy": accuracy}, seed=seed, **options)
+
+
+def test_settings_that_were_judged_by_other_images_are_sections_of_their_own(tmp_path):
+    make_runs(tmp_path, [0.5, 0.6], data_fingerprint="a")
+    make_runs(tmp_path, [0.5, 0.6, 0.7], data_fingerprint="b")
+    make_runs(tmp_path, [0.5], data_fingerprint="b", limit_test=100)
+    make_runs(tmp_path, [0.5], data_fingerprint="b", tested_on="held-out", validation_fraction=0.1)
+    assert [len(section.best.group.runs) for section in sections(tmp_path)] == [3, 2, 1, 1]
+
+
+def test_the_verdict_says_what_is_told_from_the_best(tmp_path):
+    make_runs(tmp_path, [0.700, 0.711, 0.705, 0.699, 0.702, 0.708], reprob=0.1)
+    make_runs(tmp_path, [0.690, 0.700, 0.694, 0.690, 0.691, 0.697], reprob=0.2)
+    make_runs(tmp_path, [0.699, 0.710, 0.705, 0.699, 0.701, 0.708], reprob=0.3)
+    make_runs(tmp_path, [0.720, 0.680, 0.710, 0.690, 0.700, 0.690], reprob=0.4)
+    lines = verdict_lines(sections(tmp_path)[0])
+    assert lines[0].startswith("Highest of 4 settings: reprob 0.1, 70.42 % ± ")
+    assert lines[1].startswith("It is better than reprob 0.2 (-1.05 [")
+    assert lines[2].startswith("The same within 0.5 points: reprob 0.3 (-0.05 [")
+    assert lines[3].startswith("Cannot be told from it: reprob 0.4 (-0.58 [")
+
+
+def test_single_runs_say_nothing_of_settings(tmp_path):
+    make_runs(tmp_path, [0.7], reprob=0.1)
+    make_runs(tmp_path, [0.5], reprob=0.2)
+    assert verdict_lines(sections(tmp_path)[0]) == [
+        "Highest of 2 settings: reprob 0.1, 70.00 % (n = 1).",
+        "With one run each nothing is said of the settings; repeat them with other seeds.",
+    ]
+
+
+def test_what_a_reader_should_know_first(tmp_path):
+    for rate, accuracies in ((0.1, [0.5, 0.6]), (0.2, [0.6, 0.7, 0.65]), (0.3, [0.7, 0.8])):
+        make_runs(tmp_path, accuracies, learning_rate=rate)
+    make_run(tmp_path / "again", {"accuracy": 0.9}, seed=1, learning_rate=0.3)
+    lines = "\n".join(checks(sections(tmp_path)[0]))
+    assert "1 runs repeat a seed" in lines
+    assert "fewer than 3 seeds: learning_rate 0.3; learning_rate 0.1" in lines
+    assert "the settings have different seeds" in lines
+    assert "the best has the largest learning_rate that was tried, 0.3: try beyond it" in lines
+    assert "chosen by the images that it is judged by" in lines
+
+
+def test_a_sound_study_has_no_notes(tmp_path):
+    for reprob in (0.1, 0.2):
+        make_runs(tmp_path, [0.5, 0.6, 0.7], reprob=reprob, validation_fraction=0.1)
+    assert checks(sections(tmp_path)[0]) == []
