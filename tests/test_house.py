@@ -94,7 +94,8 @@ def test_modules_of_a_room_import_each_other_in_no_circle():
 
 
 def test_what_must_answer_at_once_does_not_load_torch():
-    modules = "console options.parsing records.folder plan launch.study results.page cli"
+    modules = "console options.parsing records.folder plan launch.study"
+    modules += " results.report results.compare cli"
     code = "import sys; "
     for module in modules.split():
         code += f"import cifar_accel.{module}; "

@@ -196,6 +196,7 @@ class Training:
         """Whether all runs came to an end. False: a signal stopped the study."""
         with signals_passed_on(self.running.values()) as self.signals:
             while in_state(self.runs, "to do", "running", "elsewhere"):
+                # What has ended; whether to stop; what to start.
                 for run, child in list(self.running.items()):
                     if child.process.poll() is not None:
                         self.end(run)
@@ -268,6 +269,7 @@ class Training:
             run.state = "elsewhere"
         else:
             self.settle(run, f"failed (exit code {code})")
+        # What was not shown as it came.
         if child.stderr:
             child.stderr.seek(0)
             if run.state == "failed":

@@ -106,10 +106,11 @@ def write_predictions(run: Path, splits: Mapping[str, Predictions]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def read_predictions(run: Path) -> dict[str, Predictions]:
+def read_predictions(run: Path, with_logits: bool = True) -> dict[str, Predictions]:
     """Those of each split in a run folder; {} where there is no such file.
 
-    Raises BadInput for a file that is not what `write_predictions` writes.
+    Logits, which are most of it, are read if they are wanted. Raises BadInput for a file that is
+    not what `write_predictions` writes.
     """
     file = run / FILE
     if not file.is_file():
@@ -119,22 +120,30 @@ def read_predictions(run: Path) -> dict[str, Predictions]:
             metadata = tensors.metadata()
             classes = json.loads(metadata["classes"])
             images = json.loads(metadata["images"])
-            return {kind: _read_split(tensors, kind, classes, images[kind]) for kind in images}
+            return {
+                kind: _read_split(tensors, kind, classes, images[kind], with_logits)
+                for kind in images
+            }
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"{file}: is no file of predictions ({e})") from e
 
 
-def _read_split(tensors: Any, kind: str, classes: list[str], images: str) -> Predictions:
+def _read_split(
+    tensors: Any, kind: str, classes: list[str], images: str, with_logits: bool
+) -> Predictions:
     """The predictions of one split in an open file."""
 
     def integers(name: str) -> NDArray[np.int64]:
         read: NDArray[np.int64] = tensors.get_tensor(f"{kind}.{name}").astype(np.int64)
         return read
 
-    has_logits = f"{kind}.logits" in set(tensors.keys())
+    labels, first_five = integers("labels"), integers("first_five")
+    if labels.ndim != 1 or first_five.shape[:1] != labels.shape or first_five.ndim != 2:
+        raise ValueError(f"labels {labels.shape} and first_five {first_five.shape}")
+    has_logits = with_logits and f"{kind}.logits" in set(tensors.keys())
     return Predictions(
-        labels=integers("labels"),
-        first_five=integers("first_five"),
+        labels=labels,
+        first_five=first_five,
         logits=tensors.get_tensor(f"{kind}.logits") if has_logits else None,
         classes=classes,
         places=integers("places"),

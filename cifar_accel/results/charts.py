@@ -1,12 +1,15 @@
-"""Plots of one run and of several."""
+"""The plots of a run."""
 
 import math
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cifar_accel.console import printable
+from cifar_accel.optim.schedules import SCHEDULES, learning_rate
+from cifar_accel.options.options import TrainingArguments
 from cifar_accel.results.runs import RunFiles, read_run
 
 # matplotlib's Axes. The library is loaded where a figure is written, since that takes a second.
@@ -29,6 +32,9 @@ AUGMENTATIONS = (
 
 # A curve of more points than this is drawn thin, with a smoothed one over it.
 MOST_SINGLE_POINTS = 30
+
+# Points of a schedule.
+LARGEST_CURVE = 2000
 
 # Figures of this size are not drawn: some a float cannot hold.
 LARGEST = 1e100
@@ -86,8 +92,8 @@ def draw_accuracy(axes: Axes, run: RunFiles) -> None:
 
 
 def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
-    """The learning rate by epoch."""
-    axes.plot(*points(run, "train/lr"), color="tab:green", label="learning rate")
+    """The learning rate by epoch, as the schedule has it at every step that was taken."""
+    axes.plot(*_schedule(run), color="tab:green", label="learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.set(ylabel="learning rate", title=f"Schedule: {_title(run)}")
 
@@ -123,6 +129,22 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
 
 
 # ---- what is said about it
+
+
+def _schedule(run: RunFiles) -> tuple[list[float], list[float]]:
+    """Epochs and learning rates; by the rows of a run whose schedule is not known here."""
+    options = run.options
+    if options["scheduler"] not in SCHEDULES or "steps_per_epoch" not in options:
+        return points(run, "train/lr")
+    names = [field.name for field in fields(TrainingArguments)]
+    args = TrainingArguments(**{name: options[name] for name in names})
+    steps_per_epoch = options["steps_per_epoch"]
+    warmup_steps = round((args.warmup_epochs or 0) * steps_per_epoch)
+    last = run.rows[-1]["step"]
+    # As many as a figure can show.
+    steps = range(0, last, max(1, last // LARGEST_CURVE))
+    rates = [learning_rate(step, options["total_steps"], warmup_steps, args) for step in steps]
+    return [step / steps_per_epoch for step in steps], rates
 
 
 def points(run: RunFiles, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:

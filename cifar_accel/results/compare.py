@@ -8,149 +8,32 @@ import json
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
-from cifar_accel.options.options import CompareArguments, in_words
+from cifar_accel.options.options import CompareArguments
 from cifar_accel.records.predictions import FILE as PREDICTIONS
-from cifar_accel.records.predictions import read_predictions
-from cifar_accel.results.groups import Group, group_by_seed
-from cifar_accel.results.runs import COMPARED, RunFiles, find_runs
-from cifar_accel.results.statistics import (
-    ALPHA,
-    LEAST_RUNS,
-    LEAST_RUNS_FOR_BETTER,
-    Interval,
-    TTest,
-    Verdict,
-    correlation,
-    detectable,
-    deviation,
-    flips_interval,
-    holm,
-    mcnemar,
-    mean_interval,
-    new_images_interval,
-    paired_test,
-    seeds_needed,
-    sign_flips,
-    verdict,
-    welch_test,
-    wilson,
+from cifar_accel.results.comparison import (
+    Candidate,
+    Comparison,
+    against,
+    candidate,
+    candidates_of,
+    conclude,
+    figures,
+    short,
 )
+from cifar_accel.results.groups import Group, group_by_seed
+from cifar_accel.results.runs import RunFiles, find_runs, lost_runs
+from cifar_accel.results.statistics import ALPHA, Interval
 
-# Fewer common seeds than this are not worth leaving the others out for.
-LEAST_PAIRS = 3
-# Options in which A and B differ that are told, and characters of a value.
+# Options in which A and B differ that are told.
 MOST_TOLD = 5
-LONGEST_VALUE = 40
 # Columns of a line's name, and the narrowest text beside it.
 INDENT = 14
 NARROWEST = 26
-
-
-@dataclass(frozen=True)
-class Tested:
-    """Which images a finished model got right."""
-
-    correct: NDArray[np.bool_]
-    # Equal for the same images in the same order.
-    images: str
-    classes: list[str]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting that may be compared."""
-
-    name: str
-    group: Group
-    # By seed; a run without predictions has none.
-    tested: dict[int, Tested]
-
-    def accuracies(self, seeds: list[int]) -> NDArray[np.float64]:
-        """Accuracies of these seeds' runs, float64 [n]."""
-        by_seed = dict(zip(self.group.seeds, self.group.accuracies, strict=True))
-        return np.array([by_seed[seed] for seed in seeds])
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of two settings, over its runs that are compared."""
-
-    name: str
-    n: int
-    accuracy: float
-    # By t over seeds, or by Wilson over the images of a single run; None where it is not known.
-    interval: Interval | None
-    # Standard deviation over seeds; None for a single run.
-    deviation: float | None
-    seeds: list[int]
-    # Seeds that the other setting does not have.
-    left_out: list[int]
-    # Further runs of these seeds, which are no evidence.
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All that is said of two settings. The fields are the keys of the JSON."""
-
-    a: Side
-    b: Side
-    # Options in which they differ, with the values of A and B.
-    differ_in: dict[str, list[Any]]
-    dataset: str
-    # "test" or "held-out" images, and their number where it is known.
-    tested_on: str
-    images: int | None
-    # None where no test is sound.
-    test: Literal["paired t", "Welch", "McNemar"] | None
-    # Seeds that both have; 0 where the test is not over pairs of seeds.
-    pairs: int
-    difference: float
-    interval: Interval | None = None
-    p: float | None = None
-    # `p` as one of several comparisons.
-    p_holm: float | None = None
-    # p of the sign flips; the seeds in which B is ahead; Pearson's r; Welch's interval: of pairs.
-    sign_flips: float | None = None
-    b_ahead_in: int | None = None
-    correlation: float | None = None
-    welch_interval: Interval | None = None
-    # Images that only one of two models gets right.
-    a_alone: int | None = None
-    b_alone: int | None = None
-    # The interval of the difference for other images, or why there is none.
-    new_images: Interval | None = None
-    no_new_images: str | None = None
-    # Whether the verdict is that of new images too; None where there is none for them.
-    holds_for_new_images: bool | None = None
-    # The difference that is found four times in five, and the seeds it takes to find the margin.
-    could_see: float | None = None
-    margin: float = 0.0
-    seeds_for_margin: int | None = None
-    verdict: Verdict = "cannot tell"
-    # Why the verdict is no clearer; "" for "better" and "same".
-    reason: str = ""
-
-    @property
-    def ahead(self) -> Literal["a", "b"] | None:
-        """Which has the higher accuracy, whatever the verdict."""
-        if self.difference == 0:
-            return None
-        return "b" if self.difference > 0 else "a"
-
-    @property
-    def single(self) -> bool:
-        """Whether it is of two models, one run each."""
-        return self.a.n == self.b.n == 1
 
 
 def compare(args: CompareArguments) -> str:
@@ -190,22 +73,15 @@ def _finished(folder: Path) -> tuple[list[RunFiles], list[str]]:
         raise BadInput(f"{folder}: no such folder")
     runs = find_runs(folder)
     # A folder with metrics and without a config.json that can be read is no run any longer.
-    notes = [f"not finished: {run.path}: {_status(run)}" for run in runs if not run.finished]
-    lost = {file.parent for file in folder.rglob("metrics.jsonl")} - {run.path for run in runs}
-    notes += [f"passed over: {path}: no config.json of a run" for path in sorted(lost)]
+    notes = [f"not finished: {run.path}: {run.became}" for run in runs if not run.finished]
+    lost = lost_runs(folder, runs)
+    notes += [f"passed over: {path}: no config.json of a run" for path in lost]
     finished = [run for run in runs if run.finished]
     if not finished:
         found = "; ".join(notes[:3]) or "no run folder (with config.json) at or below it"
         more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
         raise BadInput(f"{folder}: has no finished run to compare: {found}{more}")
     return finished, notes
-
-
-def _status(run: RunFiles) -> str:
-    """What became of a run that is not finished."""
-    damaged = (run.path / "summary.json").exists()
-    otherwise = "no summary.json of a run" if damaged else "running or killed"
-    return ", ".join(filter(None, [run.summary.get("status", otherwise), run.summary.get("error")]))
 
 
 def _below(folder: Path) -> tuple[list[Candidate], list[str]]:
@@ -219,18 +95,6 @@ def _below(folder: Path) -> tuple[list[Candidate], list[str]]:
     return candidates_of(groups), notes
 
 
-def candidates_of(groups: Sequence[Group]) -> list[Candidate]:
-    """Settings that may be compared, in the order of `groups`; no two have one name."""
-    names = [group.name for group in groups]
-    candidates = []
-    for group in groups:
-        # Names say nothing of the data.
-        unclear = names.count(group.name) > 1
-        name = f"{group.name} in {group.runs[0].path}" if unclear else group.name
-        candidates.append(_candidate(name, group))
-    return candidates
-
-
 def _two(folder_a: Path, folder_b: Path) -> tuple[Candidate, Candidate, list[str]]:
     """The settings of two folders, and lines on what is passed over."""
     (group_a, notes), (group_b, more) = _one_setting(folder_a), _one_setting(folder_b)
@@ -239,7 +103,7 @@ def _two(folder_a: Path, folder_b: Path) -> tuple[Candidate, Candidate, list[str
     if len(set(names)) < 2:
         names = [f"{group_a.name} in {folder_a}", f"{group_b.name} in {folder_b}"]
     notes += [note for note in more if note not in notes]
-    return _candidate(names[0], group_a), _candidate(names[1], group_b), notes
+    return candidate(names[0], group_a), candidate(names[1], group_b), notes
 
 
 def _one_setting(folder: Path) -> tuple[Group, list[str]]:
@@ -253,22 +117,6 @@ def _one_setting(folder: Path) -> tuple[Group, list[str]]:
             "or this folder alone to compare all with a baseline"
         )
     return groups[0], notes
-
-
-def _candidate(name: str, group: Group) -> Candidate:
-    """A setting with the predictions of its runs. Raises BadInput for a damaged file of them."""
-    tested = {}
-    for run in group.runs:
-        said = read_predictions(run.path).get(_tested_on(group))
-        if said is not None:
-            # The number of images too, for a digest in a file can be anything.
-            images = f"{said.images} {len(said.correct)}"
-            tested[run.options["seed"]] = Tested(said.correct, images, said.classes)
-    return Candidate(name, group, tested)
-
-
-def _tested_on(group: Group) -> str:
-    return str(group.options.get("tested_on", "test"))
 
 
 def _baseline(candidates: list[Candidate], name: str | None, folder: Path) -> Candidate:
@@ -294,300 +142,6 @@ def _folders_of(group: Group) -> set[Path]:
     """The folders of a setting's runs and all above them."""
     paths = [run.path.resolve() for run in group.runs + group.repeats]
     return {folder for path in paths for folder in (path, *path.parents)}
-
-
-# ---- what must be equal
-
-
-def _refuse(a: Candidate, b: Candidate, what: str, of_a: Any, of_b: Any) -> None:
-    """Raise BadInput where two facts differ, of which figures of one kind have the same."""
-    if of_a != of_b:
-        raise BadInput(
-            f"{b.name} cannot be compared with {a.name}: other {what} "
-            f"({_short(of_b)} against {_short(of_a)}); compare runs that have the same"
-        )
-
-
-def _refuse_other_figures(a: Candidate, b: Candidate) -> None:
-    """Raise BadInput where the accuracies of A and B are no figures of one kind."""
-    options_a, options_b = a.group.options, b.group.options
-    # Data of one fingerprint may lie in two places.
-    prints = [options.get("data_fingerprint") for options in (options_a, options_b)]
-    _refuse(a, b, "data, by data_fingerprint", *prints)
-    if prints == [None, None]:
-        _refuse(a, b, "data", options_a["dataset"], options_b["dataset"])
-    _refuse(a, b, "class lists", options_a["classes"], options_b["classes"])
-    lists = [next(iter(each.tested.values())).classes for each in (a, b) if each.tested]
-    if len(lists) == 2:
-        _refuse(a, b, "class lists", *lists)
-
-    # What the accuracy is of.
-    _refuse(a, b, "images tested on", _tested_on(a.group), _tested_on(b.group))
-    cuts = ["limit_test"]
-    if _tested_on(a.group) == "held-out":
-        cuts += ["limit_train", "validation_fraction"]
-    for name in cuts:
-        _refuse(a, b, f"test images, {name}", options_a[name], options_b[name])
-
-    # A run that was cut short stands for its setting beside another of as many steps alone.
-    ends = [each.group.runs[0].summary for each in (a, b)]
-    if any(end["steps"] < end["total_steps"] for end in ends):
-        steps = [f"{end['steps']:,} of {end['total_steps']:,}" for end in ends]
-        if ends[0]["steps"] != ends[1]["steps"]:
-            _refuse(a, b, "numbers of steps, one cut by --max-steps", *steps)
-
-
-def _refuse_other_images(a: Candidate, b: Candidate, pairs: list[tuple[int, int]]) -> None:
-    """Raise BadInput where the runs of a pair of seeds are known to be tested on other images."""
-    for seed_a, seed_b in pairs:
-        if seed_a in a.tested and seed_b in b.tested:
-            of_a, of_b = a.tested[seed_a].images, b.tested[seed_b].images
-            _refuse(a, b, f"test images, seeds {seed_a} and {seed_b}", of_a, of_b)
-
-
-# ---- figures
-
-
-def against(
-    baseline: Candidate, candidates: list[Candidate], margin: float
-) -> tuple[list[Comparison], list[str]]:
-    """Comparisons of all others with the baseline, and a line for each that is not possible.
-
-    Raises BadInput where none is.
-    """
-    comparisons = []
-    refused = []
-    for other in candidates:
-        if other is baseline:
-            continue
-        try:
-            comparisons.append(figures(baseline, other, margin))
-        except BadInput as error:
-            refused.append(str(error))
-    if not comparisons:
-        raise BadInput(refused[0])
-    return conclude(comparisons), [f"not compared: {line}" for line in refused]
-
-
-def figures(a: Candidate, b: Candidate, margin: float) -> Comparison:
-    """What the runs of A and B say, without the verdict. `margin` is a share of 1.
-
-    Raises BadInput where they cannot be compared.
-    """
-    # Which runs are compared: those of common seeds, if they are enough.
-    _refuse_other_figures(a, b)
-    seeds_a, seeds_b = a.group.seeds, b.group.seeds
-    common = [seed for seed in seeds_a if seed in seeds_b]
-    single = len(seeds_a) == len(seeds_b) == 1
-    # Pairs are by seed; single models are compared on the same images, whatever their seeds.
-    pairs = [(seed, seed) for seed in common]
-    _refuse_other_images(a, b, [(seeds_a[0], seeds_b[0])] if single else pairs)
-    if len(common) >= LEAST_PAIRS:
-        seeds_a = seeds_b = common
-
-    # What can be said whatever the number of runs.
-    side_a, side_b = _side(a, seeds_a), _side(b, seeds_b)
-    plain = Comparison(
-        a=side_a,
-        b=side_b,
-        differ_in=_differing_options(a.group, b.group),
-        dataset=a.group.options["dataset"],
-        tested_on=_tested_on(a.group),
-        images=_images(a) or _images(b),
-        test=None,
-        pairs=0,
-        # Without what the mean's rounding adds to equal ones.
-        difference=round(side_b.accuracy - side_a.accuracy, 12),
-        margin=margin,
-    )
-
-    # The test goes by the numbers of runs, never by which p is smaller.
-    if single:
-        return _of_two_models(plain, a, b)
-    if side_a.n == 1 or side_b.n == 1:
-        lonely, many = ("A", side_b.n) if side_a.n == 1 else ("B", side_a.n)
-        reason = f"{lonely} has one run against {many}, and one run says nothing of its spread"
-        return replace(plain, reason=reason, no_new_images="needs several runs of each")
-    return _of_seeds(plain, a, b)
-
-
-def _side(candidate: Candidate, seeds: list[int]) -> Side:
-    """A setting over the runs of `seeds`."""
-    group = candidate.group
-    accuracies = candidate.accuracies(seeds)
-    n = len(seeds)
-    accuracy = float(np.mean(accuracies))
-    images = _images(candidate)
-    interval = None
-    if n > 1:
-        interval = mean_interval(accuracies)
-    elif images:
-        interval = wilson(round(accuracy * images), images)
-    return Side(
-        name=candidate.name,
-        n=n,
-        accuracy=accuracy,
-        interval=interval,
-        deviation=deviation(accuracies) if n > 1 else None,
-        seeds=seeds,
-        left_out=[seed for seed in group.seeds if seed not in seeds],
-        repeats=len(group.repeats),
-    )
-
-
-def _images(candidate: Candidate) -> int | None:
-    """The number of images that a run of the setting was tested on, where it is known."""
-    for tested in candidate.tested.values():
-        return len(tested.correct)
-    said = candidate.group.runs[0].summary.get("evaluated_images")
-    return said if isinstance(said, int) and said > 0 else None
-
-
-def _differing_options(a: Group, b: Group) -> dict[str, list[Any]]:
-    """Options in which A and B differ, with both values; those that were given by flag first."""
-    given = a.runs[0].flags | b.runs[0].flags
-    differing = [name for name in COMPARED if a.options.get(name) != b.options.get(name)]
-    differing.sort(key=lambda name: name not in given)
-    return {name: [a.options.get(name), b.options.get(name)] for name in differing}
-
-
-def _of_two_models(plain: Comparison, a: Candidate, b: Candidate) -> Comparison:
-    """The comparison of single runs: of two models on the same images."""
-    plain = replace(plain, reason="one run each says nothing of the settings")
-    if not (a.tested and b.tested):
-        return plain
-    # The images on which they do not agree.
-    (tested_a,), (tested_b,) = a.tested.values(), b.tested.values()
-    images = len(tested_a.correct)
-    a_alone = int(np.sum(tested_a.correct & ~tested_b.correct))
-    b_alone = int(np.sum(tested_b.correct & ~tested_a.correct))
-    return replace(
-        plain,
-        test="McNemar",
-        interval=flips_interval(a_alone, b_alone, images),
-        p=mcnemar(a_alone, b_alone),
-        a_alone=a_alone,
-        b_alone=b_alone,
-    )
-
-
-def _of_seeds(plain: Comparison, a: Candidate, b: Candidate) -> Comparison:
-    """The comparison of several runs each: paired by seed where the sides have the same seeds."""
-    accuracies_a, accuracies_b = a.accuracies(plain.a.seeds), b.accuracies(plain.b.seeds)
-    # Welch's test stands beside the paired one, or in its place.
-    welch = welch_test(accuracies_a, accuracies_b)
-    paired = plain.a.seeds == plain.b.seeds and plain.a.n >= LEAST_PAIRS
-    if paired:
-        by_seed = accuracies_b - accuracies_a
-        test = paired_test(by_seed)
-        variance = deviation(by_seed) ** 2
-        plain = replace(
-            plain,
-            test="paired t",
-            pairs=len(by_seed),
-            sign_flips=sign_flips(by_seed),
-            b_ahead_in=int(np.sum(by_seed > 0)),
-            correlation=correlation(accuracies_a, accuracies_b),
-            welch_interval=welch.interval,
-        )
-    else:
-        test = welch
-        variance = deviation(accuracies_a) ** 2 + deviation(accuracies_b) ** 2
-        plain = replace(plain, test="Welch")
-
-    # Beyond these images, and what such a study could have found at all.
-    new_images, no_new_images = _new_images(plain, a, b, test)
-    could_see, seeds_for_margin = None, None
-    if test.interval is not None:
-        could_see = detectable(test.standard_error, test.degrees_of_freedom)
-        seeds_for_margin = seeds_needed(plain.margin, variance, paired)
-    return replace(
-        plain,
-        interval=test.interval,
-        p=test.p,
-        new_images=new_images,
-        no_new_images=no_new_images,
-        could_see=could_see,
-        seeds_for_margin=seeds_for_margin,
-    )
-
-
-def _new_images(
-    plain: Comparison, a: Candidate, b: Candidate, test: TTest
-) -> tuple[Interval | None, str | None]:
-    """The interval of the difference for other images, or why there is none."""
-    # The predictions of every run that is compared, all of the same images.
-    tested = []
-    for side, candidate in ((plain.a, a), (plain.b, b)):
-        for run in candidate.group.runs:
-            seed = run.options["seed"]
-            if seed in side.seeds and seed not in candidate.tested:
-                return None, f"{run.path} has no {PREDICTIONS}; cifar-accel evaluate writes it"
-        tested.append([candidate.tested[seed] for seed in side.seeds])
-    if len({run.images for runs in tested for run in runs}) > 1:
-        return None, f"each seed has {plain.tested_on} images of its own, so none has a mean"
-    if test.interval is None:
-        return None, "there is no spread over seeds"
-    # For each image the share of the runs that get it right.
-    of_a, of_b = (np.mean([run.correct for run in runs], axis=0) for runs in tested)
-    return new_images_interval(of_b - of_a, test), None
-
-
-# ---- conclusions
-
-
-def conclude(comparisons: list[Comparison]) -> list[Comparison]:
-    """The comparisons with their verdicts, which hold for all of them together (Holm)."""
-    # A comparison without a test claims nothing, so it costs the others nothing.
-    tested = [each.p for each in comparisons if each.p is not None]
-    adjusted = iter(holm(tested))
-    concluded = []
-    for each in comparisons:
-        p = None if each.p is None else next(adjusted)
-        each = replace(each, p_holm=p)
-        if each.test in ("paired t", "Welch"):
-            each = _with_verdict(each)
-        concluded.append(each)
-    return concluded
-
-
-def _with_verdict(each: Comparison) -> Comparison:
-    """A comparison over seeds with its verdict, and the reason why it is no clearer."""
-    runs = min(each.a.n, each.b.n)
-    word = verdict(each.difference, each.interval, each.p_holm, each.sign_flips, runs, each.margin)
-    # Why it is no clearer.
-    reason = ""
-    if word == "cannot tell":
-        reason = _why_nothing(each, runs)
-    elif word == "tentatively" and runs < LEAST_RUNS_FOR_BETTER:
-        reason = f"n = {runs}; better takes {LEAST_RUNS_FOR_BETTER}"
-    elif word == "tentatively" and each.test == "Welch":
-        reason = "the runs are not paired; better takes the same seeds"
-    elif word == "tentatively":
-        reason = "the sign flips do not agree"
-    # Whether it goes beyond these images.
-    holds = None
-    if word != "cannot tell" and each.new_images is not None:
-        holds = _holds(word, each.new_images, each.margin)
-    return replace(each, verdict=word, reason=reason, holds_for_new_images=holds)
-
-
-def _holds(word: Verdict, interval: Interval, margin: float) -> bool:
-    """Whether a verdict other than "cannot tell" is right all over the interval."""
-    if word == "same":
-        return -margin < interval.low and interval.high < margin
-    return interval.low > 0 or interval.high < 0
-
-
-def _why_nothing(each: Comparison, runs: int) -> str:
-    """Why nothing can be told of several runs each."""
-    if runs < LEAST_RUNS:
-        return f"two runs of a setting never say it; train {LEAST_RUNS} seeds of each or more"
-    if each.interval is None:
-        return "there is no spread over seeds, so nothing shows how far chance goes"
-    if each.p is not None and each.p < ALPHA:
-        return "with so many comparisons one may come out so by chance"
-    return f"the interval holds 0 and reaches beyond {100 * each.margin:g} pp"
 
 
 # ---- words
@@ -629,7 +183,7 @@ def _head_lines(each: Comparison) -> list[tuple[str, str]]:
     images = f"{each.images:,} " if each.images else ""
     # A few options tell two settings apart; many are another recipe.
     told = list(each.differ_in.items())[:MOST_TOLD]
-    differ = [f"{name} {_short(a)} / {_short(b)}" for name, (a, b) in told]
+    differ = [f"{name} {short(a)} / {short(b)}" for name, (a, b) in told]
     if len(each.differ_in) > MOST_TOLD:
         differ.append(f"and {len(each.differ_in) - MOST_TOLD} more")
     return [
@@ -777,9 +331,3 @@ def _p(p: float) -> str:
 
 def _numbers(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
-
-
-def _short(value: Any) -> str:
-    """An option's value in words, cut where it is long."""
-    words = in_words(tuple(value) if isinstance(value, list) else value)
-    return words if len(words) <= LONGEST_VALUE else f"{words[: LONGEST_VALUE - 3]}..."

@@ -18,6 +18,9 @@ from cifar_accel.results.runs import RunFiles
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A00", "#666666"]
 
+# An interval, to be seen on light and dark.
+BAR: dict[str, Any] = {"strokeWidth": 3, "color": "#888888"}
+
 # Points of a curve.
 BINS = 200
 # The height of a row of a chart with a row a setting, in pixels.
@@ -36,7 +39,11 @@ def intervals(rows: Rows) -> alt.LayerChart:
     y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=320))
     means = [{key: row[key] for key in ("name", "mean", "low", "high")} for row in rows]
     dots = [{"name": row["name"], "accuracy": value} for row in rows for value in row["values"]]
-    bar = alt.Chart(_data(means)).mark_rule(strokeWidth=3, color="#888888").encode(y=y, x="low:Q", x2="high:Q")
+    bar = (
+        alt.Chart(_data(means))
+        .mark_rule(strokeWidth=3, color="#888888")
+        .encode(y=y, x="low:Q", x2="high:Q")
+    )
     middle = (
         alt.Chart(_data(means))
         .mark_point(shape="diamond", size=90, filled=True, opacity=1)
@@ -72,7 +79,11 @@ def differences(rows: Rows, margin: float) -> alt.LayerChart:
         .encode(x="low:Q", x2="high:Q")
     )
     zero = alt.Chart(_data([{"at": 0}])).mark_rule(strokeDash=[4, 4]).encode(x="at:Q")
-    bar = alt.Chart(_data(rows)).mark_rule(strokeWidth=3, color="#888888").encode(y=y, x="low:Q", x2="high:Q")
+    bar = (
+        alt.Chart(_data(rows))
+        .mark_rule(strokeWidth=3, color="#888888")
+        .encode(y=y, x="low:Q", x2="high:Q")
+    )
     middle = (
         alt.Chart(_data(rows))
         .mark_point(shape="diamond", size=90, filled=True, opacity=1)

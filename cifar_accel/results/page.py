@@ -148,15 +148,15 @@ def _facts(runs: list[RunFiles]) -> str:
 
 def _section(section: Section, charts: Charts) -> dict[str, Any]:
     """What the template is given of a section."""
-    predictions = [_predictions(entry) for entry in section.entries]
-    everything = [said for of_one in predictions for _, said in of_one]
+    # Of hundreds of runs logits would take gigabytes: they are read where they are looked at.
+    everything = [said for entry in section.entries for _, said in _predictions(entry, False)]
     alike = always_taken_for_one(everything) if _on_the_same_images(everything) else []
     # Runs of an earlier version leave out where they err.
     lines = checks(section)
     without = sum(len(entry.group.runs) for entry in section.entries) - len(everything)
     if without:
         lines.append(f"{without} runs have no predictions: cifar-accel evaluate RUN writes them")
-    shown = list(zip(section.entries, predictions, strict=True))[:MOST_SETTINGS]
+    shown = section.entries[:MOST_SETTINGS]
     best = section.best.group
     return {
         "title": f"{best.setting.dataset}, {section.images}",
@@ -165,18 +165,22 @@ def _section(section: Section, charts: Charts) -> dict[str, Any]:
         "common": _common(section),
         "settings": section_table(section),
         "charts": [*_comparing(section, charts), *_calibration(shown, charts)],
-        "errors": [_errors(entry, of_one, charts) for entry, of_one in shown if of_one],
+        "errors": [part for entry in shown if (part := _errors(entry, charts))],
         "images": f"{best.options.get('tested_on', 'test')} image",
         "alike": _pictured(best.runs[0], alike[:PICTURES]),
         "alike_count": f"{len(alike):,}",
     }
 
 
-def _predictions(entry: Entry) -> list[tuple[RunFiles, Predictions]]:
+def _predictions(entry: Entry, with_logits: bool = True) -> list[tuple[RunFiles, Predictions]]:
     """The setting's runs that have left predictions of the images that count, with these."""
     tested_on = entry.group.options.get("tested_on", "test")
-    read = [(run, read_predictions(run.path).get(tested_on)) for run in entry.group.runs]
-    return [(run, said) for run, said in read if said is not None]
+    found = []
+    for run in entry.group.runs:
+        said = read_predictions(run.path, with_logits).get(tested_on)
+        if said is not None:
+            found.append((run, said))
+    return found
 
 
 def _on_the_same_images(predictions: Sequence[Predictions]) -> bool:
@@ -256,14 +260,13 @@ def _spread(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _calibration(
-    shown: list[tuple[Entry, list[tuple[RunFiles, Predictions]]]], charts: Charts
-) -> list[Chart]:
+def _calibration(shown: list[Entry], charts: Charts) -> list[Chart]:
     """How far the settings' probabilities can be believed; of runs that have logits."""
     by_setting = {}
     rows = []
-    for entry, predictions in shown:
-        with_logits = [(run, said) for run, said in predictions if said.logits is not None]
+    for entry in shown:
+        read = _predictions(entry)
+        with_logits = [(run, said) for run, said in read if said.logits is not None]
         if not with_logits:
             continue
         binned = [reliability(at_temperature(said, 1.0), said.correct) for _, said in with_logits]
@@ -298,10 +301,11 @@ def _mended(with_logits: list[tuple[RunFiles, Predictions]]) -> list[str]:
 # ---- where a setting errs
 
 
-def _errors(
-    entry: Entry, of_runs: list[tuple[RunFiles, Predictions]], charts: Charts
-) -> dict[str, Any]:
-    """What the template is given of a setting's mistakes."""
+def _errors(entry: Entry, charts: Charts) -> dict[str, Any]:
+    """What the template is given of a setting's mistakes; nothing where none are known."""
+    of_runs = _predictions(entry)
+    if not of_runs:
+        return {}
     predictions = [said for _, said in of_runs]
     if not _on_the_same_images(predictions):
         # Each seed has test images of its own: one stands for all.

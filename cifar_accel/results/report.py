@@ -3,7 +3,6 @@
 import html
 import shutil
 import textwrap
-from pathlib import Path
 
 from cifar_accel.console import printable
 from cifar_accel.errors import BadInput
@@ -11,7 +10,7 @@ from cifar_accel.files import home, write_text
 from cifar_accel.options.options import ReportArguments
 from cifar_accel.results.groups import group_by_seed
 from cifar_accel.results.page import page
-from cifar_accel.results.runs import RunFiles, find_runs
+from cifar_accel.results.runs import find_runs, lost_runs
 from cifar_accel.results.sections import Section, checks, sections_of, verdict_lines
 from cifar_accel.results.tables import LEGEND, SIGN, fitted, markdown, section_table
 
@@ -32,9 +31,9 @@ def write_report(args: ReportArguments) -> str:
 
     # What is said is of finished runs; the others are listed with what became of them.
     finished = [run for run in runs if run.finished]
-    unfinished = [_what_became_of(run, folder) for run in runs if not run.finished]
-    lost = {file.parent for file in folder.rglob("metrics.jsonl")} - {run.path for run in runs}
-    unfinished += [f"{path.relative_to(folder)}: no config.json of a run" for path in sorted(lost)]
+    ends = {run.path: run.became for run in runs if not run.finished}
+    ends |= dict.fromkeys(lost_runs(folder, runs), "no config.json of a run")
+    unfinished = [f"{path.relative_to(folder)}: {became}" for path, became in ends.items()]
     sections = sections_of(group_by_seed(finished))
     text = in_markdown(sections, unfinished)
     # Resolved, since a folder that was given as "." has no name.
@@ -52,15 +51,6 @@ def write_report(args: ReportArguments) -> str:
         ) from error
     columns = shutil.get_terminal_size().columns
     return f"{in_markdown(sections, unfinished, columns)}\nThe page: {files[1]}"
-
-
-def _what_became_of(run: RunFiles, folder: Path) -> str:
-    """One line for a run that is not finished."""
-    damaged = (run.path / "summary.json").exists()
-    otherwise = "no summary.json of a run" if damaged else "running or killed"
-    line = f"{run.path.relative_to(folder)}: {run.summary.get('status', otherwise)}"
-    error = run.summary.get("error")
-    return f"{line}, {error}" if error else line
 
 
 def in_markdown(sections: list[Section], unfinished: list[str], columns: int | None = None) -> str:

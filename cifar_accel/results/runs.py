@@ -14,6 +14,7 @@ COMPARED = [
     *(f.name for f in fields(TrainingArguments) if f.name not in VOLATILE | {"seed"}),
     "mixed_precision",
     "data_fingerprint",
+    "tested_on",
     "weights",
 ]
 
@@ -64,6 +65,14 @@ class RunFiles:
         return self.summary.get("status") == "finished"
 
     @property
+    def became(self) -> str:
+        """What became of a run that is not finished, in words."""
+        damaged = (self.path / "summary.json").exists()
+        otherwise = "no summary.json of a run" if damaged else "running or killed"
+        words = [self.summary.get("status", otherwise), self.summary.get("error")]
+        return ", ".join(filter(None, words))
+
+    @property
     def setting(self) -> Setting:
         """The run's row in a table."""
         model = self.options["model"]
@@ -106,3 +115,9 @@ def find_runs(folder: Path) -> list[RunFiles]:
     """All run folders at or below `folder`, by path."""
     runs = [read_run(file.parent) for file in sorted(folder.rglob("config.json"))]
     return [run for run in runs if run is not None]
+
+
+def lost_runs(folder: Path, runs: list[RunFiles]) -> list[Path]:
+    """Folders at or below `folder` with rows of a run, but without its config.json."""
+    found = {file.parent for file in folder.rglob("metrics.jsonl")}
+    return sorted(found - {run.path for run in runs})

@@ -1,7 +1,8 @@
 """What the report says of settings that can be compared: in which order they stand, and how surely.
 
 Settings can be compared where they were judged by the same images. Each is compared with the best
-of them (multiple comparisons with the best: Hsu 1981), as `cifar-accel compare` does it.
+of them, as `cifar-accel compare` does it. The best is chosen by the same figures, which is as much
+as to look at all pairs: p values are Holm's over as many.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar_accel.errors import BadInput
-from cifar_accel.results.compare import Candidate, Comparison, against, candidates_of
+from cifar_accel.results.comparison import Candidate, Comparison, against, candidates_of
 from cifar_accel.results.groups import Group
 from cifar_accel.results.runs import COMPARED
 from cifar_accel.results.statistics import mean_interval
@@ -95,7 +96,8 @@ def _section(groups: list[Group]) -> Section:
     notes: list[str] = []
     if len(candidates) > 1:
         try:
-            compared, notes = against(best, candidates, MARGIN)
+            pairs = len(candidates) * (len(candidates) - 1) // 2
+            compared, notes = against(best, candidates, MARGIN, pairs)
             comparisons = {each.b.name: each for each in compared}
         except BadInput as error:
             notes = [f"not compared: {error}"]
@@ -110,7 +112,7 @@ def _section(groups: list[Group]) -> Section:
 
 
 def _short_names(candidates: list[Candidate]) -> list[str]:
-    """The settings' names without what is in all of them; the whole ones where that is not enough."""
+    """The settings' names without what is in all of them, where that is enough to tell them."""
     parts = []
     for candidate in candidates:
         setting = candidate.group.setting

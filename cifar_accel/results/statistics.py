@@ -218,12 +218,16 @@ def seeds_needed(difference: float, variance: float, paired: bool) -> int | None
 # ---- conclusions
 
 
-def holm(p: list[float]) -> list[float]:
-    """Holm's p values (1979): compared with 5 %, one false find in all happens in at most 5 %."""
+def holm(p: list[float], tests: int | None = None) -> list[float]:
+    """Holm's p values (1979): compared with 5 %, one false find in all happens in at most 5 %.
+
+    `tests` is how many there were, where others than these were looked at too (unset: these). Their
+    p are taken to be larger, which is never too lenient.
+    """
     values = np.array(p)
     order = np.argsort(values)
     # The smallest counts for all, the next for one less, and none is below the one before it.
-    steps = values[order] * np.arange(len(values), 0, -1)
+    steps = values[order] * ((tests or len(values)) - np.arange(len(values)))
     adjusted: Any = np.empty(len(values))
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return adjusted.tolist()

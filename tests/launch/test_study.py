@@ -139,7 +139,8 @@ def test_jobs_run_at_a_time_stop_by_ctrl_c_and_go_on(tmp_path, cache):
     file = study_file(tmp_path / "study.yaml", cache, runs=rows)
     ck = tmp_path / "ck"
     process = start_study(file, "--jobs", "2")
-    wait_for(lambda: all((ck / name / "metrics.jsonl").exists() for name in "ab"))
+    begun = [ck / name / "metrics.jsonl" for name in "ab"]
+    wait_for(lambda: process.poll() is not None or all(file.exists() for file in begun))
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[0]
     assert process.returncode == 143

@@ -175,6 +175,11 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+def test_holm_where_more_was_looked_at():
+    """0.01 * 6, 0.03 * 5 and 0.04 * 4: the others may all be larger."""
+    assert holm([0.04, 0.01, 0.03], tests=6) == pytest.approx([0.16, 0.06, 0.15])
+
+
 def test_values_without_a_spread():
     """Nothing is NaN: t knows nothing of such values, and says so."""
     # In floating point these three differences are not quite equal.

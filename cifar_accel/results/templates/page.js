@@ -1,30 +1,28 @@
 "use strict";
-// Charts are drawn when they come into view, in the colours of the system.
+// Charts are drawn one after the other, in the colours of the system; folded ones once they open.
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-function draw(place, isDark) {
-  const options = {renderer: "svg", actions: false, theme: isDark ? "dark" : undefined};
-  const spec = structuredClone(charts[place.dataset.chart]);
-  return vegaEmbed(place, spec, options);
-}
 const places = [...document.querySelectorAll("[data-chart]")];
 const drawn = new Set();
-const watch = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (entry.isIntersecting && !drawn.has(entry.target)) {
-      drawn.add(entry.target);
-      draw(entry.target, dark.matches);
-    }
+async function draw(place, isDark) {
+  drawn.add(place);
+  const options = {renderer: "svg", actions: false, theme: isDark ? "dark" : undefined};
+  await vegaEmbed(place, structuredClone(charts[place.dataset.chart]), options);
+}
+async function drawVisible() {
+  for (const place of places) {
+    if (!drawn.has(place) && place.clientWidth) await draw(place, dark.matches);
   }
-}, {rootMargin: "300px"});
-places.forEach((place) => watch.observe(place));
+}
+drawVisible();
+document.querySelectorAll("details").forEach((it) => it.addEventListener("toggle", drawVisible));
 dark.addEventListener("change", () => drawn.forEach((place) => draw(place, dark.matches)));
 // On paper everything is open and light.
 addEventListener("beforeprint", () => {
-  document.querySelectorAll("details").forEach((details) => { details.open = true; });
-  places.forEach((place) => { drawn.add(place); draw(place, false); });
+  document.querySelectorAll("details").forEach((it) => { it.open = true; });
+  places.forEach((place) => draw(place, false));
 });
-addEventListener("afterprint", () => drawn.forEach((place) => draw(place, dark.matches)));
+addEventListener("afterprint", () => places.forEach((place) => draw(place, dark.matches)));
 
 // A click on a heading sorts by it; numbers by their value, cells without one last.
 function value(row, column) {
