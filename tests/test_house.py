@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar_accel"
 # from its neighbours on a level. A folder stands for all its modules but those named by themselves.
 LEVELS = [
     "errors",
-    "console files network",
+    "console files network yaml_files",
     "options",
     "data records optim.schedules",
     "models machine plan results budget",

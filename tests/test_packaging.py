@@ -55,7 +55,7 @@ def test_an_installed_package_finds_them(installed, tmp_path):
     """On a machine with two GPUs, says its nvidia-smi."""
     code = """
 from cifar_accel.launch.command import command_for
-from cifar_accel.launch.yaml_files import shipped_folder
+from cifar_accel.yaml_files import shipped_folder
 print(shipped_folder("studies") / "tour.yaml")
 print(*command_for([]).command[4:])
 """

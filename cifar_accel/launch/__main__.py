@@ -12,9 +12,9 @@ from typing import NoReturn
 from cifar_accel.cli import guarded, main, report_command, study_command
 from cifar_accel.launch.child import run_child
 from cifar_accel.launch.command import check_launcher, command_for, dry_environment
-from cifar_accel.launch.yaml_files import shipped_folder
 from cifar_accel.options.parsing import parse_training
 from cifar_accel.records.folder import folder_of
+from cifar_accel.yaml_files import shipped_folder
 
 
 def launch(words: list[str]) -> int:

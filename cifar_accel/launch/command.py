@@ -20,9 +20,9 @@ from pydantic import Field, IPvAnyAddress, ValidationError
 from cifar_accel.console import say
 from cifar_accel.errors import BadInput
 from cifar_accel.files import adapter
-from cifar_accel.launch.yaml_files import read_yaml, shipped_folder
 from cifar_accel.machine.environment import SHARDING, check_port
 from cifar_accel.options.options import NotNegativeInt, PositiveInt
+from cifar_accel.yaml_files import read_yaml, shipped_folder
 
 # How long nvidia-smi may take, in seconds. With a driver that is not kept loaded it takes several.
 PATIENCE = 30.0

@@ -34,11 +34,11 @@ from cifar_accel.launch.study_runs import (
     time_left,
     user_of,
 )
-from cifar_accel.launch.yaml_files import shipped_folder
 from cifar_accel.options.options import StudyArguments
 from cifar_accel.records.summary import read_config
 from cifar_accel.results.runs import read_run
 from cifar_accel.results.tables import markdown, settings_table
+from cifar_accel.yaml_files import shipped_folder
 
 # Seconds between two looks at what runs.
 TICK = 0.2

@@ -14,14 +14,15 @@ from typing import Any
 
 from cifar_accel.errors import BadInput, did_you_mean
 from cifar_accel.files import home
-from cifar_accel.launch.yaml_files import read_yaml
 from cifar_accel.options.options import TrainingArguments
+from cifar_accel.yaml_files import read_yaml
 
 # Most runs of a study. To look through their options takes minutes.
 MOST_RUNS = 10_000
 
-# What a study reads in its file, and what only wandb's server or its agents read there.
-READ = {"name", "method", "parameters", "runs", "seeds", "baseline"}
+# What is read in a study's file (`published` by a report), and what only wandb's server or its
+# agents read there.
+READ = {"name", "method", "parameters", "runs", "seeds", "baseline", "published"}
 AGENTS = {"program", "command", "project", "entity", "description", "metric"}
 
 # What would change which runs there are, and is served by wandb alone.

@@ -1,13 +1,14 @@
 """Words of a command line -> options and where each comes from; every complaint is one line."""
 
 import argparse
+import ast
 import contextlib
 import io
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -82,7 +83,19 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
 
 def normal_words(argv: Sequence[str]) -> list[str]:
     """The words as tyro reads them: --no-flag for --flag=False, 0 or None for none, names small."""
-    return [_normal_word(previous, word) for previous, word in pairwise(["", *argv])]
+    words = list(chain.from_iterable(map(_without_brackets, argv)))
+    return [_normal_word(previous, word) for previous, word in pairwise(["", *words])]
+
+
+def _without_brackets(word: str) -> list[str]:
+    """`--scale=[0.5, 1.0]`, as wandb's agents write a list -> `--scale`, `0.5`, `1.0`."""
+    name, _, value = word.partition("=")
+    values = None
+    if _field_of(name) in TYPES and value.startswith("["):
+        # Python's own form of a list. The errors are what it raises where there is none.
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            values = ast.literal_eval(value)
+    return [name, *map(str, values)] if isinstance(values, list) else [word]
 
 
 def _normal_word(previous: str, word: str) -> str:

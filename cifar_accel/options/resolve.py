@@ -270,4 +270,8 @@ def run_name(args: TrainingArguments, given: set[str]) -> Derived:
         return {}
     # Of a local-dir the last part of its path, unless that is the root.
     model = os.path.basename(args.model.removeprefix("local-dir:").rstrip("/")) or "model"
-    return {"run_name": f"{model}/{args.optimizer}-{args.scheduler}-s{args.seed}"}
+    name = f"{model}/{args.optimizer}-{args.scheduler}-s{args.seed}"
+    # The runs of a sweep of wandb may differ in any option. Its agents give each an id.
+    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+        name += f"-{os.environ['WANDB_RUN_ID']}"
+    return {"run_name": name}

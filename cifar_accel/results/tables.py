@@ -2,20 +2,14 @@
 
 import statistics
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from cifar_accel.console import printable
 from cifar_accel.results.groups import Group, group_by_seed
 from cifar_accel.results.runs import RunFiles
 from cifar_accel.results.sections import Entry, Section, accuracy_in_words, sections_of
-
-# The course report's own results on CIFAR-100, by model, optimizer and schedule: training loss of
-# the last epoch, and accuracy on the test images, a share of 1.
-PUBLISHED = {
-    ("nfnet", "adamw", "cosine"): (1.6041, 0.7423),
-    ("nfnet", "sgdm", "cosine"): (2.4778, 0.5847),
-    ("nfnet", "adamw", "linear_decay"): (1.6641, 0.7336),
-    ("vit", "adamw", "cosine"): (1.7612, 0.7317),
-}
+from cifar_accel.yaml_files import read_yaml, shipped_folder
 
 # What stands in a cell without a value.
 NONE = "–"
@@ -90,15 +84,23 @@ def _mean(runs: list[RunFiles], key: str, scale: float, digits: str) -> str:
     return format(statistics.mean(known), digits) if known else NONE
 
 
+@cache
+def _course_report() -> list[dict[str, Any]]:
+    """Options and figures of the course report's runs, from studies/report.yaml."""
+    rows: list[dict[str, Any]] = read_yaml(shipped_folder("studies") / "report.yaml")["published"]
+    return rows
+
+
 def _published(group: Group) -> str:
     """Loss and accuracy in percent of the course report, where model and data are its own."""
     options = group.options
     data = options["dataset"].rstrip("/").rpartition("/")[2]
-    figures = PUBLISHED.get((options["model"], options["optimizer"], options["scheduler"]))
-    if figures is None or data != "cifar100" or options["recipe"] != "report":
+    if data != "cifar100" or options["recipe"] != "report":
         return ""
-    loss, accuracy = figures
-    return f"{loss:.4f}, {100 * accuracy:.2f}"
+    for row in _course_report():
+        if all(row[name] == options[name] for name in ("model", "optimizer", "scheduler")):
+            return f"{row['loss']:.4f}, {100 * row['accuracy']:.2f}"
+    return ""
 
 
 # ---- as text

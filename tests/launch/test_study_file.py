@@ -6,7 +6,7 @@ import pytest
 from cifar_accel.cli import main
 from cifar_accel.launch.study_file import read_study
 from cifar_accel.launch.study_runs import plan_runs
-from cifar_accel.launch.yaml_files import shipped_folder
+from cifar_accel.yaml_files import shipped_folder
 
 
 def test_the_shipped_studies():

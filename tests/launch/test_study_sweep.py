@@ -11,8 +11,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_
 
 from cifar_accel.launch.study_file import read_study
 from cifar_accel.launch.study_runs import as_flags
-from cifar_accel.launch.yaml_files import shipped_folder
 from cifar_accel.options.parsing import parse_training
+from cifar_accel.yaml_files import shipped_folder
 
 FILE = str(shipped_folder("studies") / "sweep.yaml")
 
@@ -51,7 +51,7 @@ def test_agents_of_a_sweep_train_in_folders_of_their_own(tmp_path, cache):
     )
     assert done.returncode == 0, done.stderr
     for name in ("run1", "run2"):
-        run = tmp_path / "checkpoint" / "sweep" / "sweep-sweep1" / name
+        run = tmp_path / "checkpoint" / "sweep" / f"test_nfnet/adamw-cosine-s1-{name}"
         options = json.loads((run / "config.json").read_text())["options"]
         assert {option: options[option] for option in chosen} == chosen
         # In wandb it is the run that the agent was given.
@@ -63,7 +63,8 @@ def test_a_sweep_and_a_study_train_the_same():
     study = read_study(FILE)
     assert len(study.runs) == 18
     more = {"warmup_epochs": None, "model_ema": True, "model": "vit", "clip_grad": 1, "aa": "none"}
-    for run in (*study.runs, study.runs[0] | more):
+    lists = {"scale": [0.5, 1.0], "model_kwargs": ["patch_size=8", "act_layer='gelu'"]}
+    for run in (*study.runs, study.runs[0] | more, study.runs[0] | lists):
         values = {"args": {name: {"value": value} for name, value in run.items()}}
         by_agent = parse_training(create_sweep_command_args(values)["args"])[0]
         assert asdict(by_agent) == asdict(parse_training(list(as_flags(run)))[0])

@@ -17,7 +17,7 @@ def shipped_folder(name: str) -> Path:
 
     An installed wheel has it inside the package; in a checkout it lies beside the package.
     """
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parent
     inside = package / name
     if inside.is_dir():
         return inside
