@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
 from cifar_accel.data.batches import Batch
 from cifar_accel.errors import Diverged
@@ -34,19 +32,18 @@ class Outputs:
         for name, values in kept.items():
             self.batches.setdefault(name, []).append(values)
 
-    def of_all_ranks(self, accelerator: Accelerator, images: int) -> dict[str, NDArray[Any]]:
+    def of_all_ranks(self, accelerator: Accelerator, images: int) -> dict[str, torch.Tensor]:
         """`first_five` int32 [N, 5] and `logits` float16 [N, K], in the order of the split.
 
-        All ranks enter; the main process alone gets them. The host waits for the device.
+        All ranks enter, and the main process alone gets them, on the host, which waits.
         """
-        gathered = {
+        on_host = {}
+        for name, batches in self.batches.items():
             # Ranks have contiguous parts; places beyond the last image fill up the last one's.
-            name: accelerator.gather(torch.cat(batches))[:images]
-            for name, batches in self.batches.items()
-        }
-        if not accelerator.is_main_process:
-            return {}
-        return {name: values.cpu().numpy() for name, values in gathered.items()}
+            gathered = accelerator.gather(torch.cat(batches))
+            if accelerator.is_main_process:
+                on_host[name] = gathered[:images].cpu()
+        return on_host
 
 
 def evaluate(

@@ -240,8 +240,9 @@ def save_predictions(run: Run, state: State) -> None:
         return
     splits = {"test": run.data.test.split, run.data.evaluated_on: run.data.evaluation.split}
     predictions = {}
-    for kind, outputs in run.outputs.items():
+    for kind, tensors in run.outputs.items():
         split = splits[kind]
+        outputs = {name: values.numpy() for name, values in tensors.items()}
         predictions[kind] = of_outputs(
             split.labels, split.classes, outputs, state.data, split.places
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
@@ -124,7 +123,7 @@ class Run:
     stop: StopRequest
     # What the model says, at the last step, of the images of "test" and "held-out" splits: of each
     # what `Outputs.of_all_ranks` gives.
-    outputs: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    outputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def set_up(

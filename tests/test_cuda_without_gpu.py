@@ -20,9 +20,13 @@ from cifar_accel.records.folder import Opened
 
 # Rows after steps 2 and 4, and an evaluation after the last.
 STEPS, LOG_EVERY = 4, 2
-# The host asks for what was summed and watched before the first step and at each row, and for the
-# figures of the evaluation.
-WAITS = {("numbers", "train.collect"): 3, ("numbers", "evaluate.evaluate"): 1}
+# The host asks for what was summed and watched before the first step and at each row, for the
+# figures of the evaluation, and, since that is the last, for the likeliest classes and the logits.
+WAITS = {
+    ("numbers", "train.collect"): 3,
+    ("numbers", "evaluate.evaluate"): 1,
+    ("download", "evaluate.of_all_ranks"): 2,
+}
 
 CASES = {
     # The two policies, and the larger size, at which a chunk of images is less than a step.

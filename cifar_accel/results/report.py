@@ -64,8 +64,7 @@ def in_markdown(sections: list[Section], unfinished: list[str], columns: int | N
         parts.append(f"## {printable(section.best.group.setting.dataset)}, {section.images}\n\n")
         parts += [f"{_filled(line, columns)}\n" for line in lines]
         parts.append(f"\n{markdown(table)}\n\n")
-    if sections:
-        parts.append(textwrap.fill(LEGEND, columns or 10**6) + "\n")
+    parts.append(textwrap.fill(LEGEND, columns or 10**6) + "\n")
     if unfinished:
         parts.append("\n## Not finished\n\n")
         parts += [f"- {printable(line)}\n" for line in unfinished]

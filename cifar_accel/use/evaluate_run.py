@@ -58,7 +58,7 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     # Workers that are left behind would keep the process alive.
     with closing(batches):
         figures = evaluate(ranks.accelerator, model, batches, len(split), layout, outputs=outputs)
-        said = outputs.of_all_ranks(ranks.accelerator, len(split))
+        tensors = outputs.of_all_ranks(ranks.accelerator, len(split))
 
     # The main process alone prints.
     images = f"{figures['evaluated_images']:,} {kind} images of {options.dataset}"
@@ -69,6 +69,7 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     file = run.folder / PREDICTIONS
     if ranks.is_main and not args.dataset and not file.exists():
         try:
+            said = {name: values.numpy() for name, values in tensors.items()}
             predictions = of_outputs(split.labels, known, said, fingerprint, split.places)
             write_predictions(run.folder, {kind: predictions})
             say(f"written   {file}")
