@@ -206,8 +206,8 @@ def fit_options(
     """The options as they hold for the model, or held at the first start of a run that goes on."""
     if opened.derived:
         return derived(args, origin, opened.derived)
-    # --budget has fitted them before it chose the sizes.
-    if "derived" in (origin["interpolation"], origin["stored_size"]):
+    # --budget has fitted them before it chose sizes or epochs.
+    if "derived" in (origin["image_size"], origin["epochs"]):
         return args, origin
     if args.recipe == "finetune":
         say(f"recipe: fitting finetune to {name_of(args)}")

@@ -19,6 +19,9 @@ SIDES = (128, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
 MOST_PARAMETERS = 8e6
 MOST_EPOCHS = 25
 
+# The learning rate of models with batch norm, over that of others.
+BATCH_NORM_RATE = 2.0
+
 # Layer decay of families other than the usual: 1 for models with batch norm, 0.8 for others.
 LAYER_DECAY = {"nfnet": 0.9}
 
@@ -34,7 +37,7 @@ def derived(
 
 
 def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArguments, Origin]:
-    """Options as they hold for the model, and where each value comes from.
+    """Options as they hold for the model, and where each value comes from; to be called once.
 
     Raises BadInput where the model cannot be made at any size.
     """
@@ -45,9 +48,14 @@ def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgum
     interpolation = own if own in ("bilinear", "bicubic") else "bicubic"
     args, origin = derived(args, origin, {"interpolation": interpolation})
 
-    # How much slower early layers learn. What batch norm has normalised needs no such care.
-    decay = LAYER_DECAY.get(family_of(model), 1.0 if has_batch_norm(model) else 0.8)
+    # How fast it learns, and how much slower early layers do. What batch norm has normalised bears
+    # more, and needs no such care.
+    normalised = has_batch_norm(model)
+    decay = LAYER_DECAY.get(family_of(model), 1.0 if normalised else 0.8)
     args, origin = derived(args, origin, {"layer_decay": decay})
+    if normalised:
+        faster = BATCH_NORM_RATE * args.learning_rate
+        args, origin = derived(args, origin, {"learning_rate": faster})
 
     # NFNets diverge without adaptive clipping (Brock et al. 2021).
     if family_of(model) == "nfnet" and "flag" not in (origin["clip_grad"], origin["clip_mode"]):

@@ -56,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What a start derives from the model and the images, where no flag says it. A run that goes on
 # keeps what its first start derived.
 DERIVED_LATE = frozenset(
-    "image_size epochs warmup_epochs stored_size crop_padding layer_decay interpolation cutmix "
-    "mixup_prob model_kwargs clip_grad clip_mode".split()
+    "image_size epochs warmup_epochs stored_size crop_padding learning_rate layer_decay "
+    "interpolation cutmix mixup_prob model_kwargs clip_grad clip_mode".split()
 )
 
 

@@ -71,9 +71,20 @@ def test_layers_decay_where_there_is_no_batch_norm():
     assert decays == {"test_vit": 0.8, "test_resnet": 1.0, "test_nfnet": 0.9}
 
 
+def test_models_with_batch_norm_learn_twice_as_fast():
+    """Whatever the optimizer, whose rate is derived before."""
+    assert fit("test_vit")[0].learning_rate == 1e-3
+    args, origin = fit("test_resnet")
+    assert (args.learning_rate, origin["learning_rate"]) == (2e-3, "derived")
+    assert fit("test_resnet", learning_rate=0.04)[0].learning_rate == 0.04
+    args = replace(recipe_defaults("finetune"), model="test_resnet", learning_rate=0.04)
+    origin = {field.name: "recipe" for field in fields(args)} | {"learning_rate": "derived"}
+    assert fit_to_model(args, origin)[0].learning_rate == 0.08
+
+
 def test_what_is_derived_late_is_known_to_the_run_folder():
     found = set()
-    for model, options in (("test_nfnet", {"epochs": 26}), ("test_vit", {})):
+    for model, options in (("test_nfnet", {"epochs": 26}), ("test_vit", {}), ("test_resnet", {})):
         _, origin = fit(model, **options)
         found |= {name for name, of in origin.items() if of == "derived"}
     # These follow from --budget and from the images.
