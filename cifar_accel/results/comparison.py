@@ -225,11 +225,11 @@ def _refuse_other_images(a: Candidate, b: Candidate, pairs: list[tuple[int, int]
 
 
 def against(
-    baseline: Candidate, candidates: list[Candidate], margin: float, tests: int | None = None
+    baseline: Candidate, candidates: list[Candidate], margin: float
 ) -> tuple[list[Comparison], list[str]]:
     """Comparisons of all others with the baseline, and a line for each that is not possible.
 
-    `tests` as for `conclude`. Raises BadInput where none is.
+    Raises BadInput where none is.
     """
     comparisons = []
     refused = []
@@ -242,7 +242,7 @@ def against(
             refused.append(str(error))
     if not comparisons:
         raise BadInput(refused[0])
-    return conclude(comparisons, tests), [f"not compared: {line}" for line in refused]
+    return conclude(comparisons), [f"not compared: {line}" for line in refused]
 
 
 def figures(a: Candidate, b: Candidate, margin: float) -> Comparison:
@@ -412,17 +412,20 @@ def _new_images(
 # ---- conclusions
 
 
-def conclude(comparisons: list[Comparison], tests: int | None = None) -> list[Comparison]:
-    """The comparisons with their verdicts, which hold for all of them together (Holm).
+def conclude(
+    comparisons: list[Comparison], adjusted: list[float] | None = None
+) -> list[Comparison]:
+    """The comparisons with their verdicts, which hold for all of them together.
 
-    `tests` is how many pairs of settings were looked at, where that is more.
+    `adjusted` are the p of those that have one, for that (unset: Holm's).
     """
     # A comparison without a test claims nothing, so it costs the others nothing.
-    tested = [each.p for each in comparisons if each.p is not None]
-    adjusted = iter(holm(tested, tests))
+    if adjusted is None:
+        adjusted = holm([each.p for each in comparisons if each.p is not None])
+    together = iter(adjusted)
     concluded = []
     for each in comparisons:
-        p = None if each.p is None else next(adjusted)
+        p = None if each.p is None else next(together)
         each = replace(each, p_holm=p)
         if each.test in ("paired t", "Welch"):
             each = _with_verdict(each)

@@ -195,7 +195,7 @@ def _common(section: Section) -> str:
     words = []
     for name in ["recipe", "epochs", "image_size", "batch_size", *given]:
         values = {json.dumps(group.options.get(name)) for group in groups}
-        if len(values) == 1 and name not in VOLATILE | {"seed"}:
+        if len(values) == 1 and name not in VOLATILE | {"seed", "dataset"}:
             words.append(f"{flag(name)} {in_words(groups[0].options.get(name))}")
     return "In all of them: " + ", ".join(dict.fromkeys(words))
 

@@ -2,19 +2,26 @@
 
 Settings can be compared where they were judged by the same images. Each is compared with the best
 of them, as `cifar-accel compare` does it. The best is chosen by the same figures, which is as much
-as to look at all pairs: p values are Holm's over as many.
+as to look at all pairs, so p values are adjusted for these.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar_accel.errors import BadInput
-from cifar_accel.results.comparison import Candidate, Comparison, against, candidates_of
+from cifar_accel.results.comparison import (
+    Candidate,
+    Comparison,
+    candidates_of,
+    conclude,
+    figures,
+)
 from cifar_accel.results.groups import Group
 from cifar_accel.results.runs import COMPARED
-from cifar_accel.results.statistics import mean_interval
+from cifar_accel.results.statistics import holm, mean_interval, tukey_kramer
 
 # Settings that differ by less than this share are the same for all that matters.
 MARGIN = 0.005
@@ -92,15 +99,15 @@ def _section(groups: list[Group]) -> Section:
     candidates = candidates_of(groups)
     candidates.sort(key=lambda candidate: -statistics.mean(candidate.group.accuracies))
     best = candidates[0]
-    comparisons: dict[str, Comparison] = {}
+    compared: list[Comparison] = []
     notes: list[str] = []
-    if len(candidates) > 1:
+    for other in candidates[1:]:
         try:
-            pairs = len(candidates) * (len(candidates) - 1) // 2
-            compared, notes = against(best, candidates, MARGIN, pairs)
-            comparisons = {each.b.name: each for each in compared}
+            compared.append(figures(best, other, MARGIN))
         except BadInput as error:
-            notes = [f"not compared: {error}"]
+            notes.append(f"not compared: {error}")
+    compared = conclude(compared, _adjusted(compared, candidates))
+    comparisons = {each.b.name: each for each in compared}
     entries = []
     names = _short_names(candidates)
     for candidate, name in zip(candidates, names, strict=True):
@@ -109,6 +116,27 @@ def _section(groups: list[Group]) -> Section:
         standing = "best" if candidate is best else standing
         entries.append(Entry(candidate, name, comparison, standing))
     return Section(entries, notes)
+
+
+def _adjusted(compared: list[Comparison], candidates: list[Candidate]) -> list[float]:
+    """p of the comparisons with the best that have one, as of all pairs of the candidates.
+
+    The smaller of two valid ones, doubled for the choice: Holm's of pairs of seeds over as many
+    tests as there are pairs of settings, and Tukey's with one spread for all settings.
+    """
+    tested = [each for each in compared if each.p is not None]
+    by_holm = holm([each.p for each in tested if each.p is not None], math.comb(len(candidates), 2))
+    several = [each for each in candidates if len(each.group.runs) > 1]
+    values = {each.name: each.accuracies(each.group.seeds) for each in several}
+    by_tukey: dict[str, float] = {}
+    if len(values) > 1 and candidates[0].name in values:
+        best, *others = values
+        p = tukey_kramer(values[best], [values[other] for other in others])
+        by_tukey = dict(zip(others, p, strict=True))
+    return [
+        min(1.0, 2 * min(p, by_tukey.get(each.b.name, 1.0)))
+        for each, p in zip(tested, by_holm, strict=True)
+    ]
 
 
 def _short_names(candidates: list[Candidate]) -> list[str]:

@@ -233,6 +233,29 @@ def holm(p: list[float], tests: int | None = None) -> list[float]:
     return adjusted.tolist()
 
 
+def tukey_kramer(best: Values, others: list[Values]) -> list[float]:
+    """p of `best` against each of `others`, as pairs among all of them: float64 [n >= 2] each.
+
+    Tukey's range test (1949) in Kramer's form (1956): what may come of choosing the best is in it.
+    It takes one standard deviation for all. 1 where there is no spread.
+    """
+    # It takes a second to load.
+    from scipy.stats import studentized_range
+
+    groups = [best, *others]
+    freedom = sum(len(group) - 1 for group in groups)
+    variance = sum((len(group) - 1) * deviation(group) ** 2 for group in groups) / freedom
+    if variance == 0:
+        return [1.0] * len(others)
+    ranges = [
+        abs(np.mean(best) - np.mean(other))
+        / (variance / 2 * (1 / len(best) + 1 / len(other))) ** 0.5
+        for other in others
+    ]
+    p: Any = studentized_range.sf(ranges, len(groups), freedom)
+    return p.tolist()
+
+
 def verdict(
     difference: float,
     interval: Interval | None,

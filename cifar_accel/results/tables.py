@@ -138,7 +138,10 @@ def fitted(table: Table, columns: int) -> Table:
 
     def cut(row: list[str]) -> list[str]:
         name = printable(row[0])
-        short = name if len(name) <= longest else name[: longest - 1] + CUT
-        return [short, *row[1:kept]]
+        if len(name) > longest:
+            # Out of its middle: what settings differ in stands at the end.
+            head = longest // 3
+            name = name[:head] + CUT + name[head + 1 - longest :]
+        return [name, *row[1:kept]]
 
     return Table(table.title, cut(table.head), [cut(row) for row in table.rows])

@@ -85,5 +85,5 @@ def test_a_table_fits_a_terminal():
         lines = markdown(fitted(table, columns)).splitlines()
         assert max(map(len, lines)) <= columns
         assert "74.23" in lines[2]
-    assert fitted(table, 60).rows == [["a setting with a long name of…", "74.23", "best", "1.6041"]]
+    assert fitted(table, 60).rows[0][0] == "a setting …ifty characters, so"
     assert fitted(table, 40).head == ["setting", "acc."]
