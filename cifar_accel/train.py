@@ -320,7 +320,7 @@ def evaluation_row(run: Run, state: State) -> dict[str, float]:
 
 
 def evaluate_split(
-    run: Run, pipeline: Pipeline, name: str, kept_as: str | None
+    run: Run, pipeline: Pipeline, name: str, kept_as: str | None = None
 ) -> dict[str, float]:
     """Exact figures of the run's weights over one split. All ranks enter.
 

@@ -71,10 +71,13 @@ def test_a_tracker_that_hangs_is_given_up_by_ctrl_c_too(start):
     abandoned = []
     tracker, _ = start(lambda row: free.wait(60), abandon=lambda: abandoned.append(True))
     tracker.log({"step": 1})
+    # A shell that runs the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     main_thread = threading.main_thread().ident
     threading.Timer(0.5, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         tracker.finish({}, 0)
+    signal.signal(signal.SIGINT, before)
     free.set()
     assert abandoned == [True]
 
