@@ -222,7 +222,9 @@ COMMANDS = {
     "train": Command(train_command, "train a model (the same as python -m cifar_accel)"),
     "evaluate": Command(evaluate_command, "evaluate a run folder on its test set"),
     "study": Command(study_command, "run every run of a study file that is not finished"),
-    "report": Command(report_command, "what all runs below a folder say, and one page that can be mailed"),
+    "report": Command(
+        report_command, "what all runs below a folder say, and one page that can be mailed"
+    ),
     "compare": Command(compare_command, "whether one setting is better than another"),
 }
 
