@@ -75,3 +75,14 @@ def fail(message: str, code: int = BAD_INPUT) -> int:
     one_line = printable(" ".join(message.split()))
     print(f"{head} {one_line}", file=sys.stderr, flush=True)
     return code
+
+
+def in_time(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

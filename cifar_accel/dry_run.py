@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from cifar_accel.console import say
+from cifar_accel.console import in_time, say
 from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, is_hub_id
 from cifar_accel.data.decode import MOST_STORED, image_shape
 from cifar_accel.data.splits import Splits, cut_splits
@@ -377,15 +377,6 @@ def check_time(found: Findings) -> str:
     steps = ", ".join(f"{seconds:.3g} s at {side} px" for side, seconds in speed.steps.items())
     whole = f"{in_time(args.epochs * epoch)}: {args.epochs} epochs of {in_time(epoch)}"
     return f"about {whole}, by a few steps: {steps}"
-
-
-def in_time(seconds: float) -> str:
-    """Seconds as a person reads them."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def check_folder(found: Findings) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from cifar_accel.console import in_time
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home, read_as
 from cifar_accel.launch.study_file import Options, Study
@@ -215,12 +216,3 @@ def time_left(runs: list[StudyRun], jobs: int) -> str:
 
 def _kind(run: StudyRun) -> tuple[object, ...]:
     return tuple(getattr(run.args, name) for name in TIMED_BY)
-
-
-def in_time(seconds: float) -> str:
-    """Seconds as a person reads them."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

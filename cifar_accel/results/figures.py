@@ -18,9 +18,6 @@ from cifar_accel.results.runs import RunFiles
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A00", "#666666"]
 
-# An interval, to be seen on light and dark.
-BAR: dict[str, Any] = {"strokeWidth": 3, "color": "#888888"}
-
 # Points of a curve.
 BINS = 200
 # The height of a row of a chart with a row a setting, in pixels.
@@ -33,22 +30,11 @@ Chart = TypeVar("Chart", alt.Chart, alt.LayerChart)
 def intervals(rows: Rows) -> alt.LayerChart:
     """A dot for each seed, and the mean with its interval, a row a setting.
 
-    `rows` have name, mean, low, high (None where one run has none) and values: all in percent.
+    `rows` have name, mean, low, high (the mean where there is no interval) and values, in percent.
     """
-    order = [row["name"] for row in rows]
-    y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=320))
+    y = _names(rows)
     means = [{key: row[key] for key in ("name", "mean", "low", "high")} for row in rows]
     dots = [{"name": row["name"], "accuracy": value} for row in rows for value in row["values"]]
-    bar = (
-        alt.Chart(_data(means))
-        .mark_rule(strokeWidth=3, color="#888888")
-        .encode(y=y, x="low:Q", x2="high:Q")
-    )
-    middle = (
-        alt.Chart(_data(means))
-        .mark_point(shape="diamond", size=90, filled=True, opacity=1)
-        .encode(y=y, x=alt.X("mean:Q"), tooltip=_tooltips("name", "mean", "low", "high"))
-    )
     seeds = (
         alt.Chart(_data(dots))
         .mark_circle(size=30, opacity=0.7, color=COLOURS[1])
@@ -63,6 +49,7 @@ def intervals(rows: Rows) -> alt.LayerChart:
             tooltip=_tooltips("name", "accuracy"),
         )
     )
+    bar, middle = _means_with_intervals(means, y, alt.X("mean:Q"))
     return _chart(bar + seeds + middle, len(rows) * ROW)
 
 
@@ -71,28 +58,15 @@ def differences(rows: Rows, margin: float) -> alt.LayerChart:
 
     `rows` have name, difference, low and high. Differences within `margin` are too small to matter.
     """
-    order = [row["name"] for row in rows]
-    y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=320))
+    y = _names(rows)
     band = (
         alt.Chart(_data([{"low": -margin, "high": margin}]))
         .mark_rect(opacity=0.12, color="#888")
         .encode(x="low:Q", x2="high:Q")
     )
     zero = alt.Chart(_data([{"at": 0}])).mark_rule(strokeDash=[4, 4]).encode(x="at:Q")
-    bar = (
-        alt.Chart(_data(rows))
-        .mark_rule(strokeWidth=3, color="#888888")
-        .encode(y=y, x="low:Q", x2="high:Q")
-    )
-    middle = (
-        alt.Chart(_data(rows))
-        .mark_point(shape="diamond", size=90, filled=True, opacity=1)
-        .encode(
-            y=y,
-            x=alt.X("difference:Q", title="difference to the best, points"),
-            tooltip=_tooltips("name", "difference", "low", "high"),
-        )
-    )
+    x = alt.X("difference:Q", title="difference to the best, points")
+    bar, middle = _means_with_intervals(rows, y, x)
     return _chart(band + zero + bar + middle, len(rows) * ROW)
 
 
@@ -248,6 +222,20 @@ def cost(rows: Rows) -> alt.Chart:
 def _data(rows: Iterable[dict[str, Any]]) -> alt.Data:
     """Rows as a chart's own data."""
     return alt.Data(values=list(rows))
+
+
+def _names(rows: Rows) -> alt.Y:
+    """A row of the chart for each of `rows`, in their order."""
+    order = [row["name"] for row in rows]
+    return alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=320))
+
+
+def _means_with_intervals(rows: Rows, y: alt.Y, x: alt.X) -> tuple[alt.Chart, alt.Chart]:
+    """The bars from low to high, to be seen on light and dark, and the diamonds at `x`."""
+    base = alt.Chart(_data(rows)).encode(y=y)
+    bar = base.mark_rule(strokeWidth=3, color="#888888").encode(x="low:Q", x2="high:Q")
+    middle = base.mark_point(shape="diamond", size=90, filled=True, opacity=1)
+    return bar, middle.encode(x=x, tooltip=_tooltips(*rows[0]))
 
 
 def _tooltips(*fields: str) -> list[alt.Tooltip]:

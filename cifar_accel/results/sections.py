@@ -226,7 +226,7 @@ def checks(section: Section) -> list[str]:
     repeats = sum(len(group.repeats) for group in groups)
     lines = list(section.notes)
     if repeats:
-        lines.append(f"{repeats} runs repeat a seed, which is no evidence; the newest counts")
+        lines.append(f"repeats of a seed, which are no evidence: {repeats}; the newest counts")
     if len(groups) == 1:
         return lines
     few = [entry.name for entry in section.entries if len(entry.group.runs) < 3]

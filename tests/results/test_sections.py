@@ -50,7 +50,7 @@ def test_what_a_reader_should_know_first(tmp_path):
         make_runs(tmp_path, accuracies, learning_rate=rate)
     make_run(tmp_path / "again", {"accuracy": 0.9}, seed=1, learning_rate=0.3)
     lines = "\n".join(checks(sections(tmp_path)[0]))
-    assert "1 runs repeat a seed" in lines
+    assert "repeats of a seed, which are no evidence: 1" in lines
     assert "fewer than 3 seeds: learning_rate 0.3; learning_rate 0.1" in lines
     assert "the settings have different seeds" in lines
     assert "the best has the largest learning_rate that was tried, 0.3: try beyond it" in lines
