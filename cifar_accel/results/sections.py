@@ -249,6 +249,9 @@ def checks(section: Section) -> list[str]:
 
 def _at_the_edge(section: Section, name: str) -> str:
     """A line where the best setting has the least or largest value of an option that was varied."""
+    # What follows from other options was not varied by anybody.
+    if section.best.group.runs[0].config.get("provenance", {}).get(name) == "derived":
+        return ""
     values = [entry.group.options.get(name) for entry in section.entries]
     numbers = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool)})
     if len(numbers) < FEWEST_VALUES or values[0] not in (numbers[0], numbers[-1]):
