@@ -87,7 +87,7 @@ def run_study(args: StudyArguments, extra: list[str], say: Callable[[str], None]
 
 
 def tell_results(name: str, runs: list[StudyRun], say: Callable[[str], None]) -> int:
-    """Print the table of the finished runs and what failed; returns the exit code."""
+    """Print the table of the finished runs, what failed and what to ask next; the exit code."""
     finished = in_state(runs, "finished")
     read = [read_run(run.folder) for run in finished]
     if read:
@@ -96,6 +96,12 @@ def tell_results(name: str, runs: list[StudyRun], say: Callable[[str], None]) ->
     failed = in_state(runs, "failed")
     for run in failed:
         say(f"  failed: {run.folder} (the same command tries it again)")
+    if finished:
+        parent = os.path.commonpath([run.folder for run in finished])
+        say(f"  its page: cifar-accel report {shlex.quote(parent)}")
+        for run in [run for run in finished if run.is_baseline][:1]:
+            words = ["cifar-accel", "compare", parent, "--baseline", str(run.folder)]
+            say(f"  against its baseline: {shlex.join(words)}")
     return FAILED if failed else 0
 
 

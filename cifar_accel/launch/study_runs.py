@@ -31,6 +31,8 @@ class StudyRun:
     # The words that train it, and the options that they give.
     words: list[str]
     args: TrainingArguments
+    # Whether the file's baseline is in its name.
+    is_baseline: bool = False
     # The run whose plan of --budget it takes over.
     plan_of: "StudyRun | None" = None
     # "elsewhere": another process trains it.
@@ -70,6 +72,7 @@ def plan_runs(
         )
 
     # A run says its name in its words only where it is not the name that it has by itself.
+    baseline = study.baseline
     planned: dict[Path, StudyRun] = {}
     names = name_runs(options, [str(args.run_name) for args in resolved])
     for of_run, args, name in zip(words, resolved, names, strict=True):
@@ -77,9 +80,9 @@ def plan_runs(
         if folder in planned:
             raise BadInput(f"{path}: two runs are the same and would both write {folder}")
         named = [] if name == args.run_name else [f"--run-name={name}"]
-        planned[folder] = StudyRun(folder, of_run + named, args)
-    baseline = study.baseline
-    if baseline and not any(baseline in name for name in names):
+        is_baseline = baseline is not None and baseline in name
+        planned[folder] = StudyRun(folder, of_run + named, args, is_baseline)
+    if baseline and not any(run.is_baseline for run in planned.values()):
         raise BadInput(f"{path}: baseline {baseline}: no run has that in its name, as {names[0]}")
     runs = list(planned.values())
     share_plans(runs)

@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -79,19 +80,19 @@ def read_to(process: subprocess.Popen, words: str) -> str:
 # ---- whole studies
 
 
-def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
+def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache, capsys):
     later = tmp_path / "later.safetensors"
     rows = [
         {"run_name": "a"},
         {"run_name": "b", "checkpoint": str(later)},
         {"run_name": "c", "seed": 1},
     ]
-    file = study_file(tmp_path / "study.yaml", cache, runs=rows)
+    file = study_file(tmp_path / "study.yaml", cache, runs=rows, baseline="a")
 
     def written() -> list[int]:
         return [(tmp_path / "ck" / n / "metrics.jsonl").stat().st_mtime_ns for n in "ac"]
 
-    # The plan, a line for each run, the table, and what failed: nothing else.
+    # The plan, a line for each run, the table, what failed and what to ask next: nothing else.
     first = run_study(file)
     assert first.returncode == 1
     plan, launch, *lines = first.stdout.splitlines()
@@ -99,9 +100,9 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
     assert launch.startswith("launch: one process")
     folder = re.escape(str(tmp_path / "ck"))
     patterns = [
-        rf"1 of 3: accuracy \d+\.\d\d%, \d+ s; about \d+ s left: {folder}/a",
-        rf"2 of 3: failed \(exit code \d\); about \d+ s left: {folder}/b",
-        rf"3 of 3: accuracy \d+\.\d\d%, \d+ s; nothing left: {folder}/c",
+        rf"1 of 3: accuracy \d+\.\d\d%, [\d.]+ s; about [\d.]+ s left: {folder}/a",
+        rf"2 of 3: failed \(exit code \d\); about [\d.]+ s left: {folder}/b",
+        rf"3 of 3: accuracy \d+\.\d\d%, [\d.]+ s; nothing left: {folder}/c",
         "",
         r"\|.*acc.*\|",
         r"\|-[-|]*\|",
@@ -109,6 +110,8 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
         "",
         "study three: 2 of 3 runs finished",
         rf"  failed: {folder}/b \(.*",
+        rf"  its page: cifar-accel report {folder}",
+        rf"  against its baseline: cifar-accel compare {folder} --baseline {folder}/a",
     ]
     assert len(lines) == len(patterns)
     for pattern, line in zip(patterns, lines, strict=True):
@@ -130,6 +133,11 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache):
     table = [line for line in third.stdout.splitlines() if line.startswith("|")]
     assert len(table) > 2
     assert [line for line in second.stdout.splitlines() if line.startswith("|")] == table
+
+    # What it says to ask next is an answer.
+    compare = shlex.split(third.stdout.splitlines()[-1].partition("cifar-accel ")[2])
+    assert main(compare) == 0
+    assert "verdict" in capsys.readouterr().out
 
 
 def test_jobs_run_at_a_time_stop_by_ctrl_c_and_go_on(tmp_path, cache):
