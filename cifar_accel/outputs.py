@@ -109,15 +109,15 @@ class Log:
         # step whose window is empty there is nothing to settle.
         self.metrics.truncate(state.step - 1 if state.window_is_open else state.step)
         if run.ranks.is_main:
-            steps = (plan.total_steps, plan.steps_per_epoch, state.step, plan.stop_step)
-            self.progress = Progress(*steps, run.data.evaluated_on)
+            steps = (plan.steps_per_epoch, plan.total_steps, state.step, plan.stop_step)
+            self.progress = Progress(*steps, run.data.evaluated_on, plan.work)
         if run.args.profile and run.ranks.is_main:
             self.profiler = Profiler(run.folder.path / "profile", run.args.profile, say)
 
     def step(self) -> None:
         """One optimizer step is done."""
         if self.progress:
-            self.progress.step()
+            self.progress.step(self.state.step)
         if self.profiler:
             self.profiler.step()
 

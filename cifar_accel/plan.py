@@ -68,6 +68,16 @@ class Plan:
                 return size
         return self.args.input_size
 
+    def work(self, steps: int) -> float:
+        """What the first `steps` steps take, in steps at the last size: time goes with pixels."""
+        taken = 0.0
+        begin = 0
+        for size, share in self.args.sizes:
+            end = min(steps, round(share * self.total_steps))
+            taken += (end - begin) * (size / self.args.input_size) ** 2
+            begin = end
+        return taken
+
     # ---- what is due after a step
 
     def row_after(self, step: int) -> bool:

@@ -219,13 +219,17 @@ def fit_options(
 def fit_to_images(
     args: TrainingArguments, origin: dict[str, str], opened: Opened, dataset: Dataset
 ) -> tuple[TrainingArguments, dict[str, str]]:
-    """The options with crops that finetune shifts by the same share of any image."""
+    """The options with what finetune makes of the images' size and number."""
     if args.recipe != "finetune" or opened.derived:
         return args, origin
-    # The recipe has the pixels for images of 32.
+    # Crops are shifted by the same share of any image; the recipe has the pixels for 32.
     side = min(dataset.train.images.shape[2:])
-    padding = round(args.crop_padding * side / 32)
-    return derived(args, origin, {"crop_padding": padding})
+    values: dict[str, Any] = {"crop_padding": round(args.crop_padding * side / 32)}
+    # Weights are averaged over about the last tenth of the run.
+    if args.model_ema:
+        steps = args.epochs * max(1, len(dataset.train) // args.batch_size)
+        values["model_ema_decay"] = min(max(0.9, 1 - 10 / steps), 0.9998)
+    return derived(args, origin, values)
 
 
 # ---- what does not exist

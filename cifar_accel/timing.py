@@ -61,6 +61,8 @@ EVALUATED = 256
 # The options that --budget chooses, and those in which two runs of one plan agree.
 PLANNED = {"image_size", "epochs", "warmup_epochs"}
 ALIKE = ("model", "dataset", "batch_size", "pipeline")
+# Nothing was timed yet.
+UNKNOWN = Speed({}, {})
 # Seconds for what comes after the last evaluation: weights, plots, the tracker's end.
 ENDING = 6.0
 
@@ -102,30 +104,47 @@ def fit_to_budget(
     say(f"budget    {args.budget}: timing a few steps")
     # From the beginning, and by a model that is fitted already.
     afresh = Opened(opened.path, derived={"interpolation": args.interpolation})
-    start = Start(afresh, ranks, stop, splits)
-    choices, sides = what_to_try(args, origin)
-    with peers_expected():
-        speed, plan = time_sizes(args, origin, start, sides, min(SECONDS, SHARE * budget))
+    best = what_fits(args, origin, Start(afresh, ranks, stop, splits), budget)
+    chosen = {"image_size": text_of(best.parts), "epochs": best.epochs}
+    return with_warmup(*derived(args, origin, chosen))
 
-    # What is left, of which the main process's clock is the judge. Held-out images are evaluated
-    # each epoch, and the test images once more.
-    dataset, held_out = splits
-    ending = ENDING
-    if held_out is not dataset.test:
-        ending += max(speed.evaluations.values()) * len(dataset.test) / len(held_out)
-    gone = time.time() - psutil.Process().create_time()
-    left = ranks.from_main(budget - gone - ending)
+
+def what_fits(
+    args: TrainingArguments, origin: dict[str, str], start: Start, budget: float
+) -> Fitted:
+    """The sizes and epochs that fit best into `budget` seconds since the process began.
+
+    What was timed, and what else would fit, is printed. All ranks enter. Raises BadInput.
+    """
+    ranks = start.ranks
+    dataset, held_out = start.splits
+    choices, sides = what_to_try(args, origin)
     epochs = args.epochs if origin["epochs"] == "flag" else 0
-    try:
-        best, *others = fit(left, speed, plan.steps_per_epoch, choices, epochs)
-    except TooShort as e:
-        shortest = math.ceil((e.seconds + gone + ending) / 60)
-        raise BadInput(f"--budget {args.budget}: too short; the shortest is {shortest}m") from e
+    speed = UNKNOWN
+    # Most of the time goes into the last size: it is timed before it is chosen.
+    while sides:
+        with peers_expected():
+            seconds = min(SECONDS, SHARE * budget)
+            speed, plan = time_sizes(args, origin, start, sides, seconds, speed)
+        # What is left, of which the main process's clock is the judge. Held-out images are
+        # evaluated each epoch, and the test images once more.
+        ending = ENDING
+        if held_out is not dataset.test:
+            ending += max(speed.evaluations.values()) * len(dataset.test) / len(held_out)
+        gone = time.time() - psutil.Process().create_time()
+        left = ranks.from_main(budget - gone - ending)
+        try:
+            best, *others = fit(left, speed, plan.steps_per_epoch, choices, epochs)
+        except TooShort as e:
+            shortest = math.ceil((e.seconds + gone + ending) / 60)
+            raise BadInput(f"--budget {args.budget}: too short; the shortest is {shortest}m") from e
+        last, _ = best.parts[-1]
+        sides = () if last in speed.steps else (last,)
+
     if origin["image_size"] != "flag":
         best = lengthened(best, left, speed, plan.steps_per_epoch)
     explain(best, others, speed, left, gone)
-    chosen = {"image_size": text_of(best.parts), "epochs": best.epochs}
-    return with_warmup(*derived(args, origin, chosen))
+    return best
 
 
 def what_to_try(
@@ -193,10 +212,12 @@ def time_sizes(
     start: Start,
     sides: tuple[int, ...],
     seconds: float,
+    known: Speed = UNKNOWN,
 ) -> tuple[Speed, Plan]:
     """Seconds of a step and of an evaluation by side, and the plan of a run at the last side.
 
-    Steps of each side are taken for about `seconds`. All ranks enter; of their times the longest
+    They are added to those that are `known`. Steps of each side are taken for about `seconds`. All
+    ranks enter; of their times the longest
     count. Each side's run is set up as a training is, and is forgotten. Raises BadInput as `set_up`
     does, and OutOfMemory.
     """
@@ -205,8 +226,8 @@ def time_sizes(
     accumulation = accelerator.gradient_accumulation_steps
     scaler_state = accelerator.scaler.state_dict() if accelerator.scaler else {}
     origin = origin | {"image_size": "flag"}
-    steps = {}
-    evaluations = {}
+    steps = dict(known.steps)
+    evaluations = dict(known.evaluations)
     for side in sides:
         of_side = replace(args, image_size=side)
         # What it says of itself is said by the run that follows.
@@ -215,10 +236,10 @@ def time_sizes(
         check_memory(run)
         plan = run.plan
         try:
+            if not steps:
+                _name_a_faster_precision(run, side)
             steps[side] = _seconds_of_a_step(run, state, seconds)
             evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
-            if side == sides[0]:
-                _name_a_faster_precision(run, side)
         except (RuntimeError, MemoryError) as e:
             failure = memory_explained(e, run, plan.order.micro_batch_size)
             if failure is e:

@@ -47,6 +47,12 @@ def test_sizes_are_a_function_of_the_step():
     assert {plan(image_size=48).image_size(step) for step in range(24)} == {48}
 
 
+def test_what_steps_take_goes_with_their_pixels():
+    made = plan(image_size="16:0.5,32", max_steps=20)
+    assert [made.work(step) for step in (0, 4, 12, 13, 24)] == [0, 1, 3, 4, 15]
+    assert plan(image_size=16).work(24) == 24
+
+
 @pytest.mark.parametrize(
     "save_every, steps, minutes",
     [

@@ -47,17 +47,18 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks of up to 32 MiB, for training on a CPU.
+    """Tell glibc to keep what is freed, for training on a CPU.
 
     Every step allocates the same activations again. By default glibc returns large ones to the
-    kernel, which then clears each page anew: a third of a small model's step on a virtual machine
-    (benchmarks/RESULTS.md). Does nothing where there is no glibc.
+    kernel, which then clears each page anew: a third of a small model's step on a virtual machine,
+    and half of a larger one's (benchmarks/RESULTS.md). Does nothing where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h. 32 MiB is the most that glibc takes.
-        mallopt(-3, 32 * 2**20)
-        mallopt(-1, 2**31 - 1)
+        # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h: all blocks lie in the heap, which never
+        # shrinks.
+        mallopt(-4, 0)
+        mallopt(-1, -1)
 
 
 def compile_model(

@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # keeps what its first start derived.
 DERIVED_LATE = frozenset(
     "image_size epochs warmup_epochs stored_size crop_padding learning_rate layer_decay "
-    "interpolation cutmix mixup_prob model_kwargs clip_grad clip_mode".split()
+    "interpolation cutmix mixup_prob model_kwargs clip_grad clip_mode model_ema_decay".split()
 )
 
 

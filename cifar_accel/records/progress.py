@@ -5,6 +5,7 @@ On a terminal that is one progress bar, elsewhere one line a logged row.
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -39,34 +40,46 @@ class Progress:
     """Progress over optimizer steps, with loss, accuracy, images/s and the time left.
 
     Args:
-        total_steps: steps of the whole schedule, a multiple of `steps_per_epoch`.
         steps_per_epoch: steps of one epoch.
+        total_steps: steps of the whole schedule, a multiple of `steps_per_epoch`.
         start: the step from which this process goes on.
         stop: the step after which it ends.
         images: "test" or "held-out", which the accuracy is of.
+        work: what so many first steps take, in any unit; they need not be equal.
     """
 
-    def __init__(self, total_steps: int, steps_per_epoch: int, start: int, stop: int, images: str):
-        self.total_steps = total_steps
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        total_steps: int,
+        start: int,
+        stop: int,
+        images: str,
+        work: Callable[[int], float],
+    ):
         self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
         self.start = start
-        self.stop = stop
         self.images = images
+        # What is done at the start and at the end.
+        self.work = work
+        self.begin = work(start)
+        self.end = work(stop)
         self.started_at = time.perf_counter()
         # The last evaluation's, shown until the next one.
         self.accuracy: float | None = None
         self.bar: Any = None
         if sys.stderr.isatty():
-            self.bar = Bar(total=stop, initial=start, dynamic_ncols=True, leave=True)
+            self.bar = Bar(total=self.end, initial=self.begin, dynamic_ncols=True, leave=True)
             self.bar.set_description_str(self._epoch_of(start), refresh=False)
 
-    def step(self) -> None:
-        """Count one optimizer step."""
+    def step(self, step: int) -> None:
+        """Count optimizer step `step`, counted from 1."""
         if self.bar is None:
             return
         # The terminal may have gone away.
         with suppress(OSError):
-            self.bar.update()
+            self.bar.update(self.work(step) - self.bar.n)
 
     def log(self, row: dict[str, Any]) -> None:
         """Show a logged row."""
@@ -85,8 +98,10 @@ class Progress:
         # After a resume the first row may be of the step that it begins at, which took no time.
         if row["step"] > self.start:
             # At the mean speed of this process so far.
-            step_s = (time.perf_counter() - self.started_at) / (row["step"] - self.start)
-            left = f", {tqdm.format_interval(round(step_s * (self.stop - row['step'])))} left"
+            done = self.work(row["step"])
+            each = (time.perf_counter() - self.started_at) / (done - self.begin)
+            seconds = each * (self.end - done)
+            left = f", {tqdm.format_interval(round(seconds))} left"
         say(f"{epoch}  {step}  {', '.join(figures)}{left}")
 
     def close(self) -> None:

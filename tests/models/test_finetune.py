@@ -88,7 +88,7 @@ def test_what_is_derived_late_is_known_to_the_run_folder():
         _, origin = fit(model, **options)
         found |= {name for name, of in origin.items() if of == "derived"}
     # These follow from --budget and from the images.
-    others = {"epochs", "warmup_epochs", "stored_size", "crop_padding"}
+    others = {"epochs", "warmup_epochs", "stored_size", "crop_padding", "model_ema_decay"}
     assert found | others == DERIVED_LATE
 
 

@@ -50,9 +50,19 @@ def test_nothing_is_ever_cut(bar):
 
 @pytest.mark.parametrize("images", ["test", "val"])
 def test_a_line_says_which_accuracy_it_shows(images, capsys, monkeypatch):
-    progress = Progress(32, 8, 0, 32, images)
+    progress = Progress(8, 32, 0, 32, images, float)
     row = {"step": 8, "train/loss": 2.0, "train/images_per_s": 1234.5, "train/input_share": 0.2}
     progress.log(row | {"eval/accuracy": 0.5})
     line = capsys.readouterr().out
     start = f"epoch 1/4  step 8/32  loss 2.000, {images} acc 50.00%, 1,234 img/s, 20% input, 00:00"
     assert line == f"{start} left\n"
+
+
+def test_the_time_left_is_that_of_steps_that_are_not_equal(capsys):
+    """Half of the steps take a quarter of the others' time."""
+    progress = Progress(8, 32, 4, 32, "test", lambda step: step / 4 + max(0, step - 16) * 3 / 4)
+    progress.started_at -= 30
+    row = {"train/loss": 2.0, "train/images_per_s": 1.0, "train/input_share": 0.0}
+    # 12 steps took 30 s: 16 of them, each four times as long, are left.
+    progress.log(row | {"step": 16})
+    assert "02:40 left" in capsys.readouterr().out

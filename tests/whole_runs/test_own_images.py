@@ -74,9 +74,14 @@ def test_a_run_keeps_the_size_of_its_copies(trainer, photographs):
     assert "copies of 32x32" in again.stdout
 
 
-def test_crops_of_finetune_are_shifted_by_the_same_share(trainer, photographs):
+def test_finetune_fits_crops_and_averages_to_the_images(trainer, photographs):
+    """Crops are shifted by the same share of images of any size; a tenth of the run is averaged."""
     trained = trainer(*options(photographs, "--max-steps", "1"))
-    words = ("--checkpoint", str(trained.run), "--recipe", "finetune", "--image-size", "64")
-    done = trainer(*options(photographs, *words, "--max-steps", "1", "--run-name", "a"))
-    assert recorded(done.run)["options"]["crop_padding"] == 8
-    assert recorded(done.run)["provenance"]["crop_padding"] == "derived"
+    words = ["--checkpoint", str(trained.run), "--recipe", "finetune", "--image-size", "64"]
+    words += ["--model-ema", "--epochs", "60", "--max-steps", "1", "--run-name", "a"]
+    config = recorded(trainer(*options(photographs, *words)).run)
+    assert config["options"]["crop_padding"] == 8
+    assert config["options"]["model_ema_decay"] == 1 - 10 / config["options"]["total_steps"]
+    assert {config["provenance"][name] for name in ("crop_padding", "model_ema_decay")} == {
+        "derived"
+    }
