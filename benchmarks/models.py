@@ -24,7 +24,6 @@ from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.create import build_model, forward_flops
 from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.options.recipes import recipe_defaults
-from cifar_accel.records.folder import Opened
 from cifar_accel.timing import Start, time_sizes
 
 # Small to large, of the usual families; a ViT's patches are those of its name.
@@ -67,9 +66,8 @@ def measure(model: str, size: int, batch: int) -> dict[str, float]:
     splits = (Dataset("black", split, split, ""), split)
     ranks = join_processes("auto")
     with tempfile.TemporaryDirectory() as folder:
-        afresh = Opened(Path(folder), derived={"interpolation": args.interpolation})
-        start = Start(afresh, ranks, StopRequest(), splits)
-        speed, _ = time_sizes(args, origin, start, (size,), SECONDS)
+        start = Start(Path(folder), ranks, StopRequest(), splits)
+        speed = time_sizes(args, origin, start, (size,), SECONDS)
     return figures | {
         "step_s": speed.steps[size],
         # Of an evaluation, by image.

@@ -4,19 +4,22 @@ The rule: of the sizes, each grown to from half of it and for as many epochs as 
 loses least by `points_lost`. What is left of the time goes from the run's first part to its last.
 """
 
+import math
+from bisect import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 # A run's sizes in turn: the side in pixels, and the share of the steps at which it ends.
 Parts = tuple[tuple[int, float], ...]
 
-# Sides of the last size; all are multiples of the patches of usual ViTs.
+# Sides of the last size.
 LAST_SIZES = (64, 96, 128, 160, 192, 224)
 # The sides before it, as shares of it, and the shares of the steps at which they end.
 GROWTH = ((0.5, 0.4), (0.75, 0.7), (1.0, 1.0))
-# More give little.
+# More give little, unless they are of few steps.
 MOST_EPOCHS = 25
+FEWEST_STEPS = 3000
 # What is kept back of the time: machines slow down, by 4 % over a quarter of an hour where it was
 # measured (benchmarks/RESULTS.md).
 RESERVE = 0.07
@@ -35,9 +38,14 @@ class TooShort(Exception):
 class Speed:
     """Seconds by the side of the images in pixels, as measured at some sides."""
 
-    # Of one optimizer step, and of one evaluation.
+    # Of one optimizer step, of one evaluation, and of the first step.
     steps: dict[int, float]
     evaluations: dict[int, float]
+    starts: dict[int, float] = field(default_factory=dict)
+
+    def in_words(self) -> str:
+        """Seconds of a step, by side."""
+        return ", ".join(f"{seconds:.3g} s at {side} px" for side, seconds in self.steps.items())
 
     def step(self, side: int) -> float:
         """Seconds of an optimizer step at `side`."""
@@ -57,13 +65,18 @@ class Speed:
 
 
 def _at(seconds: dict[int, float], side: int) -> float:
-    """Seconds at `side`: linear in the number of pixels between and beyond the nearest two."""
+    """Seconds at `side`, linear in pixels: between its neighbours, or beyond the last two."""
     if side in seconds:
         return seconds[side]
-    low, high = sorted(sorted(seconds, key=lambda measured: abs(measured - side))[:2])
-    slope = (seconds[high] - seconds[low]) / (high**2 - low**2)
+    sides = sorted(seconds)
+    if len(sides) == 1:
+        return seconds[sides[0]] * (side / sides[0]) ** 2
+    place = min(max(bisect(sides, side), 1), len(sides) - 1)
+    low, high = sides[place - 1 : place + 1]
+    # What was measured is noisy: larger images never take less.
+    slope = max(0.0, seconds[high] - seconds[low]) / (high**2 - low**2)
     # A small image takes no less than a quarter of the least that was measured.
-    return max(seconds[low] + slope * (side**2 - low**2), min(seconds.values()) / 4)
+    return max(seconds[low] + slope * (side**2 - low**2), seconds[sides[0]] / 4)
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,11 @@ def points_lost(side: int, epochs: int) -> float:
     return 9 * (64 / side) ** 2 + 10 / (epochs + 0.5)
 
 
+def most_epochs(steps_per_epoch: int) -> int:
+    """The most epochs that are planned."""
+    return max(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
+
+
 def growing_to(last: int) -> Parts:
     """The parts of a run that grows to `last` pixels; their sides are multiples of 16."""
     parts = {max(32, 16 * round(share * last / 16)): end for share, end in GROWTH}
@@ -114,7 +132,7 @@ def fit(
     fitted = []
     for parts in choices:
         an_epoch = speed.epoch(parts, steps_per_epoch)
-        most = min(epochs or MOST_EPOCHS, int(room / an_epoch))
+        most = min(epochs or most_epochs(steps_per_epoch), int(room / an_epoch))
         if most >= max(1, epochs):
             fitted.append(Fitted(parts, most, most * an_epoch))
     if not fitted:

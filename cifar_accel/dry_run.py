@@ -36,12 +36,13 @@ from cifar_accel.models.create import build_model, check_model, name_of
 from cifar_accel.network import require_network
 from cifar_accel.optim.optimizers import build_optimizer, check_names, moments_per_weight
 from cifar_accel.options.options import TrainingArguments, flag, in_words
+from cifar_accel.options.recipes import PLANNED
 from cifar_accel.plan import Plan, make_plan, micro_batch_sizes
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
 from cifar_accel.run import fit_options
-from cifar_accel.timing import PLANNED, Start, fit_to_budget, time_sizes, with_pixels
+from cifar_accel.timing import Start, fit_to_budget, time_sizes, with_pixels
 from cifar_accel.trial import how_to_cut
 
 # What torchvision's two sets hold, so that a run can be planned before they are downloaded:
@@ -122,6 +123,8 @@ def print_options(found: Findings, origin: dict[str, str]) -> None:
     from_launcher = "launcher" if found.processes > 1 else "default"
     rows.append(("processes", str(found.processes), from_launcher))
     for name, value, source in rows:
+        if args.budget and name in map(flag, PLANNED) and source != "flag":
+            value, source = "by --budget: see time", "derived"
         say(f"  {name:<22} {value:<28} {source}")
 
 
@@ -365,18 +368,16 @@ def check_time(found: Findings) -> str:
     ranks = join_processes(args.device, found.precision)
     splits = with_pixels(found.splits, found.side)
     if args.budget and not opened.derived.keys() & PLANNED:
-        args, _ = fit_to_budget(args, found.origin, opened, ranks, StopRequest(), splits)
+        args, _, _ = fit_to_budget(args, found.origin, opened, ranks, StopRequest(), splits)
         return f"fits into {args.budget}: --image-size {args.image_size} --epochs {args.epochs}"
 
     sides = tuple(side for side, _ in args.sizes)
-    # From the beginning, and by a model that is fitted already.
-    afresh = Opened(opened.path, derived={"interpolation": args.interpolation})
-    start = Start(afresh, ranks, StopRequest(), splits)
-    speed, _ = time_sizes(args, found.origin, start, sides, SECONDS_TO_TIME)
+    start = Start(opened.path, ranks, StopRequest(), splits)
+    speed = time_sizes(args, found.origin, start, sides, SECONDS_TO_TIME)
     epoch = speed.epoch(args.sizes, found.plan.steps_per_epoch)
-    steps = ", ".join(f"{seconds:.3g} s at {side} px" for side, seconds in speed.steps.items())
-    whole = f"{in_time(args.epochs * epoch)}: {args.epochs} epochs of {in_time(epoch)}"
-    return f"about {whole}, by a few steps: {steps}"
+    epochs = found.plan.stop_step / found.plan.steps_per_epoch
+    whole = f"{in_time(epochs * epoch)}: {epochs:.3g} epochs of {in_time(epoch)}"
+    return f"about {whole}, by a few steps: {speed.in_words()}"
 
 
 def check_folder(found: Findings) -> str:

@@ -11,6 +11,10 @@ class BadInput(Exception):
     """
 
 
+class DoesNotFit(BadInput):
+    """A step does not fit into the device's memory, as a trial before the first shows."""
+
+
 class TrainingError(RuntimeError):
     """Ends a training that had begun (exit code 1).
 

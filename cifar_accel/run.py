@@ -39,7 +39,7 @@ from cifar_accel.optim.gradients import Watch
 from cifar_accel.optim.optimizers import build_optimizer, check_names
 from cifar_accel.options.options import TrainingArguments, flag, in_words
 from cifar_accel.options.policy import read_policy, strength
-from cifar_accel.options.recipes import DERIVED_LATE
+from cifar_accel.options.recipes import DERIVED_LATE, PLANNED
 from cifar_accel.plan import Plan, make_plan
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, check_images
@@ -139,7 +139,8 @@ def set_up(
     `splits` are in place of what --dataset names. Raises BadInput.
     """
     # Refuse what does not exist before anything is downloaded or decoded.
-    check_choices(args)
+    if splits is None:
+        check_choices(args)
     chosen = checkpoint.choose(opened, say) if ranks.is_main else None
     start_from: Path | None = ranks.from_main(chosen)
     # Resuming: the weights come from the checkpoint, so do not download the pretrained ones.
@@ -204,7 +205,7 @@ def fit_options(
     args: TrainingArguments, origin: dict[str, str], opened: Opened
 ) -> tuple[TrainingArguments, dict[str, str]]:
     """The options as they hold for the model, or held at the first start of a run that goes on."""
-    if opened.derived:
+    if opened.derived or opened.config:
         return derived(args, origin, opened.derived)
     # --budget has fitted them before it chose sizes or epochs.
     if "derived" in (origin["image_size"], origin["epochs"]):
@@ -220,7 +221,7 @@ def fit_to_images(
     args: TrainingArguments, origin: dict[str, str], opened: Opened, dataset: Dataset
 ) -> tuple[TrainingArguments, dict[str, str]]:
     """The options with what finetune makes of the images' size and number."""
-    if args.recipe != "finetune" or opened.derived:
+    if args.recipe != "finetune" or opened.derived or opened.config:
         return args, origin
     # Crops are shifted by the same share of any image; the recipe has the pixels for 32.
     side = min(dataset.train.images.shape[2:])
@@ -420,14 +421,14 @@ def announce(
 
 
 def recipe_line(args: TrainingArguments, origin: dict[str, str]) -> str:
-    """What the recipe chose, and what of it follows from this model."""
+    """What the recipe chose, and what follows from the model and the images."""
     values = [
         f"{flag(name)} {in_words(getattr(args, name))}"
-        for name in sorted(DERIVED_LATE - {"image_size", "epochs", "warmup_epochs"})
+        for name in sorted(DERIVED_LATE - PLANNED)
         if origin[name] == "derived"
     ]
     size = f"{args.image_size} px, {args.epochs} epoch{'s' * (args.epochs > 1)}"
-    return f"{args.recipe}: {size}; for this model {', '.join(values) or 'nothing else'}"
+    return f"{args.recipe}: {size}; derived: {', '.join(values) or 'nothing'}"
 
 
 def device_peak(run: Run) -> float | None:

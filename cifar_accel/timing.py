@@ -5,6 +5,7 @@ import io
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import psutil
 import torch
 
 from cifar_accel.budget import (
+    GROWTH,
     LAST_SIZES,
     RESERVE,
     Fitted,
@@ -24,18 +26,22 @@ from cifar_accel.budget import (
     one_size,
     text_of,
 )
-from cifar_accel.console import say
+from cifar_accel.console import in_time, say
+from cifar_accel.data.batches import Batch
 from cifar_accel.data.datasets import Split
 from cifar_accel.data.splits import Splits
-from cifar_accel.errors import BadInput
+from cifar_accel.errors import BadInput, DoesNotFit, OutOfMemory
 from cifar_accel.files import home, read_as
+from cifar_accel.machine.memory import free_memory, is_out_of_memory
 from cifar_accel.machine.processes import Ranks, peers_expected
 from cifar_accel.machine.signals import StopRequest
+from cifar_accel.machine.speed import peak_memory_mib
+from cifar_accel.models.create import check_model
 from cifar_accel.models.finetune import derived, sizes_taken
 from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.options.recipes import PLANNED
 from cifar_accel.options.resolve import warmup
-from cifar_accel.options.values import parse_duration, parse_sizes
-from cifar_accel.plan import Plan
+from cifar_accel.options.values import parse_duration
 from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
 from cifar_accel.records.state import State
@@ -44,25 +50,28 @@ from cifar_accel.run import Run, check_choices, fit_options, load_splits, set_up
 from cifar_accel.step import take_step
 from cifar_accel.trial import check_memory, memory_explained
 
-# The sides in pixels that are tried. Others are interpolated.
-SIDES = (64, 96, 128)
+# The sides in pixels that are timed at first. Others follow from these.
+FIRST_SIDES = (64, 96, 128)
 # Steps of each side are timed for this share of the budget, or these seconds if that is less.
 SHARE, SECONDS = 0.01, 3.0
+# A side beyond the first is not timed where that would take more than this share of the budget. Of
+# a slow model it takes as long as so many steps.
+MOST_SHARE = 0.05
+AS_LONG_AS = 4
 # As many steps at least, and at most.
 FEWEST_STEPS, MOST_STEPS = 3, 200
 # Untimed steps before: the first compiles and allocates, CUDA graphs are recorded in the next two,
-# and workers have read ahead.
+# and workers have read ahead. Where one takes long, it is the only one.
 UNTIMED_STEPS = 3
 # Images over which precisions are compared, and by how much one must be faster to be named.
 IMAGES_TO_COMPARE = 64
 CLEARLY_FASTER = 1.15
 # Images evaluated at once.
 EVALUATED = 256
-# The options that --budget chooses, and those in which two runs of one plan agree.
-PLANNED = {"image_size", "epochs", "warmup_epochs"}
+# The options in which two runs of one plan agree.
 ALIKE = ("model", "dataset", "batch_size", "pipeline")
 # Nothing was timed yet.
-UNKNOWN = Speed({}, {})
+UNKNOWN = Speed({}, {}, {})
 # Seconds for what comes after the last evaluation: weights, plots, the tracker's end.
 ENDING = 6.0
 
@@ -71,7 +80,7 @@ ENDING = 6.0
 class Start:
     """What a start has beside its options. `splits` are what its steps are timed on."""
 
-    opened: Opened
+    path: Path
     ranks: Ranks
     stop: StopRequest
     splits: Splits
@@ -87,26 +96,26 @@ def fit_to_budget(
     ranks: Ranks,
     stop: StopRequest,
     splits: Splits | None = None,
-) -> tuple[TrainingArguments, dict[str, str]]:
+) -> tuple[TrainingArguments, dict[str, str], Splits | None]:
     """The options with sizes and epochs that fit into --budget, and where each comes from.
 
-    Steps are timed on `splits` (unset: what --dataset names). All ranks enter. Raises BadInput,
-    which names the shortest time, where it is too short; PeerLost.
+    Steps are timed on `splits` (unset: what --dataset names), which are given back. All ranks
+    enter. Raises BadInput, which names the shortest time, where it is too short; PeerLost.
     """
+    # What does not exist is told before anything is decoded.
     budget = parse_duration(str(args.budget), "--budget")
     check_choices(args)
+    check_model(args, say)
     args, origin = fit_options(args, origin, opened)
     if args.plan_of:
         of_another = plan_of_another(args) if ranks.is_main else {}
         args, origin = derived(args, origin, ranks.from_main(of_another))
-        return with_warmup(args, origin)
+        return *with_warmup(args, origin), splits
     splits = splits or load_splits(args)
     say(f"budget    {args.budget}: timing a few steps")
-    # From the beginning, and by a model that is fitted already.
-    afresh = Opened(opened.path, derived={"interpolation": args.interpolation})
-    best = what_fits(args, origin, Start(afresh, ranks, stop, splits), budget)
+    best = what_fits(args, origin, Start(opened.path, ranks, stop, splits), budget)
     chosen = {"image_size": text_of(best.parts), "epochs": best.epochs}
-    return with_warmup(*derived(args, origin, chosen))
+    return *with_warmup(*derived(args, origin, chosen)), splits
 
 
 def what_fits(
@@ -116,52 +125,98 @@ def what_fits(
 
     What was timed, and what else would fit, is printed. All ranks enter. Raises BadInput.
     """
-    ranks = start.ranks
     dataset, held_out = start.splits
-    choices, sides = what_to_try(args, origin)
+    steps_per_epoch = len(dataset.train) // args.batch_size
     epochs = args.epochs if origin["epochs"] == "flag" else 0
+    choices, sides = what_to_try(args, origin)
     speed = UNKNOWN
+    tried: set[int] = set()
     # Most of the time goes into the last size: it is timed before it is chosen.
     while sides:
-        with peers_expected():
-            seconds = min(SECONDS, SHARE * budget)
-            speed, plan = time_sizes(args, origin, start, sides, seconds, speed)
+        for side in sides:
+            # The steps of a slow model could take all of the time that there is.
+            if not speed.steps or AS_LONG_AS * speed.step(side) < MOST_SHARE * budget:
+                seconds = min(SECONDS, SHARE * budget)
+                speed, choices = time_one_more(args, origin, start, side, seconds, speed, choices)
+        tried |= set(sides)
+        choices = with_room(choices, start.ranks, max(speed.steps))
+
         # What is left, of which the main process's clock is the judge. Held-out images are
-        # evaluated each epoch, and the test images once more.
+        # evaluated each epoch, and the test images once more. A compiled model is compiled for each
+        # size, and to be evaluated.
         ending = ENDING
         if held_out is not dataset.test:
             ending += max(speed.evaluations.values()) * len(dataset.test) / len(held_out)
+        if args.compile:
+            ending += (len(GROWTH) + 1) * max(speed.starts.values())
         gone = time.time() - psutil.Process().create_time()
-        left = ranks.from_main(budget - gone - ending)
+        left = start.ranks.from_main(budget - gone - ending)
         try:
-            best, *others = fit(left, speed, plan.steps_per_epoch, choices, epochs)
+            best, *others = fit(left, speed, steps_per_epoch, choices, epochs)
         except TooShort as e:
             shortest = math.ceil((e.seconds + gone + ending) / 60)
             raise BadInput(f"--budget {args.budget}: too short; the shortest is {shortest}m") from e
         last, _ = best.parts[-1]
-        sides = () if last in speed.steps else (last,)
+        sides = () if last in tried else (last,)
 
     if origin["image_size"] != "flag":
-        best = lengthened(best, left, speed, plan.steps_per_epoch)
-    explain(best, others, speed, left, gone)
+        best = lengthened(best, left, speed, steps_per_epoch)
+    explain(best, others, speed, gone + ending)
     return best
+
+
+def time_one_more(
+    args: TrainingArguments,
+    origin: dict[str, str],
+    start: Start,
+    side: int,
+    seconds: float,
+    speed: Speed,
+    choices: list[Parts],
+) -> tuple[Speed, list[Parts]]:
+    """`speed` with that of `side`; where that does not fit into memory, the smaller `choices`.
+
+    All ranks enter. Raises DoesNotFit or OutOfMemory where there is none.
+    """
+    try:
+        with peers_expected():
+            return time_sizes(args, origin, start, (side,), seconds, speed), choices
+    except (DoesNotFit, OutOfMemory):
+        smaller = [parts for parts in choices if parts[-1][0] < side]
+        if not smaller:
+            raise
+        say(f"budget    {side} px do not fit into memory")
+        return speed, smaller
+
+
+def with_room(choices: list[Parts], ranks: Ranks, largest: int) -> list[Parts]:
+    """Those of the `choices` that a host has room for, as far as `largest` pixels tell.
+
+    A host kills without a word what it has no room for. All ranks enter; they share it.
+    """
+    if ranks.device.type != "cpu":
+        return choices
+    # What a step takes goes with its pixels.
+    taken = peak_memory_mib(ranks.device) * 2**20
+    room = min(ranks.gather(1 + free_memory(ranks.device) / ranks.world / taken))
+    return [
+        parts for parts in choices if parts[-1][0] ** 2 <= max(1.0, room) * largest**2
+    ] or choices
 
 
 def what_to_try(
     args: TrainingArguments, origin: dict[str, str]
 ) -> tuple[list[Parts], tuple[int, ...]]:
-    """The sizes to choose from, and the sides to time."""
+    """The sizes to choose from, and the sides to time first."""
     if origin["image_size"] == "flag":
         return [args.sizes], tuple(side for side, _ in args.sizes)
-    # Some models take one size a run, some one size alone.
-    growing = sizes_taken(args, (text_of(growing_to(last)) for last in LAST_SIZES))
-    sides = sizes_taken(args, SIDES) or [args.input_size]
-    # The seconds of other sides are found between and beyond two that were timed.
-    if len(sides) > 1 and growing:
-        choices = [parse_sizes(text) for text in growing]
-    else:
-        choices = [one_size(int(side)) for side in sides]
-    return choices, tuple(int(side) for side in sides)
+    # Some models take one size a run, some a few sides, some one alone.
+    choices = []
+    for last in LAST_SIZES:
+        ways = (growing_to(last), one_size(last))
+        choices += [way for way in ways if sizes_taken(args, [text_of(way)])][:1]
+    sides = [side for side in FIRST_SIDES if sizes_taken(args, [side])]
+    return choices or [args.sizes], tuple(sides or [args.input_size])
 
 
 def with_warmup(
@@ -190,13 +245,12 @@ def plan_of_another(args: TrainingArguments) -> dict[str, Any]:
     return {name: getattr(config.options, name) for name in PLANNED - {"warmup_epochs"}}
 
 
-def explain(best: Fitted, others: list[Fitted], speed: Speed, left: float, gone: float) -> None:
+def explain(best: Fitted, others: list[Fitted], speed: Speed, spent: float) -> None:
     """Print what was measured, what was chosen and why, and what else would have fitted."""
-    steps = ", ".join(f"{seconds:.3g} s at {side} px" for side, seconds in speed.steps.items())
-    evaluations = ", ".join(f"{seconds:.0f}" for seconds in speed.evaluations.values())
-    say(f"budget    a step takes {steps}; an evaluation {evaluations} s")
-    say(f"budget    {gone:.0f} s are gone, {RESERVE:.0%} of the other {left:.0f} are kept back")
-    say("budget    sizes                   epochs  minutes  points lost to size and epochs")
+    evaluation = ", ".join(in_time(seconds) for seconds in speed.evaluations.values())
+    say(f"budget    a step takes {speed.in_words()}; an evaluation {evaluation}")
+    say(f"budget    start and end take {in_time(spent)}; {RESERVE:.0%} of the rest are kept back")
+    say("budget    sizes                   epochs  minutes  points below the best, estimated")
     for choice in (best, *others):
         sizes, minutes = str(text_of(choice.parts)), choice.seconds / 60
         mark = "  <- this" if choice is best else ""
@@ -213,35 +267,35 @@ def time_sizes(
     sides: tuple[int, ...],
     seconds: float,
     known: Speed = UNKNOWN,
-) -> tuple[Speed, Plan]:
-    """Seconds of a step and of an evaluation by side, and the plan of a run at the last side.
+) -> Speed:
+    """Seconds of a step and of an evaluation by side, beside those that are `known`.
 
-    They are added to those that are `known`. Steps of each side are taken for about `seconds`. All
-    ranks enter; of their times the longest
+    Steps of each side are taken for about `seconds`. All ranks enter; of their times the longest
     count. Each side's run is set up as a training is, and is forgotten. Raises BadInput as `set_up`
-    does, and OutOfMemory.
+    does, DoesNotFit and OutOfMemory.
     """
     ranks = start.ranks
     accelerator = ranks.accelerator
     accumulation = accelerator.gradient_accumulation_steps
     scaler_state = accelerator.scaler.state_dict() if accelerator.scaler else {}
     origin = origin | {"image_size": "flag"}
-    steps = dict(known.steps)
-    evaluations = dict(known.evaluations)
+    # From the beginning, and by a model that is fitted already.
+    afresh = Opened(start.path, derived={"interpolation": args.interpolation})
+    speed = Speed(dict(known.steps), dict(known.evaluations), dict(known.starts))
     for side in sides:
         of_side = replace(args, image_size=side)
         # What it says of itself is said by the run that follows.
         with contextlib.redirect_stdout(io.StringIO()):
-            run, state = set_up(of_side, origin, start.opened, ranks, start.stop, start.splits)
+            run, state = set_up(of_side, origin, afresh, ranks, start.stop, start.splits)
         check_memory(run)
-        plan = run.plan
+        is_first = not speed.steps
         try:
-            if not steps:
+            speed.starts[side], speed.steps[side] = _seconds_of_a_step(run, state, seconds)
+            speed.evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
+            if is_first and speed.steps[side] < seconds:
                 _name_a_faster_precision(run, side)
-            steps[side] = _seconds_of_a_step(run, state, seconds)
-            evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
         except (RuntimeError, MemoryError) as e:
-            failure = memory_explained(e, run, plan.order.micro_batch_size)
+            failure = memory_explained(e, run, run.plan.order.micro_batch_size)
             if failure is e:
                 raise
             raise failure from None
@@ -256,7 +310,7 @@ def time_sizes(
             torch._dynamo.reset()
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
-    return Speed(steps, evaluations), plan
+    return speed
 
 
 def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
@@ -271,10 +325,10 @@ def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
     return replace(dataset, train=black(dataset.train), test=test), evaluation
 
 
-def _seconds_of_a_step(run: Run, state: State, seconds: float) -> float:
-    """Seconds of an optimizer step, over about `seconds`; its images are made as in training.
+def _seconds_of_a_step(run: Run, state: State, seconds: float) -> tuple[float, float]:
+    """Seconds of the first optimizer step, and of a later one, over about `seconds`.
 
-    All ranks enter, and take equally many steps.
+    Images are made as in training. All ranks enter, and take equally many steps.
     """
     run.model.module.train()
     plan = run.plan
@@ -291,10 +345,12 @@ def _seconds_of_a_step(run: Run, state: State, seconds: float) -> float:
         return max(run.ranks.gather((time.perf_counter() - began) / count))
 
     with contextlib.closing(batches):
-        take(UNTIMED_STEPS)
+        first = take(1)
+        if first > seconds and not run.model.compiled:
+            return first, take(1)
+        take(UNTIMED_STEPS - 1)
         about = take(1)
-        count = min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(seconds / about)))
-        return take(count)
+        return first, take(min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(seconds / about))))
 
 
 def _name_a_faster_precision(run: Run, side: int) -> None:
@@ -304,11 +360,18 @@ def _name_a_faster_precision(run: Run, side: int) -> None:
     if chosen not in ("no", "bf16") or run.model.compiled:
         return
     other = "bf16" if chosen == "no" else "no"
-    factor = _seconds_of_passes(run, side, chosen) / _seconds_of_passes(run, side, other)
+    try:
+        factor = _seconds_of_passes(run, side, chosen) / _seconds_of_passes(run, side, other)
+    # fp32 takes more memory, which the run does not need.
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        return
     if factor > CLEARLY_FASTER:
+        name = other.replace("no", "fp32")
         say(
-            f"note      --mixed_precision {other} is {factor:.1f} times as fast here; it is the "
-            f"launcher's: ACCELERATE_MIXED_PRECISION={other}"
+            f"note      {name} is {factor:.1f} times as fast here as the launcher's choice; start "
+            f"with ACCELERATE_MIXED_PRECISION={other}"
         )
 
 
@@ -341,16 +404,17 @@ def _seconds_of_an_evaluation(run: Run) -> float:
     size = min(run.plan.evaluation_batch_size, EVALUATED, len(pipeline.split))
     model = run.model.evaluated.eval()
     batches = pipeline.evaluation_batches(size, run.ranks.world, run.ranks.rank)
-    seconds = 0.0
+
+    def look_at(batch: Batch) -> None:
+        # The host waits here.
+        model(batch.images.contiguous(memory_format=run.model.layout)).sum().item()
+
     with contextlib.closing(batches), torch.no_grad(), run.ranks.accelerator.autocast():
-        # The first makes what the second finds made.
-        for _ in range(2):
-            began = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                break
-            logits = model(batch.images.contiguous(memory_format=run.model.layout))
-            # The host waits here.
-            logits.sum().item()
-            seconds = (time.perf_counter() - began) / len(batch.labels)
+        # The first makes what the second finds made; of few images there is one batch alone.
+        first = next(batches)
+        look_at(first)
+        began = time.perf_counter()
+        batch = next(batches, first)
+        look_at(batch)
+        seconds = (time.perf_counter() - began) / len(batch.labels)
     return seconds * len(pipeline.split) / run.ranks.world

@@ -22,6 +22,7 @@ from cifar_accel.machine.processes import join_processes, peers_expected
 from cifar_accel.machine.signals import StoppedAtOnce, StopRequest
 from cifar_accel.machine.speed import compiled_graphs, peak_memory_mib
 from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.recipes import PLANNED
 from cifar_accel.outputs import (
     Log,
     keep_weights,
@@ -37,7 +38,7 @@ from cifar_accel.records.predictions import keeps_logits
 from cifar_accel.records.state import State, Totals, Window
 from cifar_accel.run import Run, device_peak, set_up
 from cifar_accel.step import take_step
-from cifar_accel.timing import PLANNED, fit_to_budget
+from cifar_accel.timing import fit_to_budget
 from cifar_accel.trial import check_memory, memory_explained
 
 
@@ -71,11 +72,12 @@ def train(
         return opened.finished
 
     # Sizes and epochs that fit the time, unless an earlier start or another run has chosen them.
+    splits = None
     if args.budget and not opened.derived.keys() & PLANNED:
-        args, origin = fit_to_budget(args, origin, opened, ranks, stop)
+        args, origin, splits = fit_to_budget(args, origin, opened, ranks, stop)
 
     # Everything that can be refused is refused here, before the run folder says anything new.
-    run, state = set_up(args, origin, opened, ranks, stop)
+    run, state = set_up(args, origin, opened, ranks, stop, splits)
     check_memory(run)
 
     # From here on every end is recorded: finished, preempted or failed.

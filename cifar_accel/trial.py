@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cifar_accel.errors import BadInput, OutOfMemory
+from cifar_accel.errors import DoesNotFit, OutOfMemory
 from cifar_accel.machine.memory import buffers_restored, is_out_of_memory
 from cifar_accel.models.create import has_batch_norm
 from cifar_accel.optim.optimizers import moments_per_weight
@@ -25,7 +25,7 @@ OLDEST_NODE = torch.ones((), requires_grad=True) * 1
 def check_memory(run: Run) -> None:
     """Try one step on a CUDA device before the first. All ranks enter.
 
-    A rank that fails ends all of them: raises BadInput with the remedy. A compiled model takes
+    A rank that fails ends all of them: raises DoesNotFit with the remedy. A compiled model takes
     another path through memory, and a trial would compile it for shapes of its own: it is not
     tried.
     """
@@ -36,7 +36,7 @@ def check_memory(run: Run) -> None:
     own = None if step_fits(run, size) else remedy(run, size)
     for text in run.ranks.gather(own):
         if text:
-            raise BadInput(text)
+            raise DoesNotFit(text)
 
 
 def memory_explained(error: BaseException, run: Run, images: int, where: str = "") -> BaseException:

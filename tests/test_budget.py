@@ -25,6 +25,20 @@ def test_measured_sides_are_taken_as_they_are_and_others_lie_on_a_line():
     assert SPEED.step(112) == pytest.approx(0.62 + (1.14 - 0.62) * (112**2 - 96**2) / 7168)
     assert SPEED.step(256) > SPEED.step(128)
     assert 0 < SPEED.step(32) < SPEED.step(64)
+    # Between 128 and 224, though 96 is as near as 224.
+    four = Speed({**SPEED.steps, 224: 5.0}, {})
+    assert four.step(160) == pytest.approx(1.14 + (5 - 1.14) * (160**2 - 128**2) / 33792)
+
+
+def test_noise_and_a_single_side():
+    assert Speed({64: 0.3, 96: 0.2}, {}).step(128) == 0.3
+    assert Speed({64: 0.3}, {}).step(128) == pytest.approx(1.2)
+
+
+def test_few_images_are_seen_often():
+    """3,000 steps at least, where an epoch has few."""
+    (best,) = fit(10**6, SPEED, 3, [growing_to(128)])
+    assert best.epochs == 1000
 
 
 def test_an_epoch_is_the_mean_of_a_run():

@@ -426,9 +426,10 @@ def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
     if not train.is_dir():
         train = path
         for child in path.iterdir():
-            if LOOKS_LIKE_A_SPLIT.fullmatch(child.name.lower()):
+            if child.is_dir() and LOOKS_LIKE_A_SPLIT.fullmatch(child.name.lower()):
                 raise BadInput(
-                    f"--dataset {path}: rename {child.name}/ if it is a split: train/, test/"
+                    f"--dataset {path}: has {child.name}/ and no train/; put the class folders "
+                    f"into train/, or give {child.name}/ another name if it is a class"
                 )
     folders = dict(zip(("train", "test"), (train, *tests), strict=False))
 

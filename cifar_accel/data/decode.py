@@ -205,13 +205,22 @@ def _open(folder: Path) -> tuple[Split, Split, str]:
 
 def _made(source: Source, name: str, places: Places, say: Callable[[str], None]) -> Path:
     """Decode `source` into one of the folders, and return it; only then do unequal sizes show."""
-    say(f"data: decoding {name} into {places.whole} (once)")
-    if _decode(source, name, places, places.whole):
-        return places.whole
+    # Arrays that are whole were too large for this run; another one needs them.
+    if not _is_whole(places.whole):
+        say(f"data: decoding {name} into {places.whole} (once)")
+        if _decode(source, name, places, places.whole):
+            return places.whole
     size = f"{places.side}x{places.side}"
     say(f"data: the images are large or of unequal size; each is brought to {size}")
     _decode(source, name, places, places.copies)
     return places.copies
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `folder` holds what was written there."""
+    with suppress(*NOT_WHOLE):
+        return bool(_open(folder))
+    return False
 
 
 def _decode(source: Source, name: str, places: Places, folder: Path) -> bool:

@@ -171,6 +171,11 @@ def command_for(words: list[str]) -> Start:
         how = "one process, settings of"
     # Not by accelerate launch, which starts one process on a CPU whatever the file says.
     elif config.distributed_type == "MULTI_CPU":
+        if config.num_machines > 1:
+            raise BadInput(
+                f"{file}: MULTI_CPU on {config.num_machines} machines is not started from here; "
+                "give torchrun --nnodes and --rdzv_endpoint on each of them (docs/machines.md)"
+            )
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
         how = f"{n} CPU processes by torchrun, settings of"
     # Accelerate reads the file itself, and so needs no variables.

@@ -30,14 +30,17 @@ from cifar_accel.launch.study_runs import (
     figures,
     is_finished,
     plan_runs,
+    settings_of,
     standing,
     time_left,
     user_of,
 )
 from cifar_accel.options.options import StudyArguments
 from cifar_accel.records.summary import read_config
+from cifar_accel.results.groups import group_by_seed
 from cifar_accel.results.runs import read_run
-from cifar_accel.results.tables import markdown, settings_table
+from cifar_accel.results.sections import sections_of, title_of
+from cifar_accel.results.tables import markdown, section_table
 from cifar_accel.yaml_files import shipped_folder
 
 # Seconds between two looks at what runs.
@@ -90,17 +93,22 @@ def tell_results(name: str, runs: list[StudyRun], say: Callable[[str], None]) ->
     """Print the table of the finished runs, what failed and what to ask next; the exit code."""
     finished = in_state(runs, "finished")
     read = [read_run(run.folder) for run in finished]
-    if read:
-        say("\n" + markdown(settings_table([run for run in read if run and run.finished])))
+    sections = sections_of(group_by_seed([run for run in read if run and run.finished]))
+    for section in sections:
+        # What cannot be compared stands in tables of its own.
+        if len(sections) > 1:
+            say(f"\n{title_of(section)}")
+        say("\n" + markdown(section_table(section)))
     say(f"\nstudy {name}: {len(finished)} of {len(runs)} runs finished")
     failed = in_state(runs, "failed")
     for run in failed:
         say(f"  failed: {run.folder} (the same command tries it again)")
     if finished:
-        parent = os.path.commonpath([run.folder for run in finished])
-        say(f"  its page: cifar-accel report {shlex.quote(parent)}")
-        for run in [run for run in finished if run.is_baseline][:1]:
-            words = ["cifar-accel", "compare", parent, "--baseline", str(run.folder)]
+        parent = os.path.commonpath([run.folder.absolute() for run in finished])
+        say(f"  the page of all runs there: {shlex.join(['cifar-accel', 'report', parent])}")
+        of_baseline = [str(run.folder) for run in finished if run.is_baseline]
+        if of_baseline and settings_of(finished) > 1:
+            words = ["cifar-accel", "compare", parent, "--baseline", of_baseline[0]]
             say(f"  against its baseline: {shlex.join(words)}")
     return FAILED if failed else 0
 

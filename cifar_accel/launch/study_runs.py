@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from cifar_accel.console import in_time
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home, read_as
+from cifar_accel.files import home
 from cifar_accel.launch.study_file import Options, Study
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.options.parsing import parse_training
@@ -39,14 +37,6 @@ class StudyRun:
     state: Literal["to do", "running", "elsewhere", "finished", "failed"] = "to do"
 
 
-@dataclass(frozen=True)
-class Timed:
-    """What is read of summary.json for an estimate."""
-
-    # Seconds of training, evaluation and saving, over all starts.
-    wall_s: Annotated[float, Field(ge=0, le=1e9)]
-
-
 # ---- words and folders
 
 
@@ -56,7 +46,7 @@ def plan_runs(
     """The runs of the study in the file `path`, with the words `extra` added to those of every run.
 
     `save_dir` replaces the file's. Raises BadInput when the options of a run are wrong, when two
-    runs are the same, or when no run has the baseline in its name.
+    runs are the same, or when the baseline is in the names of no setting or of several.
     """
     options = study.runs
     if save_dir:
@@ -82,11 +72,20 @@ def plan_runs(
         named = [] if name == args.run_name else [f"--run-name={name}"]
         is_baseline = baseline is not None and baseline in name
         planned[folder] = StudyRun(folder, of_run + named, args, is_baseline)
-    if baseline and not any(run.is_baseline for run in planned.values()):
-        raise BadInput(f"{path}: baseline {baseline}: no run has that in its name, as {names[0]}")
     runs = list(planned.values())
+    settings = settings_of([run for run in runs if run.is_baseline])
+    if baseline and settings != 1:
+        found = f"{settings} settings have that in their names"
+        if not settings:
+            found = f"no run has that in its name, as {names[0]}"
+        raise BadInput(f"{path}: baseline {baseline}: {found}")
     share_plans(runs)
     return runs
+
+
+def settings_of(runs: list[StudyRun]) -> int:
+    """How many settings there are: runs that differ in the seed alone are of one."""
+    return len({replace(run.args, seed=0, run_name=None) for run in runs})
 
 
 def share_plans(runs: list[StudyRun]) -> None:
@@ -167,6 +166,8 @@ def standing(run: StudyRun) -> str:
     user = user_of(run.folder)
     if user:
         return f"in progress elsewhere, {user}"
+    if summary.get("status") == "finished":
+        return "finished by other words, or cut short"
     if summary.get("status") == "failed":
         return f"failed, {summary.get('error') or 'without a word'}"
     if read_config(run.folder):
@@ -189,8 +190,8 @@ def figures(run: StudyRun) -> str:
 
 def seconds_of(run: StudyRun) -> float | None:
     """How long a run took, as its summary says; None where it does not."""
-    timed = read_as(Timed, run.folder / "summary.json")
-    return timed.wall_s if timed else None
+    seconds: float | None = read_summary(run.folder).get("wall_s")
+    return seconds
 
 
 def time_left(runs: list[StudyRun], jobs: int) -> str:

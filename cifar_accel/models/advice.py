@@ -31,7 +31,8 @@ def advice(args: TrainingArguments, origin: dict[str, str], model: Any) -> list[
 def _small_input(args: TrainingArguments, model: Any) -> str:
     """An input far below the size that the weights were trained at."""
     trained_at = model.pretrained_cfg["input_size"][-1]
-    if args.input_size >= min(ADVISED, LEAST_SHARE * trained_at):
+    # --budget knows what it chose.
+    if args.budget or args.input_size >= min(ADVISED, LEAST_SHARE * trained_at):
         return ""
     tokens = ""
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", 0)

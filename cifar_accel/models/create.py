@@ -157,7 +157,9 @@ def build_model(
     if folder:
         is_fixed = _read_local_config(name, folder).pretrained_cfg.fixed_input_size
     else:
-        is_fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+        _check_timm_name(args, name)
+        published = timm.get_pretrained_cfg(name)
+        is_fixed = bool(published and published.fixed_input_size)
     if is_fixed:
         keywords.setdefault("img_size", args.input_size)
         # Where it takes several, timm resamples the position embeddings in the forward pass.

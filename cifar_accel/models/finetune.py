@@ -11,13 +11,14 @@ from typing import Any
 from cifar_accel.errors import BadInput
 from cifar_accel.models.create import build_model, family_of, has_batch_norm
 from cifar_accel.options.options import TrainingArguments
+from cifar_accel.options.resolve import check_effects
 
 # Sides of the input, in the order in which they are tried: 128 pixels, or the nearest that the
 # model takes; some take the size of their weights alone.
 SIDES = (128, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
 # A model with more parameters, or a longer run, is regularised.
 MOST_PARAMETERS = 8e6
-MOST_EPOCHS = 25
+LONG_RUN = 25
 
 # AdamW's learning rate of models with batch norm, over that of others (docs/accuracy.md).
 BATCH_NORM_RATE = 4.0
@@ -53,21 +54,25 @@ def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgum
     normalised = has_batch_norm(model)
     decay = LAYER_DECAY.get(family_of(model), 1.0 if normalised else 0.8)
     args, origin = derived(args, origin, {"layer_decay": decay})
-    # Rates of other optimizers are derived before, and were not tried.
-    if normalised and origin["learning_rate"] == "recipe":
+    # With other optimizers it was not tried.
+    if normalised and args.optimizer == "adamw" and origin["learning_rate"] == "recipe":
         faster = BATCH_NORM_RATE * args.learning_rate
         args, origin = derived(args, origin, {"learning_rate": faster})
 
     # NFNets diverge without adaptive clipping (Brock et al. 2021).
-    if family_of(model) == "nfnet" and "flag" not in (origin["clip_grad"], origin["clip_mode"]):
+    is_ours = origin["clip_grad"] != "flag" and (
+        origin["clip_mode"] != "flag" or args.clip_mode == "agc"
+    )
+    if family_of(model) == "nfnet" and is_ours:
         args, origin = derived(args, origin, {"clip_grad": 0.01, "clip_mode": "agc"})
 
     # A large model, or a long run, learns the images by heart.
     parameters = sum(p.numel() for p in model.parameters())
-    if parameters > MOST_PARAMETERS or args.epochs > MOST_EPOCHS:
+    if parameters > MOST_PARAMETERS or args.epochs > LONG_RUN:
         if "flag" not in (origin["mixup"], origin["cutmix"]):
             args, origin = derived(args, origin, {"cutmix": 1.0, "mixup_prob": 0.5})
         args, origin = _with_drop_path(args, origin)
+    check_effects(args, origin)
     return args, origin
 
 

@@ -293,6 +293,7 @@ def in_words(value: Any) -> str:
     """An option's value as it would be written on the command line."""
     if value is None:
         return "none"
-    if isinstance(value, tuple):
+    # JSON has lists for tuples.
+    if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "-"
     return str(value)

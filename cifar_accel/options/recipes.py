@@ -60,6 +60,9 @@ DERIVED_LATE = frozenset(
     "interpolation cutmix mixup_prob model_kwargs clip_grad clip_mode model_ema_decay".split()
 )
 
+# Those of them that --budget chooses.
+PLANNED = frozenset({"image_size", "epochs", "warmup_epochs"})
+
 
 def recipe_defaults(name: str) -> TrainingArguments:
     """The defaults under recipe `name`. Raises BadInput when there is none of that name."""

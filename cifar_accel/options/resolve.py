@@ -54,12 +54,8 @@ NEEDS = {
     "plan_of": Need("--budget", lambda args: args.budget is not None),
     "compile_mode": Need("--compile", lambda args: args.compile),
     "momentum": Need("an optimizer that has one", lambda args: args.optimizer != "adamw"),
-    # The recipe finetune may mix and clip, by the model.
-    "mixup_prob": Need(
-        "--mixup or --cutmix",
-        lambda args: args.mixup > 0 or args.cutmix > 0 or args.recipe == "finetune",
-    ),
-    "clip_mode": Need("--clip-grad", lambda args: args.clip_grad > 0 or args.recipe == "finetune"),
+    "mixup_prob": Need("--mixup or --cutmix", lambda args: args.mixup > 0 or args.cutmix > 0),
+    "clip_mode": Need("--clip-grad", lambda args: args.clip_grad > 0),
     "model_ema_decay": Need("--model-ema", lambda args: args.model_ema),
     "ratio": Need("--scale", lambda args: args.scale is not None),
     "workers": Need("--pipeline timm", lambda args: args.pipeline == "timm"),
@@ -69,6 +65,9 @@ NEEDS = {
         "a warm-up", lambda args: args.warmup_epochs != 0 and args.scheduler != "one_cycle"
     ),
 }
+
+# Those of them of which finetune knows only once it has the model.
+NEEDS_THE_MODEL = ("mixup_prob", "clip_mode")
 
 
 def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments, dict[str, str]]:
@@ -253,7 +252,9 @@ def without_effect(args: TrainingArguments, given: set[str]) -> Derived:
     """An option without what it needs is an error; set by the recipe, it yields to its default."""
     derived = {}
     for name, need in NEEDS.items():
-        if need.is_met(args):
+        # The recipe finetune may mix and clip, by the model.
+        is_known_later = args.recipe == "finetune" and name in NEEDS_THE_MODEL
+        if need.is_met(args) or is_known_later:
             continue
         if name in given:
             raise BadInput(f"{flag(name)} has no effect without {need.words}")
@@ -262,6 +263,13 @@ def without_effect(args: TrainingArguments, given: set[str]) -> Derived:
         if getattr(args, name) != default:
             derived[name] = default
     return derived
+
+
+def check_effects(args: TrainingArguments, origin: dict[str, str]) -> None:
+    """Raise BadInput for a flag whose effect hung on the model, and that has none."""
+    for name in NEEDS_THE_MODEL:
+        if origin[name] == "flag" and not NEEDS[name].is_met(args):
+            raise BadInput(f"{flag(name)} has no effect on this model without {NEEDS[name].words}")
 
 
 def run_name(args: TrainingArguments, given: set[str]) -> Derived:

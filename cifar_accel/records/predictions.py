@@ -18,6 +18,9 @@ from cifar_accel.files import share, sync
 
 FILE = "predictions.safetensors"
 
+# The accuracy of a run on a device of another kind differs by less than this share.
+OTHER_DEVICE = 0.002
+
 # Larger logits are left out: classes of the first five alone are kept.
 MOST_BYTES = 64 * 2**20
 
@@ -137,15 +140,36 @@ def _read_split(
         read: NDArray[np.int64] = tensors.get_tensor(f"{kind}.{name}").astype(np.int64)
         return read
 
-    labels, first_five = integers("labels"), integers("first_five")
-    if labels.ndim != 1 or first_five.shape[:1] != labels.shape or first_five.ndim != 2:
-        raise ValueError(f"labels {labels.shape} and first_five {first_five.shape}")
-    has_logits = with_logits and f"{kind}.logits" in set(tensors.keys())
-    return Predictions(
-        labels=labels,
-        first_five=first_five,
-        logits=tensors.get_tensor(f"{kind}.logits") if has_logits else None,
-        classes=classes,
-        places=integers("places"),
-        images=images,
-    )
+    labels, first_five, places = map(integers, ("labels", "first_five", "places"))
+    shapes = [labels.shape, first_five.shape, places.shape]
+    count = labels.size
+    if shapes != [(count,), (count, first_five.shape[-1]), (count,)] or not first_five.size:
+        raise ValueError(f"labels, first_five and places of {shapes}")
+    for values in (labels, first_five):
+        if values.min() < 0 or values.max() >= len(classes):
+            raise ValueError(f"a class {values.max()} of {len(classes)}")
+    logits = None
+    if with_logits and f"{kind}.logits" in set(tensors.keys()):
+        logits = tensors.get_tensor(f"{kind}.logits")
+        if logits.shape != (count, len(classes)):
+            raise ValueError(f"logits of {logits.shape}")
+    return Predictions(labels, first_five, logits, classes, places, images)
+
+
+def predictions_of(
+    run: Path, kind: str, accuracy: float, with_logits: bool = True
+) -> Predictions | None:
+    """Those of the `kind` images of which the run has `accuracy`; None where it has left none.
+
+    Raises BadInput for a file that is damaged, or of another model or other images.
+    """
+    said = read_predictions(run, with_logits).get(kind)
+    if said is None:
+        return None
+    share = float(said.correct.mean())
+    if abs(share - accuracy) > OTHER_DEVICE:
+        raise BadInput(
+            f"{run / FILE}: is not of the run's finished model: accuracy {share:.2%}, and "
+            f"{accuracy:.2%} in summary.json"
+        )
+    return said

@@ -52,6 +52,8 @@ class Config:
     resumed: list[dict[str, Any]] = field(default_factory=list)
     # What `starting_weights` gave at the first start.
     weights: dict[str, list[str]] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Summary:
     train_loss: Annotated[float | None, Field(ge=0, le=1e39)]
     # A share of 1, on the images of `tested_on`; None until the run has finished.
     accuracy: Share | None = None
+    # How many images that is of, and seconds of training, evaluation and saving over all starts.
+    evaluated_images: PositiveInt | None = None
+    wall_s: Annotated[float | None, Field(ge=0, le=1e9)] = None
     error: str | None = None
 
 

@@ -92,7 +92,8 @@ def _below(folder: Path) -> tuple[list[Candidate], list[str]]:
         raise BadInput(
             f"{folder}: all runs are of one setting, {groups[0].name}; name a second folder"
         )
-    return candidates_of(groups), notes
+    candidates = candidates_of(groups)
+    return candidates, [*notes, *(note for each in candidates for note in each.notes)]
 
 
 def _two(folder_a: Path, folder_b: Path) -> tuple[Candidate, Candidate, list[str]]:
@@ -103,7 +104,8 @@ def _two(folder_a: Path, folder_b: Path) -> tuple[Candidate, Candidate, list[str
     if len(set(names)) < 2:
         names = [f"{group_a.name} in {folder_a}", f"{group_b.name} in {folder_b}"]
     notes += [note for note in more if note not in notes]
-    return candidate(names[0], group_a), candidate(names[1], group_b), notes
+    a, b = candidate(names[0], group_a), candidate(names[1], group_b)
+    return a, b, [*notes, *a.notes, *b.notes]
 
 
 def _one_setting(folder: Path) -> tuple[Group, list[str]]:

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from cifar_accel.errors import BadInput
 from cifar_accel.options.options import in_words
 from cifar_accel.records.predictions import FILE as PREDICTIONS
-from cifar_accel.records.predictions import read_predictions
 from cifar_accel.results.groups import Group
-from cifar_accel.results.runs import COMPARED
+from cifar_accel.results.runs import COMPARED, said_by
 from cifar_accel.results.statistics import (
     ALPHA,
     LEAST_RUNS,
@@ -64,6 +63,8 @@ class Candidate:
     group: Group
     # By seed; a run without predictions has none.
     tested: dict[int, Tested]
+    # A line for each run whose predictions cannot be used.
+    notes: list[str]
 
     def accuracies(self, seeds: list[int]) -> NDArray[np.float64]:
         """Accuracies of these seeds' runs, float64 [n]."""
@@ -108,7 +109,7 @@ class Comparison:
     difference: float
     interval: Interval | None = None
     p: float | None = None
-    # `p` as one of several comparisons.
+    # `p` as one of several comparisons; by Holm, unless `conclude` is given others.
     p_holm: float | None = None
     # p of the sign flips; the seeds in which B is ahead; Pearson's r; Welch's interval: of pairs.
     sign_flips: float | None = None
@@ -157,19 +158,18 @@ def candidates_of(groups: Sequence[Group]) -> list[Candidate]:
 
 
 def candidate(name: str, group: Group) -> Candidate:
-    """A setting with the predictions of its runs. Raises BadInput for a damaged file of them."""
+    """A setting with the predictions of its runs."""
     tested = {}
+    notes = []
     for run in group.runs:
-        said = read_predictions(run.path, with_logits=False).get(_tested_on(group))
+        said, amiss = said_by(run, with_logits=False)
+        if amiss:
+            notes.append(amiss)
         if said is not None:
             # The number of images too, for a digest in a file can be anything.
             images = f"{said.images} {len(said.correct)}"
             tested[run.options["seed"]] = Tested(said.correct, images, said.classes)
-    return Candidate(name, group, tested)
-
-
-def _tested_on(group: Group) -> str:
-    return str(group.options.get("tested_on", "test"))
+    return Candidate(name, group, tested, notes)
 
 
 # ---- what must be equal
@@ -198,9 +198,9 @@ def _refuse_other_figures(a: Candidate, b: Candidate) -> None:
         _refuse(a, b, "class lists", *lists)
 
     # What the accuracy is of.
-    _refuse(a, b, "images tested on", _tested_on(a.group), _tested_on(b.group))
+    _refuse(a, b, "images tested on", options_a["tested_on"], options_b["tested_on"])
     cuts = ["limit_test"]
-    if _tested_on(a.group) == "held-out":
+    if options_a["tested_on"] == "held-out":
         cuts += ["limit_train", "validation_fraction"]
     for name in cuts:
         _refuse(a, b, f"test images, {name}", options_a[name], options_b[name])
@@ -268,7 +268,7 @@ def figures(a: Candidate, b: Candidate, margin: float) -> Comparison:
         b=side_b,
         differ_in=_differing_options(a.group, b.group),
         dataset=a.group.options["dataset"],
-        tested_on=_tested_on(a.group),
+        tested_on=a.group.options["tested_on"],
         images=_images(a) or _images(b),
         test=None,
         pairs=0,
@@ -315,8 +315,8 @@ def _images(candidate: Candidate) -> int | None:
     """The number of images that a run of the setting was tested on, where it is known."""
     for tested in candidate.tested.values():
         return len(tested.correct)
-    said = candidate.group.runs[0].summary.get("evaluated_images")
-    return said if isinstance(said, int) and said > 0 else None
+    images: int | None = candidate.group.runs[0].summary.get("evaluated_images")
+    return images
 
 
 def _differing_options(a: Group, b: Group) -> dict[str, list[Any]]:
@@ -474,5 +474,5 @@ def _why_nothing(each: Comparison, runs: int) -> str:
 
 def short(value: Any) -> str:
     """An option's value in words, cut where it is long."""
-    words = in_words(tuple(value) if isinstance(value, list) else value)
+    words = in_words(value)
     return words if len(words) <= LONGEST_VALUE else f"{words[: LONGEST_VALUE - 3]}..."

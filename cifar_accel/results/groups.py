@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from cifar_accel.options.options import in_words
 from cifar_accel.results.runs import COMPARED, RunFiles, Setting
 
 
@@ -47,8 +48,7 @@ def group_by_seed(runs: list[RunFiles]) -> list[Group]:
     # Options may be lists, which are no keys of a dictionary; their JSON is.
     by_options: dict[str, list[RunFiles]] = {}
     for run in runs:
-        options = {name: run.options.get(name) for name in COMPARED}
-        key = json.dumps([run.setting, options, run.summary["steps"]], sort_keys=True)
+        key = json.dumps([run.compared, run.summary["steps"]], sort_keys=True)
         by_options.setdefault(key, []).append(run)
 
     # Within a group all runs have the same options, so the first one stands for it.
@@ -79,17 +79,19 @@ def _label(run: RunFiles, same_setting: list[RunFiles]) -> str:
         same_setting: those of all groups that have the same setting, `run` among them.
     """
     # The options in which the groups differ. What nobody asked for is told by the recipe that
-    # brought it, if there is one.
+    # brought it, if there is one, and what follows from others by these.
     options = run.options
     differing = [
         name
         for name in COMPARED
         if any(other.options.get(name) != options.get(name) for other in same_setting)
     ]
+    telling = [name for name in differing if not _follows(name, same_setting)]
+    differing = telling or differing
     if "recipe" in differing:
         asked = {name for other in same_setting for name in other.flags}
         differing = [name for name in differing if name == "recipe" or name in asked]
-    parts = [f"{name} {_in_words(options.get(name))}" for name in differing]
+    parts = [f"{name} {in_words(options.get(name))}" for name in differing]
 
     # A run over a part of the data, or of the steps, is no whole one.
     for name in ("limit_train", "limit_test"):
@@ -102,10 +104,9 @@ def _label(run: RunFiles, same_setting: list[RunFiles]) -> str:
     return ", ".join(parts)
 
 
-def _in_words(value: Any) -> str:
-    """An option's value, as short as it can be told."""
-    if value is None:
-        return "none"
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return str(value)
+def _follows(name: str, runs: list[RunFiles]) -> bool:
+    """Whether an option, or a fact, follows from others in all of these runs."""
+    if name in ("weights", "data_fingerprint"):
+        return True
+    sources = {run.config["provenance"].get(name) for run in runs}
+    return sources == {"derived"} and name != "mixed_precision"

@@ -55,14 +55,14 @@ def most_confused(runs: Sequence[Predictions], count: int) -> list[Confused]:
 def between_superclasses(runs: Sequence[Predictions], superclass: list[str]) -> Floats:
     """Of each super-class's images (row), the share taken for each super-class: float64 [S, S].
 
-    `superclass` is that of each class; rows and columns are in the order of their first classes'
-    names.
+    `superclass` is that of each class; rows and columns are in the order of their names. A row
+    without images is 0.
     """
     names = sorted(set(superclass))
     # [K, S]: 1 where the class is of the super-class.
     member = np.array([[own == name for name in names] for own in superclass], float)
     table = member.T @ confusion(runs) @ member
-    shares: Floats = table / table.sum(1, keepdims=True)
+    shares: Floats = table / np.maximum(table.sum(1, keepdims=True), 1)
     return shares
 
 
@@ -91,8 +91,8 @@ class Mistake:
     place: int
     true: str
     taken_for: str
-    # The model's probability of what it is taken for.
-    probability: float
+    # The model's probability of what it is taken for; None where it is of several models.
+    probability: float | None
 
 
 def confident_mistakes(run: Predictions, count: int) -> list[Mistake]:
@@ -106,21 +106,14 @@ def confident_mistakes(run: Predictions, count: int) -> list[Mistake]:
 
 
 def always_taken_for_one(runs: Sequence[Predictions]) -> list[Mistake]:
-    """Images that every run takes for one and the same wrong class: the label may be at fault.
-
-    The surest first, by the mean of the runs that have logits.
-    """
+    """Images that every run takes for one and the same wrong class: the label may be at fault."""
     first = runs[0]
     alike = ~first.correct
     for run in runs[1:]:
         alike &= run.predicted == first.predicted
-    with_logits = [probabilities(run).max(1) for run in runs if run.logits is not None]
-    sure = np.mean(with_logits, axis=0) if with_logits else np.zeros(len(alike))
-    places = np.flatnonzero(alike)
-    places = places[np.argsort(-sure[places], kind="stable")]
-    return [_mistake(first, int(i), float(sure[i])) for i in places]
+    return [_mistake(first, int(i)) for i in np.flatnonzero(alike)]
 
 
-def _mistake(run: Predictions, i: int, probability: float) -> Mistake:
+def _mistake(run: Predictions, i: int, probability: float | None = None) -> Mistake:
     true, taken_for = (run.classes[c] for c in (run.labels[i], run.predicted[i]))
     return Mistake(int(run.places[i]), true, taken_for, probability)

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL import Image
 
 from cifar_accel.console import printable
 from cifar_accel.data.decode import decoded_images
+from cifar_accel.errors import BadInput
 from cifar_accel.options.options import VOLATILE, flag, in_words
 from cifar_accel.records.predictions import Predictions, read_predictions
 from cifar_accel.results import figures
@@ -40,7 +42,7 @@ from cifar_accel.results.mistakes import (
     confident_mistakes,
     most_confused,
 )
-from cifar_accel.results.runs import RunFiles
+from cifar_accel.results.runs import RunFiles, said_by
 from cifar_accel.results.sections import MARGIN, Entry, Section, checks, half_width, verdict_lines
 from cifar_accel.results.statistics import wilson
 from cifar_accel.results.superclasses import superclass_of
@@ -54,10 +56,11 @@ PAIRS = 12
 PICTURES = 12
 PICTURE_SIDE = 96
 
-# The curves: what an axis says, and what a metric is multiplied by.
+# The curves: what an axis says (with the images that are evaluated while training), and what a
+# metric is multiplied by.
 CURVES = {
-    "eval/accuracy": ("accuracy after each epoch, %", 100),
-    "eval/loss": ("loss after each epoch, nats", 1),
+    "eval/accuracy": ("accuracy on {} images after each epoch, %", 100),
+    "eval/loss": ("loss on {} images after each epoch, nats", 1),
     "train/loss": ("training loss, nats", 1),
     "train/lr": ("learning rate", 1),
 }
@@ -109,7 +112,7 @@ def page(
         style=_text("page.css"),
         script=_text("page.js"),
         vega=vega(),
-        charts=json.dumps(charts.specs).replace("<", "\\u003c"),
+        charts=json.dumps(charts.specs, allow_nan=False).replace("<", "\\u003c"),
     )
 
 
@@ -166,7 +169,7 @@ def _section(section: Section, charts: Charts) -> dict[str, Any]:
         "settings": section_table(section),
         "charts": [*_comparing(section, charts), *_calibration(shown, charts)],
         "errors": [part for entry in shown if (part := _errors(entry, charts))],
-        "images": f"{best.options.get('tested_on', 'test')} image",
+        "images": "test image" if best.options["tested_on"] == "test" else "training image",
         "alike": _pictured(best.runs[0], alike[:PICTURES]),
         "alike_count": f"{len(alike):,}",
     }
@@ -174,10 +177,10 @@ def _section(section: Section, charts: Charts) -> dict[str, Any]:
 
 def _predictions(entry: Entry, with_logits: bool = True) -> list[tuple[RunFiles, Predictions]]:
     """The setting's runs that have left predictions of the images that count, with these."""
-    tested_on = entry.group.options.get("tested_on", "test")
     found = []
     for run in entry.group.runs:
-        said = read_predictions(run.path, with_logits).get(tested_on)
+        # What is amiss with a file is among the notes.
+        said, _ = said_by(run, with_logits)
         if said is not None:
             found.append((run, said))
     return found
@@ -214,13 +217,15 @@ def _comparing(section: Section, charts: Charts) -> list[Chart]:
             "high": round(100 * entry.comparison.interval.high, 3),
         }
         for entry in section.entries
-        if entry.comparison and entry.comparison.interval
+        if entry.comparison and entry.comparison.interval and not entry.comparison.single
     ]
     if differences:
         title = f"Difference to the best; within the band, {100 * MARGIN:g} points, it is too small"
         made.append(charts.add(title, figures.differences(differences, 100 * MARGIN)))
 
-    for key, (label, scale) in CURVES.items():
+    held_out = any(entry.group.options["validation_fraction"] for entry in section.entries)
+    for key, (pattern, scale) in CURVES.items():
+        label = pattern.format("held-out" if held_out else "test")
         curves = {
             printable(entry.name): figures.binned(entry.group.runs, key, scale)
             for entry in section.entries
@@ -292,7 +297,8 @@ def _mended(with_logits: list[tuple[RunFiles, Predictions]]) -> list[str]:
             bins = reliability(at_temperature(said, divisor), said.correct)
             found.append((divisor, calibration_error(bins)))
     if not found:
-        return ["needs --validation-fraction", NONE]
+        has_held_out = with_logits[0][0].options["validation_fraction"]
+        return ["no other held-out images" if has_held_out else "needs --validation-fraction", NONE]
     divisor, error = np.mean(found, axis=0)
     direction = "overconfident" if divisor > 1 else "underconfident"
     return [f"{divisor:.2f} ({direction})", f"{100 * error:.2f}"]
@@ -348,19 +354,22 @@ def _by_class(predictions: list[Predictions]) -> Table:
 def _pictured(run: RunFiles, mistakes: list[Mistake]) -> list[dict[str, Any]]:
     """Mistakes with their pictures, where the decoded images are on this machine."""
     options = run.options
-    kind = "test" if options.get("tested_on", "test") == "test" else "train"
-    images = decoded_images(
-        str(options["data_dir"]),
-        str(options.get("data_fingerprint")),
-        options.get("stored_size"),
-        kind,
-    )
+    kind = "test" if options["tested_on"] == "test" else "train"
+    images = None
+    # A home folder may be one that this machine does not know.
+    with suppress(BadInput):
+        images = decoded_images(
+            str(options["data_dir"]),
+            str(options.get("data_fingerprint")),
+            options.get("stored_size"),
+            kind,
+        )
     shown = []
     for mistake in mistakes:
         picture = ""
         if images is not None and mistake.place < len(images):
             picture = _webp(images[mistake.place])
-        sure = f"{mistake.probability:.0%} sure" if mistake.probability else ""
+        sure = "" if mistake.probability is None else f", {mistake.probability:.0%} sure"
         shown.append(asdict(mistake) | {"picture": picture, "sure": sure})
     return shown
 
@@ -386,10 +395,9 @@ def _run(run: RunFiles, folder: Path) -> dict[str, Any]:
     base = "".join(f"{quote(os.fsencode(part))}/" for part in parts)
     names = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "accuracy.png", "lr.png")
     files = [{"name": n, "href": Markup(f"{base}{n}")} for n in names if (run.path / n).exists()]
-    accuracy = run.summary.get("accuracy")
-    result = run.summary.get("status", "not finished")
-    if accuracy is not None:
-        result = f"{accuracy:.2%}, seed {run.options['seed']}"
+    result = run.became
+    if run.finished:
+        result = f"{run.summary['accuracy']:.2%}, seed {run.options['seed']}"
     given = [[flag(name), in_words(run.options.get(name))] for name in sorted(run.flags)]
     # The first word is the program's path on the machine that trained.
     command = shlex.join(["python", "-m", "cifar_accel", *run.command[1:]])

@@ -11,7 +11,7 @@ from cifar_accel.options.options import ReportArguments
 from cifar_accel.results.groups import group_by_seed
 from cifar_accel.results.page import page
 from cifar_accel.results.runs import find_runs, lost_runs
-from cifar_accel.results.sections import Section, checks, sections_of, verdict_lines
+from cifar_accel.results.sections import Section, checks, sections_of, title_of, verdict_lines
 from cifar_accel.results.tables import LEGEND, SIGN, fitted, markdown, section_table
 
 
@@ -61,7 +61,7 @@ def in_markdown(sections: list[Section], unfinished: list[str], columns: int | N
         if columns:
             table = fitted(table, columns)
         lines = [*verdict_lines(section), *(f"Note: {line}" for line in checks(section))]
-        parts.append(f"## {printable(section.best.group.setting.dataset)}, {section.images}\n\n")
+        parts.append(f"## {title_of(section)}\n\n")
         parts += [f"{_filled(line, columns)}\n" for line in lines]
         parts.append(f"\n{markdown(table)}\n\n")
     parts.append(textwrap.fill(LEGEND, columns or 10**6) + "\n")

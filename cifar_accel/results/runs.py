@@ -1,11 +1,15 @@
 """Run folders that were read."""
 
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cifar_accel.errors import BadInput
 from cifar_accel.options.options import VOLATILE, TrainingArguments
 from cifar_accel.records.metrics import read_metrics
+from cifar_accel.records.predictions import Predictions, predictions_of
 from cifar_accel.records.summary import read_config, read_summary
 
 # The options in which runs of one experiment agree: all but the seed, and but those that change
@@ -54,6 +58,20 @@ class RunFiles:
         return {name for name, source in provenance.items() if source == "flag"}
 
     @property
+    def compared(self) -> dict[str, Any]:
+        """The options of COMPARED; of what is known by its content the place does not count."""
+        options = {name: self.options.get(name) for name in COMPARED}
+        if options["data_fingerprint"] is not None:
+            options["dataset"] = None
+        for name, digests in self.options["weights"].items():
+            if digests:
+                options[name] = None
+        # It follows from others; runs of earlier versions had none.
+        if "stored_size" not in self.flags:
+            options["stored_size"] = None
+        return options
+
+    @property
     def command(self) -> list[str]:
         """The command line that started it."""
         words: list[str] = self.config.get("command", [])
@@ -97,9 +115,11 @@ def read_run(path: Path) -> RunFiles | None:
         return None
     # An earlier version had fewer options; what it did is what their defaults do.
     options = {**asdict(TrainingArguments()), **config["options"]}
-    options["weights"] = config.get("weights")
-    metrics = path / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.exists() else []
+    options["weights"] = config.get("weights", {})
+    options.setdefault("tested_on", "test")
+    rows = []
+    with suppress(OSError):
+        rows = read_metrics(path / "metrics.jsonl")
     file = path / "summary.json"
     return RunFiles(
         path=path,
@@ -113,11 +133,37 @@ def read_run(path: Path) -> RunFiles | None:
 
 def find_runs(folder: Path) -> list[RunFiles]:
     """All run folders at or below `folder`, by path."""
-    runs = [read_run(file.parent) for file in sorted(folder.rglob("config.json"))]
+    runs = [read_run(path) for path in _folders_with("config.json", folder)]
     return [run for run in runs if run is not None]
 
 
 def lost_runs(folder: Path, runs: list[RunFiles]) -> list[Path]:
     """Folders at or below `folder` with rows of a run, but without its config.json."""
-    found = {file.parent for file in folder.rglob("metrics.jsonl")}
-    return sorted(found - {run.path for run in runs})
+    found = _folders_with("metrics.jsonl", folder)
+    return sorted(set(found) - {run.path for run in runs})
+
+
+def _folders_with(name: str, folder: Path) -> list[Path]:
+    """Folders at or below `folder` that hold a file `name`, by path; links are followed."""
+    found = []
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        # By another way it is the same folder, and may be one above.
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        if name in files:
+            found.append(Path(path))
+    return sorted(found)
+
+
+def said_by(run: RunFiles, with_logits: bool = True) -> tuple[Predictions | None, str]:
+    """What a finished run says of the images that count, and what is amiss with its file of it."""
+    kind, accuracy = run.options["tested_on"], run.summary["accuracy"]
+    try:
+        return predictions_of(run.path, kind, accuracy, with_logits), ""
+    except BadInput as e:
+        return None, f"passed over: {e}; cifar-accel evaluate {run.path} writes it anew"

@@ -9,8 +9,9 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cifar_accel.console import printable
 from cifar_accel.errors import BadInput
 from cifar_accel.results.comparison import (
     Candidate,
@@ -21,7 +22,7 @@ from cifar_accel.results.comparison import (
 )
 from cifar_accel.results.groups import Group
 from cifar_accel.results.runs import COMPARED
-from cifar_accel.results.statistics import holm, mean_interval, tukey_kramer
+from cifar_accel.results.statistics import games_howell, holm, mean_interval, welch_test
 
 # Settings that differ by less than this share are the same for all that matters.
 MARGIN = 0.005
@@ -69,7 +70,7 @@ class Section:
     def images(self) -> str:
         """What the accuracies are of, in words."""
         options = self.best.group.options
-        kind = options.get("tested_on", "test")
+        kind = options["tested_on"]
         counts = {run.summary.get("evaluated_images") for run in self.best.group.runs}
         count = next(iter(counts)) if len(counts) == 1 else None
         return f"{count:,} {kind} images" if count else f"{kind} images"
@@ -88,7 +89,7 @@ def _judged_by(group: Group) -> str:
     """What settings must agree in to be compared."""
     options = group.options
     names = ["data_fingerprint", "classes", "tested_on", "limit_test"]
-    if options.get("tested_on") == "held-out":
+    if options["tested_on"] == "held-out":
         names += ["validation_fraction", "limit_train"]
     if options.get("data_fingerprint") is None:
         names.append("dataset")
@@ -100,14 +101,14 @@ def _section(groups: list[Group]) -> Section:
     candidates.sort(key=lambda candidate: -statistics.mean(candidate.group.accuracies))
     best = candidates[0]
     compared: list[Comparison] = []
-    notes: list[str] = []
+    notes = [note for each in candidates for note in each.notes]
     for other in candidates[1:]:
         try:
             compared.append(figures(best, other, MARGIN))
         except BadInput as error:
             notes.append(f"not compared: {error}")
-    compared = conclude(compared, _adjusted(compared, candidates))
-    comparisons = {each.b.name: each for each in compared}
+    concluded = conclude(compared, _adjusted(compared, candidates))
+    comparisons = {each.b.name: _of_the_best(each) for each in concluded}
     entries = []
     names = _short_names(candidates)
     for candidate, name in zip(candidates, names, strict=True):
@@ -118,25 +119,35 @@ def _section(groups: list[Group]) -> Section:
     return Section(entries, notes)
 
 
+def _of_the_best(comparison: Comparison) -> Comparison:
+    """The comparison without a verdict for the other one."""
+    if comparison.ahead != "b" or comparison.verdict not in ("better", "tentatively"):
+        return comparison
+    return replace(comparison, verdict="cannot tell", reason="ahead over the seeds of both")
+
+
 def _adjusted(compared: list[Comparison], candidates: list[Candidate]) -> list[float]:
     """p of the comparisons with the best that have one, as of all pairs of the candidates.
 
-    The smaller of two valid ones, doubled for the choice: Holm's of pairs of seeds over as many
-    tests as there are pairs of settings, and Tukey's with one spread for all settings.
+    The smaller of two valid ones, and so doubled: Holm's over as many tests as there are pairs of
+    settings, and Games and Howell's of the same runs.
     """
     tested = [each for each in compared if each.p is not None]
-    by_holm = holm([each.p for each in tested if each.p is not None], math.comb(len(candidates), 2))
-    several = [each for each in candidates if len(each.group.runs) > 1]
-    values = {each.name: each.accuracies(each.group.seeds) for each in several}
-    by_tukey: dict[str, float] = {}
-    if len(values) > 1 and candidates[0].name in values:
-        best, *others = values
-        p = tukey_kramer(values[best], [values[other] for other in others])
-        by_tukey = dict(zip(others, p, strict=True))
-    return [
-        min(1.0, 2 * min(p, by_tukey.get(each.b.name, 1.0)))
-        for each, p in zip(tested, by_holm, strict=True)
-    ]
+    own = [each.p for each in tested if each.p is not None]
+    pairs = math.comb(len(candidates), 2)
+    if pairs == 1:
+        return own
+    by_name = {each.name: each for each in candidates}
+
+    def by_range(each: Comparison) -> float:
+        # Single models have no spread over seeds.
+        if each.single:
+            return 1.0
+        values = [by_name[side.name].accuracies(side.seeds) for side in (each.a, each.b)]
+        return games_howell(welch_test(*values), len(candidates))
+
+    by_holm = holm(own, pairs)
+    return [min(1.0, 2 * min(p, by_range(each))) for each, p in zip(tested, by_holm, strict=True)]
 
 
 def _short_names(candidates: list[Candidate]) -> list[str]:
@@ -156,6 +167,11 @@ def _short_names(candidates: list[Candidate]) -> list[str]:
 # ---- in words
 
 
+def title_of(section: Section) -> str:
+    """The data set and the images that the section is of."""
+    return f"{printable(section.best.group.setting.dataset)}, {section.images}"
+
+
 def verdict_lines(section: Section) -> list[str]:
     """What the section's figures say, the most important first."""
     best = section.best
@@ -163,11 +179,13 @@ def verdict_lines(section: Section) -> list[str]:
     if len(section.entries) == 1:
         return [f"{best.name}: {figures} on {section.images}."]
     lines = [f"Highest of {len(section.entries)} settings: {best.name}, {figures}."]
-    if all(entry.comparison is None or min(_runs(entry)) < 2 for entry in section.entries[1:]):
+    if all(len(entry.group.runs) == 1 for entry in section.entries):
         lines.append(
             "With one run each nothing is said of the settings; repeat them with other seeds."
         )
         return lines
+    if all(entry.comparison is None for entry in section.entries):
+        lines.append("No other can be compared with it; the notes say why.")
     for verdict, words in (
         ("better", "It is better than"),
         ("tentatively", "Tentatively it is better than"),
@@ -180,26 +198,23 @@ def verdict_lines(section: Section) -> list[str]:
             if entry.comparison and entry.comparison.verdict == verdict
         ]
         if found:
-            named = "; ".join(_with_difference(entry) for entry in found[:MOST_NAMED])
+            named = "; ".join(f"{each.name} ({to_the_best(each)})" for each in found[:MOST_NAMED])
             more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
             lines.append(f"{words} {named}{more}.")
     return lines
 
 
-def _runs(entry: Entry) -> tuple[int, int]:
-    assert entry.comparison is not None
-    return entry.comparison.a.n, entry.comparison.b.n
-
-
-def _with_difference(entry: Entry) -> str:
-    """A setting's name, and by how many points it is below the best."""
+def to_the_best(entry: Entry) -> str:
+    """The difference to the best in points, and its interval over seeds; "" without one."""
     comparison = entry.comparison
-    assert comparison is not None
+    if comparison is None:
+        return ""
     points = f"{100 * comparison.difference:+.2f}"
-    if comparison.interval:
+    # That of two single models is over images, and says nothing of the settings.
+    if comparison.interval and not comparison.single:
         low, high = (f"{100 * bound:+.2f}" for bound in comparison.interval)
         points += f" [{low}, {high}]"
-    return f"{entry.name} ({points})"
+    return points
 
 
 def accuracy_in_words(entry: Entry) -> str:
@@ -234,16 +249,12 @@ def checks(section: Section) -> list[str]:
         which = "all settings" if len(few) == len(groups) else _some(few)
         lines.append(f"fewer than 3 seeds: {which}")
     if len({tuple(group.seeds) for group in groups}) > 1:
-        lines.append("the settings have different seeds; two are compared over those of both")
-    gpus = {json.dumps(run.config.get("hardware", {}).get("gpus")) for run in runs}
-    if len(gpus) > 1:
-        lines.append("the runs are of different machines: compare no times")
+        lines.append("the settings have different seeds; where two share three, these are compared")
+    machines = {json.dumps(run.config.get("hardware"), sort_keys=True) for run in runs}
+    if len(machines) > 1:
+        lines.append("the runs are of different machines or threads: compare no times")
     lines += [line for name in COMPARED if (line := _at_the_edge(section, name))]
-    if not groups[0].options["validation_fraction"]:
-        lines.append(
-            "the best is chosen by the images that it is judged by, so its figure is too good; "
-            "--validation-fraction chooses by others"
-        )
+    lines.append("the best is chosen by the images that it is judged by: its figure is too good")
     return lines
 
 
@@ -255,6 +266,9 @@ def _at_the_edge(section: Section, name: str) -> str:
     values = [entry.group.options.get(name) for entry in section.entries]
     numbers = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool)})
     if len(numbers) < FEWEST_VALUES or values[0] not in (numbers[0], numbers[-1]):
+        return ""
+    # Beyond nothing, and beyond the whole, there is nothing to try.
+    if values[0] in (0, 1):
         return ""
     side = "least" if values[0] == numbers[0] else "largest"
     return f"the best has the {side} {name} that was tried, {values[0]}: try beyond it"

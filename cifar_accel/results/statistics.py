@@ -233,27 +233,19 @@ def holm(p: list[float], tests: int | None = None) -> list[float]:
     return adjusted.tolist()
 
 
-def tukey_kramer(best: Values, others: list[Values]) -> list[float]:
-    """p of `best` against each of `others`, as pairs among all of them: float64 [n >= 2] each.
+def games_howell(test: TTest, settings: int) -> float:
+    """p of one pair of so many settings that were looked at, from Welch's `test` of the two.
 
-    Tukey's range test (1949) in Kramer's form (1956): what may come of choosing the best is in it.
-    It takes one standard deviation for all. 1 where there is no spread.
+    Games and Howell (1976): Tukey's range test for settings whose spreads may differ. What may come
+    of choosing the best is in it. 1 where there is no spread.
     """
     # It takes a second to load.
     from scipy.stats import studentized_range
 
-    groups = [best, *others]
-    freedom = sum(len(group) - 1 for group in groups)
-    variance = sum((len(group) - 1) * deviation(group) ** 2 for group in groups) / freedom
-    if variance == 0:
-        return [1.0] * len(others)
-    ranges = [
-        abs(np.mean(best) - np.mean(other))
-        / (variance / 2 * (1 / len(best) + 1 / len(other))) ** 0.5
-        for other in others
-    ]
-    p: Any = studentized_range.sf(ranges, len(groups), freedom)
-    return p.tolist()
+    if test.standard_error == 0:
+        return 1.0
+    distance = abs(test.difference) / test.standard_error * 2**0.5
+    return float(studentized_range.sf(distance, settings, test.degrees_of_freedom))
 
 
 def verdict(

@@ -6,9 +6,9 @@ from functools import cache
 from typing import Any
 
 from cifar_accel.console import printable
-from cifar_accel.results.groups import Group, group_by_seed
+from cifar_accel.results.groups import Group
 from cifar_accel.results.runs import RunFiles
-from cifar_accel.results.sections import Entry, Section, accuracy_in_words, sections_of
+from cifar_accel.results.sections import Entry, Section, accuracy_in_words, to_the_best
 from cifar_accel.yaml_files import read_yaml, shipped_folder
 
 # What stands in a cell without a value.
@@ -36,14 +36,6 @@ class Table:
     rows: list[list[str]]
 
 
-def settings_table(runs: list[RunFiles]) -> Table:
-    """The settings of finished runs, the best first; sections that cannot be compared in turn."""
-    sections = sections_of(group_by_seed(runs))
-    tables = [section_table(section) for section in sections]
-    rows = [row for table in tables for row in table.rows]
-    return Table("Settings", tables[0].head if tables else [], rows)
-
-
 def section_table(section: Section) -> Table:
     """The settings of one section, the best first."""
     head = ["setting", "acc. %", "stands", "to the best", "top 5", "loss", "lr", "img/s", "minutes"]
@@ -57,18 +49,11 @@ def section_table(section: Section) -> Table:
 
 def _row(entry: Entry) -> list[str]:
     runs = entry.group.runs
-    comparison = entry.comparison
-    difference = NONE
-    if comparison:
-        difference = f"{100 * comparison.difference:+.2f}"
-        if comparison.interval:
-            low, high = (f"{100 * bound:+.2f}" for bound in comparison.interval)
-            difference += f" [{low}, {high}]"
     return [
         entry.name,
         accuracy_in_words(entry).replace(" %", ""),
         entry.standing,
-        difference,
+        to_the_best(entry) or NONE,
         _mean(runs, "top5_accuracy", 100, ".2f"),
         _mean(runs, "train_loss", 1, ".4f"),
         f"{entry.group.options['learning_rate']:.3g}",
@@ -94,8 +79,7 @@ def _course_report() -> list[dict[str, Any]]:
 def _published(group: Group) -> str:
     """Loss and accuracy in percent of the course report, where model and data are its own."""
     options = group.options
-    data = options["dataset"].rstrip("/").rpartition("/")[2]
-    if data != "cifar100" or options["recipe"] != "report":
+    if group.setting.dataset != "cifar100" or options["recipe"] != "report":
         return ""
     for row in _course_report():
         if all(row[name] == options[name] for name in ("model", "optimizer", "scheduler")):

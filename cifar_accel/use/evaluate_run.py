@@ -1,7 +1,7 @@
 """The figures of a finished run again, from its folder."""
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,13 @@ from cifar_accel.files import home
 from cifar_accel.machine.processes import join_processes
 from cifar_accel.options.options import EvaluateArguments
 from cifar_accel.records.predictions import FILE as PREDICTIONS
-from cifar_accel.records.predictions import keeps_logits, of_outputs, write_predictions
-from cifar_accel.records.summary import RecordedOptions
+from cifar_accel.records.predictions import (
+    keeps_logits,
+    of_outputs,
+    predictions_of,
+    write_predictions,
+)
+from cifar_accel.records.summary import RecordedOptions, read_summary
 from cifar_accel.records.trackers import TrackedRun, start_tracker
 from cifar_accel.use.load import FinishedRun, load_run
 
@@ -65,9 +70,10 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     say(f"accuracy  {figures['accuracy']:.4%}  ({images})")
     say(f"top 5     {figures['top5_accuracy']:.4%}")
     say(f"loss      {figures['loss']:.4f}")
-    # A run of an earlier version has none.
+    # A run of an earlier version has none, and a file may be damaged.
     file = run.folder / PREDICTIONS
-    if ranks.is_main and not args.dataset and not file.exists():
+    is_its_own = not args.dataset and recorded in (None, fingerprint)
+    if ranks.is_main and is_its_own and not _has_predictions(run, kind):
         try:
             said = {name: values.numpy() for name, values in tensors.items()}
             predictions = of_outputs(split.labels, known, said, fingerprint, split.places)
@@ -78,6 +84,14 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     if ranks.is_main and args.tracker != "none":
         _log(run, args.tracker, figures, say)
     return {"status": "finished", **figures}
+
+
+def _has_predictions(run: FinishedRun, kind: str) -> bool:
+    """Whether the run has left predictions of its `kind` images that can be used."""
+    accuracy = read_summary(run.folder).get("accuracy", 0.0)
+    with suppress(BadInput):
+        return predictions_of(run.folder, kind, accuracy, with_logits=False) is not None
+    return False
 
 
 def _log(

@@ -576,7 +576,7 @@ def no_rows(root):
         (lambda p: str(p / "nowhere"), "no such folder"),
         (lambda p: str(p), "neither *.parquet files nor a train/ folder"),
         (lambda p: str(image_folder(p / "a", splits=("test",))), "nor a train/ folder"),
-        (lambda p: str(flat_splits(p / "a")), "rename Training/ if it is a split"),
+        (lambda p: str(flat_splits(p / "a")), "has Training/ and no train/; put the class folders"),
         (lambda p: str(no_classes(p / "a")), "train: is empty"),
         (lambda p: str(empty_class(p / "a")), "class folder holds no image"),
         (lambda p: str(unknown_class(p / "a")), "'wolf' is no class of the training split"),

@@ -209,6 +209,12 @@ def test_a_port_that_is_taken_stops_nobody_on_one_machine(own_config, taken_port
     check_launcher()
 
 
+def test_cpus_of_several_machines_are_not_started_from_here(own_config):
+    own_config(distributed_type="MULTI_CPU", num_processes=2, num_machines=2)
+    with pytest.raises(BadInput, match="MULTI_CPU on 2 machines is not started from here"):
+        command_for([])
+
+
 def test_what_a_dry_run_says_of_the_launcher(own_config):
     from cifar_accel.dry_run import Note, check_the_launcher
 

@@ -110,8 +110,7 @@ def test_a_failed_run_is_listed_and_only_it_is_run_again(tmp_path, cache, capsys
         "",
         "study three: 2 of 3 runs finished",
         rf"  failed: {folder}/b \(.*",
-        rf"  its page: cifar-accel report {folder}",
-        rf"  against its baseline: cifar-accel compare {folder} --baseline {folder}/a",
+        rf"  the page of all runs there: cifar-accel report {folder}",
     ]
     assert len(lines) == len(patterns)
     for pattern, line in zip(patterns, lines, strict=True):

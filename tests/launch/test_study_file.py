@@ -100,6 +100,10 @@ NAMED = (
         ("seeds: 9999999999999\nruns: [{epochs: 1}]", "must be a number from 1 to 10,000"),
         ("seeds: 6000\nruns: [{epochs: 1}, {epochs: 2}]", "more than 10,000 runs"),
         ("baseline: sgd\nruns: [{run_name: a/adamw}]", "no run has that in its name, as a/adamw"),
+        (
+            "baseline: adamw\nruns: [{epochs: 1}, {epochs: 2}]",
+            "2 settings have that in their names",
+        ),
         ("baseline: [a]\nruns: [{run_name: a}]", "must be a part of a run's name"),
         ("runs: [{seed: 1, run_name: a}, {seed: 1, run_name: a}]", "two runs are the same"),
         ("runs: [{epochs: 0}]", "--epochs 0"),

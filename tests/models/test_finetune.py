@@ -59,9 +59,24 @@ def test_a_large_model_is_regularised():
 def test_nfnets_are_clipped_adaptively():
     args, _ = fit("test_nfnet")
     assert (args.clip_grad, args.clip_mode) == (0.01, "agc")
-    # Who gives one of the two means the other one's default.
+    # Who gives one of the two means the other one's default, unless that would clip nothing.
     args, _ = fit("test_nfnet", clip_grad=1.0)
     assert (args.clip_grad, args.clip_mode) == (1.0, "norm")
+    args, _ = fit("test_nfnet", clip_mode="agc")
+    assert (args.clip_grad, args.clip_mode) == (0.01, "agc")
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        ("test_nfnet", {"clip_mode": "value"}, "--clip-mode has no effect on this model"),
+        ("test_vit", {"clip_mode": "agc"}, "--clip-mode has no effect on this model"),
+        ("test_vit", {"mixup_prob": 0.5}, "--mixup-prob has no effect on this model"),
+    ],
+)
+def test_a_flag_without_effect_on_the_model_is_refused(model, options, message):
+    with pytest.raises(BadInput, match=message):
+        fit(model, **options)
 
 
 def test_layers_decay_where_there_is_no_batch_norm():
@@ -77,6 +92,7 @@ def test_models_with_batch_norm_learn_at_four_times_the_rate():
     args, origin = fit("test_resnet")
     assert (args.learning_rate, origin["learning_rate"]) == (4e-3, "derived")
     assert fit("test_resnet", learning_rate=0.01)[0].learning_rate == 0.01
+    assert fit("test_resnet", optimizer="lamb")[0].learning_rate == 1e-3
     args = replace(recipe_defaults("finetune"), model="test_resnet", learning_rate=0.04)
     origin = {field.name: "recipe" for field in fields(args)} | {"learning_rate": "derived"}
     assert fit_to_model(args, origin)[0].learning_rate == 0.04

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cifar_accel.data.datasets import Split
@@ -9,6 +10,7 @@ from cifar_accel.errors import BadInput
 from cifar_accel.records.predictions import (
     FILE,
     keeps_logits,
+    predictions_of,
     read_predictions,
     write_predictions,
 )
@@ -68,6 +70,37 @@ def test_large_logits_are_left_out(tmp_path):
     outputs = {"first_five": outputs_of(4)["first_five"]}
     write_predictions(tmp_path, {"test": of_outputs(split_of(4), outputs, "abc")})
     assert read_predictions(tmp_path)["test"].logits is None
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"test.first_five": np.zeros((4, 0), np.int32)},
+        {"test.first_five": np.full((4, 3), 3, np.int32)},
+        {"test.labels": np.full(4, -1, np.int32)},
+        {"test.places": np.zeros(3, np.int32)},
+        {"test.logits": np.zeros((4, 2), np.float16)},
+    ],
+)
+def test_figures_that_do_not_belong_together_are_refused(tmp_path, spoilt):
+    write_predictions(tmp_path, {"test": of_outputs(split_of(4), outputs_of(4), "abc")})
+    with safe_open(tmp_path / FILE, "numpy") as file:
+        metadata = file.metadata()
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names} | spoilt
+    save_file(tensors, tmp_path / FILE, metadata)
+    with pytest.raises(BadInput, match="is no file of predictions"):
+        read_predictions(tmp_path)
+
+
+def test_predictions_are_those_of_the_run(tmp_path):
+    said = of_outputs(split_of(4), outputs_of(4), "abc")
+    write_predictions(tmp_path, {"test": said})
+    accuracy = float(said.correct.mean())
+    assert predictions_of(tmp_path, "test", accuracy, with_logits=False).images == said.images
+    assert predictions_of(tmp_path, "held-out", accuracy) is None
+    with pytest.raises(BadInput, match="is not of the run's finished model"):
+        predictions_of(tmp_path, "test", accuracy + 0.1)
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", None])

@@ -418,7 +418,7 @@ def test_other_images_of_one_seed_are_refused(refused, tmp_path):
     b = setting(tmp_path / "b", B, hflip=0.5)
     for seed in (2, 3):
         (b / f"s{seed}" / FILE).unlink()
-    other = predicted_run(tmp_path / "other", np.ones(1000), subset=1)
+    other = predicted_run(tmp_path / "other", np.arange(1000) < B[2], subset=1)
     (other / FILE).rename(b / "s3" / FILE)
     assert "other test images, seeds 3 and 3" in refused(a, b)
     # Single models are told apart by common images only, whatever their seeds.
@@ -468,10 +468,30 @@ def test_several_settings_in_one_folder(refused, tmp_path):
     assert "all runs are of one setting" in refused(tmp_path / "c")
 
 
-def test_damaged_predictions_are_one_line(refused, tmp_path):
+def test_damaged_predictions_are_passed_over(said, found, tmp_path):
     a, b = setting(tmp_path / "a", A), setting(tmp_path / "b", B, hflip=0.5)
     (b / "s1" / FILE).write_bytes(b"\x00" * 20)
-    assert f"{b / 's1' / FILE}: is no file of predictions" in refused(a, b)
+    assert found(a, b)["verdict"] == "better"
+    for out in (said(a, b), said(tmp_path)):
+        assert f"passed over: {b / 's1' / FILE}: is no file of predictions" in out
+        assert f"cifar-accel evaluate {b / 's1'} writes it anew" in out
+
+
+def test_predictions_of_another_model_are_passed_over(said, tmp_path):
+    a, b = setting(tmp_path / "a", A), setting(tmp_path / "b", B, hflip=0.5)
+    (b / "s1" / FILE).write_bytes((a / "s1" / FILE).read_bytes())
+    assert f"{b / 's1' / FILE}: is not of the run's finished model" in said(a, b)
+
+
+def test_folders_of_links_are_read(found, tmp_path):
+    a, b = setting(tmp_path / "a", A), setting(tmp_path / "b", B, hflip=0.5)
+    links = tmp_path / "links"
+    links.mkdir()
+    for run in b.iterdir():
+        (links / run.name).symlink_to(run)
+    # A link in a circle ends nowhere.
+    (links / "up").symlink_to(links)
+    assert found(a, links)["b"]["n"] == len(B)
 
 
 def test_a_margin_is_not_negative(refused, tmp_path):

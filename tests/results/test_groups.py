@@ -1,5 +1,6 @@
 """Which runs are put together, and what their setting is called."""
 
+import json
 import os
 
 from made_runs import make_run
@@ -17,6 +18,19 @@ def test_repeats_of_one_seed_are_one_replicate(tmp_path):
     (group,) = group_by_seed(find_runs(tmp_path))
     assert (group.seeds, group.accuracies) == ([1, 2], [0.7, 0.6])
     assert sorted(run.path.name for run in group.repeats) == ["a", "d"]
+
+
+def test_the_place_of_what_is_known_by_its_content_does_not_count(tmp_path):
+    """Nor what earlier versions had no word for."""
+    for seed, folder in enumerate(("/data/cifar100", "/scratch/cifar", "/old/cifar")):
+        run = make_run(tmp_path / str(seed), seed=seed, dataset=folder, data_fingerprint="abc")
+        config = json.loads((run / "config.json").read_text())
+        if seed < 2:
+            config["options"] |= {"tested_on": "test", "stored_size": 32}
+            config["weights"] = {}
+        (run / "config.json").write_text(json.dumps(config))
+    (group,) = group_by_seed(find_runs(tmp_path))
+    assert group.seeds == [0, 1, 2]
 
 
 def test_recipes_are_told_by_their_names_and_what_flags_changed(tmp_path):

@@ -57,7 +57,43 @@ def test_what_a_reader_should_know_first(tmp_path):
     assert "chosen by the images that it is judged by" in lines
 
 
-def test_a_sound_study_has_no_notes(tmp_path):
+def test_a_sound_study_has_one_note(tmp_path):
     for reprob in (0.1, 0.2):
         make_runs(tmp_path, [0.5, 0.6, 0.7], reprob=reprob, validation_fraction=0.1)
-    assert checks(sections(tmp_path)[0]) == []
+    (note,) = checks(sections(tmp_path)[0])
+    assert "chosen by the images that it is judged by" in note
+
+
+def test_two_settings_need_no_more_than_a_comparison(tmp_path):
+    """p of the differences 0.090, 0.100, 0.108 is 0.0027; twice that would do as well."""
+    make_runs(tmp_path, [0.690, 0.700, 0.708], reprob=0.1)
+    make_runs(tmp_path, [0.6, 0.6, 0.6], reprob=0.2)
+    entry = sections(tmp_path)[0].entries[1]
+    assert entry.comparison.p_holm == entry.comparison.p < 0.01
+
+
+def test_a_setting_that_is_ahead_over_the_common_seeds_is_not_below(tmp_path):
+    """One seed that the other does not have makes the first setting the best."""
+    make_runs(tmp_path, [0.700, 0.701, 0.702, 0.990], reprob=0.1)
+    make_runs(tmp_path, [0.710, 0.7112, 0.7121], reprob=0.2)
+    best, other = sections(tmp_path)[0].entries
+    assert (best.name, other.comparison.ahead) == ("reprob 0.1", "b")
+    assert (other.comparison.verdict, other.standing) == ("cannot tell", "≈ best")
+
+
+def test_nothing_is_said_where_nothing_can_be_compared(tmp_path):
+    make_runs(tmp_path, [0.5, 0.6, 0.7], reprob=0.1)
+    for seed in range(3):
+        ending = {"accuracy": 0.2, "steps": 4}
+        make_run(tmp_path / f"cut{seed}", ending, seed=seed, reprob=0.2)
+    lines = verdict_lines(sections(tmp_path)[0])
+    assert lines[1:] == ["No other can be compared with it; the notes say why."]
+
+
+def test_a_noisy_setting_is_not_taken_for_a_sure_one(tmp_path):
+    """The best of six varies by two points, the others by a tenth of one."""
+    make_runs(tmp_path, [0.70, 0.72, 0.74], reprob=0.1)
+    for place in range(2, 7):
+        make_runs(tmp_path, [0.700, 0.701, 0.702], reprob=place / 10)
+    standings = {entry.standing for entry in sections(tmp_path)[0].entries[1:]}
+    assert standings == {"≈ best"}

@@ -2,13 +2,18 @@ import json
 
 from made_runs import make_run
 
+from cifar_accel.results.groups import group_by_seed
 from cifar_accel.results.runs import find_runs
-from cifar_accel.results.tables import Table, fitted, markdown, settings_table
+from cifar_accel.results.sections import sections_of
+from cifar_accel.results.tables import Table, fitted, markdown, section_table
+
+
+def tables(folder):
+    return [section_table(section) for section in sections_of(group_by_seed(find_runs(folder)))]
 
 
 def column(folder, name):
-    table = settings_table(find_runs(folder))
-    return [row[table.head.index(name)] for row in table.rows]
+    return [row[table.head.index(name)] for table in tables(folder) for row in table.rows]
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -57,13 +62,13 @@ def test_seeds_of_other_images_precision_or_length_are_no_repetition(tmp_path):
 def test_published_figures_stand_beside_their_own_models_and_data_alone(tmp_path):
     make_run(tmp_path / "a", dataset="some/cifar100", model="nfnet")
     make_run(tmp_path / "b", dataset="some/cifar100", model="vit", scheduler="constant")
-    table = settings_table(find_runs(tmp_path))
+    (table,) = tables(tmp_path)
     assert table.head[-1] == "course report"
     assert [row[-1] for row in table.rows] == ["1.6041, 74.23", "–"]
     # Other data, or another model of the family.
     for folder, options in (("x", {}), ("y", {"dataset": "cifar100", "model": "deit_tiny"})):
         make_run(tmp_path / folder / "a", **options)
-        assert "course report" not in settings_table(find_runs(tmp_path / folder)).head
+        assert "course report" not in tables(tmp_path / folder)[0].head
 
 
 def test_markdown_is_aligned_and_a_bar_is_no_column():

@@ -7,11 +7,14 @@ from dataclasses import fields, replace
 import pytest
 from conftest import TWO, rows, sha256, summary
 
-from cifar_accel.budget import one_size
+from cifar_accel import timing
+from cifar_accel.budget import LAST_SIZES, growing_to, one_size
 from cifar_accel.files import read_json
+from cifar_accel.machine.processes import join_processes
+from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.options.recipes import recipe_defaults
-from cifar_accel.timing import what_to_try
+from cifar_accel.timing import what_to_try, with_room
 
 # A tiny model whose weights are of a run of its own.
 BUDGET = "--recipe finetune --batch-size 32 --limit-train 256 --limit-test 100 --tracker none"
@@ -68,23 +71,41 @@ def test_a_plan_fits_the_time_and_is_kept(trainer, weights):
 
 
 @pytest.mark.parametrize(
-    "model, growing, sides",
+    "model, words, growing, single, sides",
     [
-        ("test_vit", True, (64, 96, 128)),
+        ("test_vit", (), LAST_SIZES, (), (64, 96, 128)),
         # It takes its own size alone.
-        ("crossvit_9_240", False, (240,)),
+        ("crossvit_9_240", (), (), (240,), (240,)),
         # It takes any size, but one a run.
-        ("mixer_s32_224", False, (64, 96, 128)),
+        ("mixer_s32_224", (), (), LAST_SIZES, (64, 96, 128)),
+        # Its patches fit into few sides.
+        ("test_vit", ("patch_size=32",), (128,), (64, 96, 160, 192, 224), (64, 96, 128)),
     ],
 )
-def test_only_sizes_that_the_model_takes_are_tried(model, growing, sides):
-    args = replace(recipe_defaults("finetune"), model=model)
+def test_only_sizes_that_the_model_takes_are_tried(model, words, growing, single, sides):
+    args = replace(recipe_defaults("finetune"), model=model, model_kwargs=words)
     args, origin = fit_to_model(args, {field.name: "recipe" for field in fields(args)})
-    choices, tried = what_to_try(args, origin)
-    assert tried == sides
-    assert (max(map(len, choices)) > 1) == growing
-    if not growing:
-        assert choices == [one_size(side) for side in sides]
+    choices, first = what_to_try(args, origin)
+    assert first == sides
+    expected = [*map(growing_to, growing), *map(one_size, single)]
+    assert sorted(choices) == sorted(expected)
+
+
+def test_what_memory_has_no_room_for_is_not_chosen(monkeypatch):
+    """A host that has as much left as is taken has room for twice the pixels."""
+    ranks = join_processes("cpu")
+    taken = peak_memory_mib(ranks.device) * 2**20
+    monkeypatch.setattr(timing, "free_memory", lambda device: taken)
+    choices = [one_size(side) for side in (64, 96, 128, 192)]
+    assert with_room(choices, ranks, 96) == choices[:3]
+    assert with_room(choices[3:], ranks, 96) == choices[3:]
+
+
+def test_a_name_that_is_wrong_is_told_before_anything_is_timed(trainer):
+    for words in (("--budget", "20s"), ("--dry-run",)):
+        refused = trainer("--model", "test_vitt", *words, base=BUDGET.split(), check=2)
+        assert "has no such model" in refused.stdout + refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_a_later_start_keeps_the_plan_though_the_time_is_over(trainer, weights, tmp_path):

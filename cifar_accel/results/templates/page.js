@@ -27,12 +27,12 @@ addEventListener("afterprint", () => places.forEach((place) => draw(place, dark.
 // A click on a heading sorts by it; numbers by their value, cells without one last.
 function value(row, column) {
   const text = row.cells[column].textContent.trim();
-  const number = parseFloat(text.replaceAll(",", "").replace("\u2212", "-"));
+  const number = parseFloat(text.replaceAll(",", ""));
   return Number.isNaN(number) ? text : number;
 }
-function compare(a, b) {
+function compare(a, b, sign) {
   if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
-  return typeof a === "number" ? a - b : a.localeCompare(b);
+  return sign * (typeof a === "number" ? a - b : a.localeCompare(b));
 }
 for (const table of document.querySelectorAll("table.sortable")) {
   [...table.tHead.rows[0].cells].forEach((head, column) => {
@@ -44,7 +44,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
       const rows = [...table.tBodies[0].rows];
-      rows.sort((a, b) => sign * compare(value(a, column), value(b, column)));
+      rows.sort((a, b) => compare(value(a, column), value(b, column), sign));
       table.tBodies[0].append(...rows);
     });
   });
