@@ -131,7 +131,7 @@ def what_fits(
     choices, sides = what_to_try(args, origin)
     speed = UNKNOWN
     tried: set[int] = set()
-    # Most of the time goes into the last size: it is timed before it is chosen.
+    # What is chosen has been timed.
     while sides:
         for side in sides:
             # The steps of a slow model could take all of the time that there is.
@@ -156,8 +156,7 @@ def what_fits(
         except TooShort as e:
             shortest = math.ceil((e.seconds + gone + ending) / 60)
             raise BadInput(f"--budget {args.budget}: too short; the shortest is {shortest}m") from e
-        last, _ = best.parts[-1]
-        sides = () if last in tried else (last,)
+        sides = tuple(side for side, _ in best.parts if side not in tried)
 
     if origin["image_size"] != "flag":
         best = lengthened(best, left, speed, steps_per_epoch)
