@@ -20,8 +20,8 @@ GROWTH = ((0.5, 0.4), (0.75, 0.7), (1.0, 1.0))
 # More give little, unless they are of few steps.
 MOST_EPOCHS = 25
 FEWEST_STEPS = 3000
-# What is kept back of the time: on shared machines the same steps took from 0.9 to 1.1 times as long
-# within one hour (benchmarks/RESULTS.md).
+# What is kept back of the time: on a shared machine the same steps took from 0.9 to 1.1 times as
+# long within one hour (benchmarks/RESULTS.md).
 RESERVE = 0.1
 
 
