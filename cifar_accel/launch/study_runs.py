@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from cifar_accel.console import in_time
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home
+from cifar_accel.files import home, read_as
 from cifar_accel.launch.study_file import Options, Study
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.options.parsing import parse_training
@@ -35,6 +37,14 @@ class StudyRun:
     plan_of: "StudyRun | None" = None
     # "elsewhere": another process trains it.
     state: Literal["to do", "running", "elsewhere", "finished", "failed"] = "to do"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is read of summary.json for an estimate."""
+
+    # Seconds of training, evaluation and saving, over all starts.
+    wall_s: Annotated[float, Field(ge=0, le=1e9)]
 
 
 # ---- words and folders
@@ -190,8 +200,8 @@ def figures(run: StudyRun) -> str:
 
 def seconds_of(run: StudyRun) -> float | None:
     """How long a run took, as its summary says; None where it does not."""
-    seconds: float | None = read_summary(run.folder).get("wall_s")
-    return seconds
+    timed = read_as(Timed, run.folder / "summary.json")
+    return timed.wall_s if timed else None
 
 
 def time_left(runs: list[StudyRun], jobs: int) -> str:

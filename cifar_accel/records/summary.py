@@ -69,9 +69,8 @@ class Summary:
     train_loss: Annotated[float | None, Field(ge=0, le=1e39)]
     # A share of 1, on the images of `tested_on`; None until the run has finished.
     accuracy: Share | None = None
-    # How many images that is of, and seconds of training, evaluation and saving over all starts.
+    # How many images that is of.
     evaluated_images: PositiveInt | None = None
-    wall_s: Annotated[float | None, Field(ge=0, le=1e9)] = None
     error: str | None = None
 
 

@@ -132,7 +132,7 @@ def vega() -> str:
 def _facts(runs: list[RunFiles]) -> str:
     """What the runs are, in a line."""
     finished = sum(run.finished for run in runs)
-    hours = sum(run.summary.get("wall_s") or 0 for run in runs) / 3600
+    hours = sum(run.minutes or 0 for run in runs) / 60
     data = sorted({run.setting.dataset for run in runs})
     versions = sorted(
         {
@@ -238,13 +238,13 @@ def _comparing(section: Section, charts: Charts) -> list[Chart]:
     cost = [
         {
             "name": printable(entry.name),
-            "minutes": round(run.summary["wall_s"] / 60, 2),
+            "minutes": round(run.minutes, 2),
             "accuracy": round(100 * run.summary["accuracy"], 3),
             "seed": run.options["seed"],
         }
         for entry in section.entries
         for run in entry.group.runs
-        if run.summary.get("wall_s")
+        if run.minutes
     ]
     if cost:
         made.append(charts.add("Accuracy and time, a point a run", figures.cost(cost)))

@@ -83,6 +83,14 @@ class RunFiles:
         return self.summary.get("status") == "finished"
 
     @property
+    def minutes(self) -> float | None:
+        """Minutes of training, evaluation and saving over all starts; None where they are amiss."""
+        seconds = self.summary.get("wall_s")
+        if isinstance(seconds, int | float) and 0 <= seconds < 1e9:
+            return seconds / 60
+        return None
+
+    @property
     def became(self) -> str:
         """What became of a run that is not finished, in words."""
         damaged = (self.path / "summary.json").exists()
