@@ -35,8 +35,8 @@ def tour() -> int:
         return code
     print()
     code = report_command(["checkpoint/tour"]) or code
-    print("\nThe real thing on CIFAR-100 (downloads the images and NFNet-F0's weights):")
-    print("    ./launch.sh --model nfnet")
+    print("\nThe real thing on CIFAR-100, within an hour (downloads the images and the weights):")
+    print("    ./launch.sh --recipe finetune --model deit_tiny_patch16_224 --budget 1h")
     return code
 
 
