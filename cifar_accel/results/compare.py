@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
@@ -55,8 +56,12 @@ def compare(args: CompareArguments) -> str:
 
     # Shares of 1 for programs; null stands for what cannot be had.
     if args.json:
-        shown = [{**asdict(each), "ahead": each.ahead} for each in comparisons]
-        return json.dumps({"comparisons": shown, "notes": notes}, indent=2, allow_nan=False)
+        shown: list[dict[str, Any]] = [
+            {**asdict(each), "ahead": each.ahead} for each in comparisons
+        ]
+        # Of two settings there is one comparison, which is the whole.
+        whole = {"comparisons": shown} if args.b is None else shown[0]
+        return json.dumps({**whole, "notes": notes}, indent=2, allow_nan=False)
     width = shutil.get_terminal_size().columns
     return in_lines(comparisons, notes, width)
 

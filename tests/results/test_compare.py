@@ -54,7 +54,7 @@ def found(said):
     """The JSON of one comparison."""
 
     def one(*arguments):
-        (comparison,) = json.loads(said(*arguments, "--json"))["comparisons"]
+        comparison = json.loads(said(*arguments, "--json"))
         return comparison
 
     return one
