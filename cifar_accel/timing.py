@@ -131,7 +131,7 @@ def what_fits(
     choices, sides = what_to_try(args, origin)
     speed = UNKNOWN
     tried: set[int] = set()
-    # What is chosen has been timed.
+    # What is chosen has been timed, unless that would take too long.
     while sides:
         for side in sides:
             # The steps of a slow model could take all of the time that there is.
@@ -198,9 +198,7 @@ def with_room(choices: list[Parts], ranks: Ranks, largest: int) -> list[Parts]:
     # What a step takes goes with its pixels.
     taken = peak_memory_mib(ranks.device) * 2**20
     room = min(ranks.gather(1 + free_memory(ranks.device) / ranks.world / taken))
-    return [
-        parts for parts in choices if parts[-1][0] ** 2 <= max(1.0, room) * largest**2
-    ] or choices
+    return [parts for parts in choices if parts[-1][0] ** 2 <= room * largest**2] or choices
 
 
 def what_to_try(

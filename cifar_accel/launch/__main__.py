@@ -35,7 +35,7 @@ def tour() -> int:
         return code
     print()
     code = report_command(["checkpoint/tour"]) or code
-    print("\nThe real thing on CIFAR-100, within an hour (downloads the images and the weights):")
+    print("\nThe real thing on CIFAR-100, in about an hour (downloads the images and the weights):")
     print("    ./launch.sh --recipe finetune --model deit_tiny_patch16_224 --budget 1h")
     return code
 

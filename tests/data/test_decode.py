@@ -337,6 +337,11 @@ def test_large_images_of_one_size_are_copied_too(tmp_path):
         assert load_for(args).train.images.shape[2:] == shape
     # Whoever asks for large copies has large images.
     assert load_for(replace(new, stored_size=600)).train.images.shape[2:] == (510, 520)
+    # Those arrays stay for others when a run needs copies of another size.
+    load_for(replace(new, stored_size=96))
+    lines = []
+    load_images(replace(new, stored_size=600), lines.append)
+    assert not any("decoding" in line for line in lines)
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):

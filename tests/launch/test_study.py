@@ -20,7 +20,7 @@ from made_runs import make_run
 import cifar_accel.launch.command as command_module
 from cifar_accel.cli import main
 from cifar_accel.errors import BadInput
-from cifar_accel.launch.study import places_for
+from cifar_accel.launch.study import places_for, tell_results
 from cifar_accel.launch.study_file import read_study
 from cifar_accel.launch.study_runs import StudyRun, plan_runs
 
@@ -197,6 +197,23 @@ def test_on_a_terminal_the_bar_of_the_run_is_shown(tmp_path, cache):
     assert process.wait(60) == 0
     assert b"epoch 2/2 100%" in shown
     assert b"loading torch" not in shown
+
+
+def test_what_cannot_be_compared_stands_in_tables_of_its_own(tmp_path):
+    """One has a column more: the course report's figures."""
+    file = tmp_path / "study.yaml"
+    file.write_text("runs: [{run_name: a, model: nfnet}, {run_name: b, dataset: digits}]")
+    runs = plan_runs(str(file), read_study(str(file)), [], str(tmp_path / "ck"))
+    for run in runs:
+        data = run.args.dataset
+        make_run(run.folder, dataset=data, model=run.args.model, data_fingerprint=data)
+        run.state = "finished"
+    lines = []
+    assert tell_results("two", runs, lines.append) == 0
+    told = "\n".join(lines)
+    assert told.count("| setting") == 2
+    assert told.count("course report") == 1
+    assert "digits, test images" in told
 
 
 # ---- what another process trains

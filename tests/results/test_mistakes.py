@@ -68,6 +68,12 @@ def test_superclasses():
     assert shares.tolist() == [[1.0, 0.0], [0.2, 0.8]]
 
 
+def test_a_superclass_without_images_has_no_share():
+    run = said([0, 1], [0, 2])
+    shares = between_superclasses([run], ["insect", "insect", "animal"])
+    assert shares.tolist() == [[0.0, 0.0], [0.5, 0.5]]
+
+
 def test_the_superclasses_of_cifar100():
     names = sorted(name for of_one in CIFAR100.values() for name in of_one.split())
     assert len(set(names)) == 100

@@ -11,6 +11,8 @@ from cifar_accel.models.create import build_model
 from cifar_accel.models.weights import save_model
 from cifar_accel.options.options import EvaluateArguments
 from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.records.predictions import FILE as PREDICTIONS
+from cifar_accel.records.predictions import read_predictions
 from cifar_accel.use.evaluate_run import evaluate_run
 
 NAMES = ["ant", "bee", "cow", "dog"]
@@ -69,6 +71,20 @@ def test_labels_are_matched_by_the_names_of_the_classes(tmp_path, made_run):
         again = figures(run, dataset=given)
         assert again["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert again["accuracy"] == expected["accuracy"]
+
+
+def test_damaged_predictions_are_written_anew(tmp_path, made_run):
+    run = made_run(parquet_folder(tmp_path / "data"), NAMES)
+    accuracy = figures(run)["accuracy"]
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"accuracy": accuracy}))
+    (run / PREDICTIONS).write_bytes(b"damaged")
+    figures(run)
+    written = (run / PREDICTIONS).stat().st_mtime_ns
+    assert read_predictions(run)["test"].correct.mean() == pytest.approx(accuracy)
+    # One that is its own stays.
+    figures(run)
+    assert (run / PREDICTIONS).stat().st_mtime_ns == written
 
 
 def test_images_that_have_changed_since_are_told(tmp_path, made_run):
