@@ -4,6 +4,7 @@ Parsing and every check of the options come before torch is imported.
 """
 
 import functools
+import json
 import os
 import sys
 import traceback
@@ -12,13 +13,24 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import cifar_accel
-from cifar_accel.console import BAD_INPUT, FAILED, STOPPED, fail, is_main_process, open_stdout, say
+from cifar_accel.console import (
+    BAD_INPUT,
+    FAILED,
+    STOPPED,
+    complain,
+    fail,
+    is_main_process,
+    open_stdout,
+    say,
+)
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
 from cifar_accel.machine.environment import whole_number
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
     CompareArguments,
     EvaluateArguments,
+    ExportArguments,
+    PredictArguments,
     ReportArguments,
     StudyArguments,
     TrainingArguments,
@@ -164,13 +176,40 @@ def load_and_train(
 
 @guarded
 def evaluate_command(argv: Sequence[str]) -> int:
-    """Evaluate a run folder."""
+    """Evaluate a trained model."""
     args = parse(EvaluateArguments, normal_words(argv), "cifar-accel evaluate")
     # It loads torch.
     from cifar_accel.use.evaluate_run import evaluate_run
 
-    evaluate_run(args, say)
+    # What is no figure goes to stderr where a program reads stdout.
+    result = evaluate_run(args, complain if args.json else say)
+    if args.json:
+        say(json.dumps(result, indent=1))
     return 0
+
+
+@guarded
+def predict_command(argv: Sequence[str]) -> int:
+    """Say what a model takes images for; exit code 1 when one of them is no whole image."""
+    args = parse(PredictArguments, argv, "cifar-accel predict")
+    if not args.images:
+        raise BadInput("predict: give image files, folders, or - for paths on stdin")
+    if args.json and args.csv:
+        raise BadInput("predict: --json and --csv contradict each other; leave one of them out")
+    # It loads torch.
+    from cifar_accel.use.predict import predict
+
+    return predict(args, complain)
+
+
+@guarded
+def export_command(argv: Sequence[str]) -> int:
+    """Write a model in another form; exit code 1 when that does not say what the model says."""
+    args = parse(ExportArguments, argv, "cifar-accel export")
+    # It loads torch.
+    from cifar_accel.use.export import export
+
+    return export(args, say)
 
 
 @guarded
@@ -220,7 +259,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train_command, "train a model (the same as python -m cifar_accel)"),
-    "evaluate": Command(evaluate_command, "evaluate a run folder on its test set"),
+    "evaluate": Command(
+        evaluate_command, "evaluate a trained model on its test set or other images"
+    ),
+    "predict": Command(predict_command, "say what a trained model takes images for"),
+    "export": Command(export_command, "write a trained model as ONNX, for torch, or for the hub"),
     "study": Command(study_command, "run every run of a study file that is not finished"),
     "report": Command(
         report_command, "what all runs below a folder say, and one page that can be mailed"

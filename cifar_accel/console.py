@@ -26,10 +26,19 @@ def is_main_process() -> bool:
 class _Output(io.FileIO):
     """A file for which a reader that has gone away, as in `| head`, is no error."""
 
+    reader_is_gone = False
+
     def write(self, data: Any) -> int:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             return super().write(data)
+        except BrokenPipeError:
+            self.reader_is_gone = True
         return len(data)
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads stdout any longer, so that more output is for nobody."""
+    return getattr(getattr(sys.stdout, "buffer", None), "reader_is_gone", False)
 
 
 def open_stdout() -> None:
@@ -58,6 +67,12 @@ def say(line: str) -> None:
             sys.modules["tqdm"].tqdm.write(line)
         else:
             print(line, flush=True)
+
+
+def complain(line: str) -> None:
+    """Print a line on the main process's stderr, from a command that goes on."""
+    if is_main_process():
+        print(f"cifar_accel: {printable(' '.join(line.split()))}", file=sys.stderr, flush=True)
 
 
 def fail(message: str, code: int = BAD_INPUT) -> int:

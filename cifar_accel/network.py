@@ -10,17 +10,16 @@ from cifar_accel.errors import BadInput
 PATIENCE = 10.0
 
 
-def require_network(what: str, remedy: str) -> None:
+def require_network(what: str, remedy: str, why: str = "not on this machine, and ") -> None:
     """Raise BadInput within about 10 s when the Hugging Face hub cannot be reached.
 
-    The message begins with `what` needs it and ends with the `remedy`.
+    The message begins with `what` needs it and `why`, and ends with the `remedy`.
     """
     # The hub's client is slow to import, and most runs download nothing.
     from huggingface_hub import constants
 
-    missing = f"{what}: not on this machine, and"
     if constants.HF_HUB_OFFLINE:
-        raise BadInput(f"{missing} HF_HUB_OFFLINE forbids to download it; {remedy}")
+        raise BadInput(f"{what}: {why}HF_HUB_OFFLINE forbids to ask the hub; {remedy}")
     question = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         # An answer with an error code is an answer: the download itself will say what is wrong.
@@ -29,5 +28,5 @@ def require_network(what: str, remedy: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise BadInput(
-            f"{missing} {constants.ENDPOINT} cannot be reached ({reason}); {remedy}"
+            f"{what}: {why}{constants.ENDPOINT} cannot be reached ({reason}); {remedy}"
         ) from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from cifar_accel.console import say
 from cifar_accel.errors import Diverged
-from cifar_accel.files import share, sync, write_json
+from cifar_accel.files import adapter, read_json, share, sync, write_json, write_text
 from cifar_accel.machine.speed import Profiler
 from cifar_accel.models.weights import save_model
 from cifar_accel.records import checkpoint, trackers
@@ -25,8 +25,10 @@ from cifar_accel.records.metrics import Metrics
 from cifar_accel.records.predictions import of_outputs, write_predictions
 from cifar_accel.records.progress import Progress
 from cifar_accel.records.state import State
-from cifar_accel.records.summary import read_config, starting_weights
+from cifar_accel.records.summary import RecordedOptions, read_config, starting_weights
 from cifar_accel.run import Model, Run
+from cifar_accel.use.card import FILE as CARD
+from cifar_accel.use.card import model_card
 
 
 def open_folder(run: Run, state: State) -> dict[str, Any]:
@@ -232,6 +234,18 @@ def keep_weights(run: Run, name: str) -> None:
     """Keep the weights of an epoch, where there is room."""
     with no_room_is_a_warning(run.folder.path / name):
         save_weights(run, name)
+
+
+def save_card(run: Run, summary: dict[str, Any]) -> None:
+    """Write the model card into `model/`, where there is room; the main process does."""
+    if not run.ranks.is_main:
+        return
+    config = run.folder.config
+    options = adapter(RecordedOptions).validate_python(config["options"])
+    folder = run.folder.path / "model"
+    model = read_json(folder / "config.json")
+    with no_room_is_a_warning(folder / CARD):
+        write_text(folder / CARD, model_card(model, options, config, summary))
 
 
 def save_predictions(run: Run, state: State) -> None:

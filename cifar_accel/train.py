@@ -27,6 +27,7 @@ from cifar_accel.outputs import (
     Log,
     keep_weights,
     mark_preempted,
+    save_card,
     save_checkpoint,
     save_predictions,
     save_weights,
@@ -196,7 +197,9 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     say(f"result    accuracy {counted}; {run.folder.path}")
     # A run is finished when all ranks have come so far.
     run.ranks.wait_for_all()
-    return write_summary(run, state, "finished", test=test)
+    summary = write_summary(run, state, "finished", test=test)
+    save_card(run, summary)
+    return summary
 
 
 # ---- what is due after a step

@@ -10,7 +10,7 @@ import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b, file_digest
 from importlib.metadata import version
@@ -75,6 +75,8 @@ class Dataset:
     train: Split
     test: Split
     fingerprint: str
+    # The images' files by split, "train" and "test", where each image is one.
+    files: dict[str, list[Path]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Source:
     identity: Callable[[], str]
     # Gives the pairs ("train", Raw) and, where there are test images, ("test", Raw).
     read: Callable[[], Iterator[tuple[str, Raw]]]
+    # The images' files by split, where each image is one.
+    files: dict[str, list[Path]] = field(default_factory=dict)
 
 
 def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
@@ -445,8 +449,9 @@ def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
         labels = _places(numbers, names, classes, folder)
         splits.append((split, Raw(list(chain(*images.values())), labels, classes)))
     _say_left_out(left_out, say)
-    files = [file for _, raw in splits for file in raw.items]
-    return Source(partial(_digest, path, files), partial(iter, splits))
+    files = {split: list(raw.items) for split, raw in splits}
+    identity = partial(_digest, path, list(chain(*files.values())))
+    return Source(identity, partial(iter, splits), files)
 
 
 def _is_image(file: Path) -> bool:

@@ -101,7 +101,7 @@ def load_dataset(
     train, test, unseen = opened
     if unseen:
         say(f"data: {unseen}")
-    return Dataset(name, train, test, fingerprint)
+    return Dataset(name, train, test, fingerprint, source.files)
 
 
 def decoded_images(
@@ -393,6 +393,14 @@ def _open_image(raw: Raw, i: int) -> Image.Image:
     # A path, or a cell of a parquet column, which may be empty.
     item: Any = raw.items[i]
     encoded = item if isinstance(item, Path) else io.BytesIO(item.as_py() or b"")
+    return open_image(encoded, f"--dataset: {raw.item_name(i)}")
+
+
+def open_image(encoded: Path | io.BytesIO, name: str) -> Image.Image:
+    """An encoded image, upright and in RGB; of several frames the first.
+
+    Raises BadInput, which calls it `name`, when it is not whole.
+    """
     try:
         with Image.open(encoded) as image:
             upright = ImageOps.exif_transpose(image)
@@ -403,7 +411,7 @@ def _open_image(raw: Raw, i: int) -> Image.Image:
                 raise ValueError("32 bits a pixel, whose range nobody knows; give 8 or 16")
             return upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise BadInput(f"--dataset: {raw.item_name(i)} is not a whole image ({e})") from e
+        raise BadInput(f"{name} is not a whole image ({e})") from e
 
 
 def _resize_and_cut(image: Image.Image, side: int) -> Image.Image:

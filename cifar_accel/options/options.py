@@ -218,12 +218,16 @@ class TrainingArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Evaluate the weights of a run folder on its test set, or on another."""
+    """Evaluate a trained model on its test set, or on other images by their classes' names."""
 
     run: Positional[str]
-    """A run folder (with config.json and model/)."""
+    """A run folder, its model/, or a local-dir model of timm (which needs --dataset)."""
     dataset: str | None = None
-    """Another data set than the run's, or the place where it lies now."""
+    """Other images than the run's, or where these lie now; a folder of classes will do."""
+    json: bool = False
+    """Print JSON, with every class; shares are of 1."""
+    predictions: str | None = None
+    """Write a CSV file here: image, label, prediction, probability."""
     data_dir: str | None = None
     """Where downloads and decoded arrays are kept (unset: as in the run)."""
     batch_size: PositiveInt = 256
@@ -232,6 +236,44 @@ class EvaluateArguments:
     """auto takes cuda, else mps, else cpu."""
     tracker: Literal["wandb", "none"] = "none"
     """Also log the figures to wandb, as a run of job type evaluate in the run's group."""
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """Say what a trained model takes images for: the likeliest classes with their probabilities."""
+
+    model: Positional[str]
+    """A run folder, its model/, or a local-dir model of timm."""
+    images: Positional[tuple[str, ...]]
+    """Image files, folders of them, or - for one path a line on stdin."""
+    top_k: PositiveInt = 5
+    """How many classes of each image."""
+    json: bool = False
+    """Print JSON: [{"file", "predictions": [{"label", "probability"}]}]."""
+    csv: bool = False
+    """Print CSV: file, rank, label, probability."""
+    batch_size: PositiveInt = 64
+    """Images at once on the device."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes cuda, else mps, else cpu."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write a trained model in a form for other programs, or push it to the Hugging Face hub."""
+
+    model: Positional[str]
+    """A run folder, its model/, or a local-dir model of timm."""
+    out: str | None = None
+    """The folder to write to; without --format: config.json, model.safetensors and a model card."""
+    format: Literal["onnx", "torch"] | None = None
+    """onnx: model.onnx; torch: model.pt2 of torch.export. Both take uint8 images of one size."""
+    push: str | None = None
+    """A repository of the hub, USER/NAME: what --out alone writes is uploaded there."""
+    private: bool = False
+    """With --push: nobody else sees the repository, if it is new."""
+    dataset: str | None = None
+    """With --format: the images on which the exported model is checked (unset: the run's)."""
 
 
 @dataclass(frozen=True)

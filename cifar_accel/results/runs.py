@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifar_accel.errors import BadInput
+from cifar_accel.files import home
 from cifar_accel.options.options import VOLATILE, TrainingArguments
 from cifar_accel.records.metrics import read_metrics
 from cifar_accel.records.predictions import Predictions, predictions_of
@@ -143,6 +144,19 @@ def find_runs(folder: Path) -> list[RunFiles]:
     """All run folders at or below `folder`, by path."""
     runs = [read_run(path) for path in _folders_with("config.json", folder)]
     return [run for run in runs if run is not None]
+
+
+def read_runs(folder: str | os.PathLike[str]) -> list[RunFiles]:
+    """Every run at or below `folder`, finished or not, by path: options, summary, rows.
+
+    `[run.summary | {"path": run.path} for run in runs]` is a table, as pandas takes it, and so is
+    `run.rows`. Raises BadInput when there is no such folder, or no run in it.
+    """
+    path = home(os.fspath(folder))
+    runs = find_runs(path)
+    if not runs:
+        raise BadInput(f"{folder}: {'holds no run' if path.is_dir() else 'no such folder'}")
+    return runs
 
 
 def lost_runs(folder: Path, runs: list[RunFiles]) -> list[Path]:

@@ -1,24 +1,30 @@
-"""The figures of a finished run again, from its folder."""
+"""The figures of a trained model: of a run's again, or on other images."""
 
+import csv
+import io
+import textwrap
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cifar_accel.data.batches import Pipeline
-from cifar_accel.data.datasets import Split
-from cifar_accel.data.decode import load_images
+from cifar_accel.data.datasets import Dataset, Split
+from cifar_accel.data.decode import load_images, size_to_store
 from cifar_accel.data.splits import cut_splits, limit
 from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import Outputs, evaluate
-from cifar_accel.files import home
+from cifar_accel.files import home, write_text
 from cifar_accel.machine.processes import join_processes
-from cifar_accel.options.options import EvaluateArguments
+from cifar_accel.options.options import EvaluateArguments, TrainingArguments
 from cifar_accel.records.predictions import FILE as PREDICTIONS
 from cifar_accel.records.predictions import (
+    Predictions,
     keeps_logits,
     of_outputs,
     predictions_of,
@@ -26,30 +32,41 @@ from cifar_accel.records.predictions import (
 )
 from cifar_accel.records.summary import RecordedOptions, read_summary
 from cifar_accel.records.trackers import TrackedRun, start_tracker
-from cifar_accel.use.load import FinishedRun, load_run
+from cifar_accel.results.calibration import calibration_error, reliability
+from cifar_accel.results.mistakes import (
+    accuracy_by_class,
+    between_superclasses,
+    most_confused,
+    probabilities,
+)
+from cifar_accel.results.statistics import wilson
+from cifar_accel.results.superclasses import superclass_of
+from cifar_accel.use.classifier import find_model, read_classifier
+from cifar_accel.use.load import FinishedRun
+
+# How many classes and pairs of classes are printed; JSON has all classes.
+SHOWN = 5
 
 
 def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate the weights of a finished run with its test images, at its precision.
+    """Evaluate a model: a finished run's with its test images and at its precision, or on others.
 
-    All ranks enter.
+    All ranks enter. `say` gets notes, and the figures unless they are wanted as JSON.
 
     Returns:
-        status: "finished". loss, accuracy, top5_accuracy, evaluated_images: see `evaluate`.
+        status: "finished". loss, accuracy, top5_accuracy, evaluated_images: see `evaluate`. On the
+        main process also what `details` gives.
 
     Raises:
-        BadInput: no finished run, weights that cannot be used, or classes the model does not know.
+        BadInput: no such model, weights that cannot be used, or classes the model does not know.
     """
-    # What is wrong with the folder is found before the data is waited for.
-    run = load_run(home(args.run))
-    # Its images may lie elsewhere now.
-    dataset = args.dataset or run.options.dataset
-    data_dir = args.data_dir or run.options.data_dir
-    options = replace(run.options, device=args.device, dataset=dataset, data_dir=data_dir)
-    model: Any = run.model()
-    known = list(model.pretrained_cfg.get("label_names") or ())
-    recorded = None if args.dataset else run.config["options"].get("data_fingerprint")
-    kind, split, fingerprint = _test_images(options, known, recorded, say)
+    # What is wrong with the model is found before the data is waited for.
+    judged = _find(args)
+    run, options, model = judged.run, judged.options, judged.model
+    if run is None and args.tracker != "none":
+        raise BadInput(f"--tracker {args.tracker}: {args.run} lies in no run folder to log beside")
+    images = _images(judged, say)
+    split = images.split
 
     # As in training: its precision, layout and input statistics, so that the figures are equal to
     # the last digit on the same kind of device.
@@ -64,26 +81,229 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     with closing(batches):
         figures = evaluate(ranks.accelerator, model, batches, len(split), layout, outputs=outputs)
         tensors = outputs.of_all_ranks(ranks.accelerator, len(split))
+    result: dict[str, Any] = {"status": "finished", **figures}
+    if not ranks.is_main:
+        return result
 
-    # The main process alone prints.
-    images = f"{figures['evaluated_images']:,} {kind} images of {options.dataset}"
-    say(f"accuracy  {figures['accuracy']:.4%}  ({images})")
-    say(f"top 5     {figures['top5_accuracy']:.4%}")
-    say(f"loss      {figures['loss']:.4f}")
+    # What is printed and written is the main process's alone.
+    said = {name: values.numpy() for name, values in tensors.items()}
+    predictions = of_outputs(split.labels, split.classes, said, images.fingerprint, split.places)
+    result |= details(predictions)
+    if not args.json:
+        _say_figures(result, f"{images.kind} images of {options.dataset}", say)
+    if args.predictions:
+        _write_csv(home(args.predictions), predictions, images.names)
+        say(f"written   {args.predictions}")
     # A run of an earlier version has none, and a file may be damaged.
-    file = run.folder / PREDICTIONS
-    is_its_own = not args.dataset and recorded in (None, fingerprint)
-    if ranks.is_main and is_its_own and not _has_predictions(run, kind):
-        try:
-            said = {name: values.numpy() for name, values in tensors.items()}
-            predictions = of_outputs(split.labels, known, said, fingerprint, split.places)
-            write_predictions(run.folder, {kind: predictions})
-            say(f"written   {file}")
-        except OSError as e:
-            say(f"warning: {file} cannot be written ({e.strerror or e})")
-    if ranks.is_main and args.tracker != "none":
+    if run and images.is_own and not _has_predictions(run, images.kind):
+        _write_predictions(run.folder, images.kind, predictions, say)
+    if run and args.tracker != "none":
         _log(run, args.tracker, figures, say)
-    return {"status": "finished", **figures}
+    return result
+
+
+# ---- what is evaluated
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A model, and the options by which its images are made."""
+
+    model: Any
+    # The names of its outputs.
+    classes: list[str]
+    options: RecordedOptions
+    # The run that it is of.
+    run: FinishedRun | None
+    # Whether --dataset names the images.
+    is_given: bool
+
+
+def _find(args: EvaluateArguments) -> _Judged:
+    """The model that the options name, on the CPU. Raises BadInput."""
+    folder, run = find_model(args.run)
+    given: dict[str, Any] = {"dataset": args.dataset, "data_dir": args.data_dir}
+    given = {name: value for name, value in given.items() if value is not None}
+    given["device"] = args.device
+    if run:
+        # Its images may lie elsewhere now.
+        model: Any = run.model()
+        known = list(model.pretrained_cfg.get("label_names") or ())
+        return _Judged(model, known, replace(run.options, **given), run, bool(args.dataset))
+
+    # A model alone says how its images are made, and not which.
+    if not args.dataset:
+        raise BadInput(f"{args.run}: is a model without its run: give --dataset FOLDER")
+    classifier = read_classifier(folder, "cpu")
+    made = classifier.input
+    if made["interpolation"] not in ("bilinear", "bicubic") or made["crop_mode"] != "center":
+        raise BadInput(
+            f"{folder}: its images are made by {made['interpolation']} and crop {made['crop_mode']}"
+            "; here they are made by bilinear or bicubic and the centre"
+        )
+    options = TrainingArguments(
+        **given,
+        image_size=classifier.size,
+        interpolation=made["interpolation"],
+        crop_pct=made["crop_pct"],
+    )
+    options = RecordedOptions(
+        **asdict(replace(options, stored_size=size_to_store(options))) | {"run_name": folder.name},
+        mixed_precision="no",
+        classes=len(classifier.classes),
+        input_mean=tuple(made["mean"]),
+        input_std=tuple(made["std"]),
+    )
+    return _Judged(classifier.module, classifier.classes, options, None, True)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images that a model is judged by."""
+
+    # "test", "held-out", or "" where they are all that there are.
+    kind: str
+    # Labels are places in the model's classes.
+    split: Split
+    # Of the whole data set; and whether that is the run's own.
+    fingerprint: str
+    is_own: bool
+    # What each image is called: its file, or its place in the data set's split.
+    names: list[str]
+
+
+def _images(judged: _Judged, say: Callable[[str], None]) -> _Images:
+    """The images that the model is to be judged by. Says what is remarkable of them.
+
+    Raises BadInput for images of a class that is not known, and where there are none.
+    """
+    options, known = judged.options, judged.classes
+    recorded = judged.run and judged.run.config["options"].get("data_fingerprint")
+    dataset = load_images(options, say)
+    is_own = dataset.fingerprint == recorded or (not judged.is_given and recorded is None)
+    if not is_own and not judged.is_given:
+        say(f"note: the images of {options.dataset} are not those that the run was trained with")
+    kind, split = _split_of(dataset, options, is_own or not judged.is_given)
+
+    # Other images may count the same classes in another order, so their names decide.
+    places = {name: place for place, name in enumerate(known)}
+    unknown = [name for name in split.classes if name not in places]
+    if unknown:
+        hint = ", which are numbers and no names" if unknown[0] == "0" else ""
+        raise BadInput(
+            f"--dataset {options.dataset}: has classes {unknown[:3]}{hint}, that the model does "
+            f"not know; it knows {len(known)}, such as {known[:3]}"
+        )
+    if len(split.classes) < len(known):
+        say(f"note: images of {len(split.classes)} of the model's {len(known)} classes")
+    labels = np.array([places[name] for name in split.classes])[split.labels]
+    files = dataset.files.get("test" if kind == "test" else "train")
+    names = [str(files[place] if files else place) for place in split.places]
+    split = replace(split, labels=labels, classes=known)
+    return _Images(kind, split, dataset.fingerprint, is_own, names)
+
+
+def _split_of(dataset: Dataset, options: RecordedOptions, is_own: bool) -> tuple[str, Split]:
+    """The kind of the images that count, and these. `is_own`: the run was trained on this set.
+
+    Raises BadInput where there are none.
+    """
+    if not is_own:
+        # Another set's images are all unseen.
+        return ("test", dataset.test) if len(dataset.test) else ("", dataset.train)
+    if len(dataset.test):
+        # The set may have changed, and have fewer images than the run was limited to.
+        count = min(options.limit_test, len(dataset.test))
+        return "test", limit(dataset.test, count, "--limit-test", options.seed)
+    if options.tested_on == "test":
+        raise BadInput(f"--dataset {options.dataset}: has no test images")
+    # Those that the run has not seen either.
+    return "held-out", cut_splits(options, dataset, min(dataset.train.images.shape[2:]))[1]
+
+
+# ---- what is said of it
+
+
+def details(predictions: Predictions) -> dict[str, Any]:
+    """What `predictions` say beyond their accuracy, as JSON has it.
+
+    Returns:
+        accuracy_interval: Wilson's, 95 %, over images. calibration_error: the expected one, in 15
+        bins; None without logits. classes: name, accuracy and images of each class that has any.
+        superclasses: likewise for CIFAR-100. confused: the pairs that are confused most often.
+    """
+    right, count = int(predictions.correct.sum()), len(predictions.labels)
+    error = None
+    if predictions.logits is not None:
+        sure = probabilities(predictions).max(1)
+        error = calibration_error(reliability(sure, predictions.correct))
+    accuracy, images = accuracy_by_class([predictions])
+    found: dict[str, Any] = {
+        "accuracy_interval": list(wilson(right, count)),
+        "calibration_error": error,
+        "classes": _shares(predictions.classes, accuracy, images),
+        "confused": [asdict(pair) for pair in most_confused([predictions], 2 * SHOWN)],
+    }
+    above = superclass_of(predictions.classes)
+    if above:
+        names = sorted(set(above))
+        of_superclass = [sum(images[np.array(above) == name]) for name in names]
+        shares = between_superclasses([predictions], above).diagonal()
+        found["superclasses"] = _shares(names, shares, np.array(of_superclass))
+    return found
+
+
+def _shares(
+    names: list[str], accuracy: NDArray[np.float64], images: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """Name, accuracy and number of images, of those that have any."""
+    rows = zip(names, accuracy, images, strict=True)
+    return [{"name": n, "accuracy": float(a), "images": int(i)} for n, a, i in rows if i]
+
+
+def _say_figures(result: dict[str, Any], images: str, say: Callable[[str], None]) -> None:
+    """Print the figures, a line each; `images` says of what."""
+    low, high = result["accuracy_interval"]
+    say(f"accuracy  {result['accuracy']:.4%}  ({result['evaluated_images']:,} {images.strip()})")
+    say(f"          {low:.2%} to {high:.2%}, over other images of the kind (Wilson, 95 %)")
+    say(f"top 5     {result['top5_accuracy']:.4%}")
+    say(f"loss      {result['loss']:.4f}")
+    if result["calibration_error"] is not None:
+        say(f"ECE       {result['calibration_error']:.4f}")
+    for title, key in (("classes", "classes"), ("groups", "superclasses")):
+        rows = sorted(result.get(key, ()), key=lambda row: row["accuracy"])
+        lowest = ", ".join(f"{row['name']} {row['accuracy']:.1%}" for row in rows[:SHOWN])
+        if len(rows) > 2:
+            say(_wrapped(f"{title:<8}  lowest of {len(rows)}: {lowest}"))
+    pairs = (f"{c['true']} for {c['taken_for']} {c['images']:.0f}" for c in result["confused"])
+    if listed := ", ".join(list(pairs)[:SHOWN]):
+        say(_wrapped(f"confused  {listed}"))
+
+
+def _wrapped(line: str) -> str:
+    """A line of a title and a list, in as many lines as 80 columns take."""
+    return textwrap.fill(line, 80, subsequent_indent=" " * 10, break_long_words=False)
+
+
+def _write_csv(file: Path, predictions: Predictions, names: list[str]) -> None:
+    """`image,label,prediction,probability`: a line an image. Raises BadInput."""
+    sure = None if predictions.logits is None else probabilities(predictions).max(1)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "prediction", "probability"])
+    classes = predictions.classes
+    for i, (label, taken_for) in enumerate(
+        zip(predictions.labels, predictions.predicted, strict=True)
+    ):
+        probability = "" if sure is None else f"{sure[i]:.6f}"
+        writer.writerow([names[i], classes[label], classes[taken_for], probability])
+    try:
+        write_text(file, text.getvalue())
+    except OSError as e:
+        raise BadInput(f"--predictions {file}: {e.strerror or e}") from e
+
+
+# ---- what is left in the run folder
 
 
 def _has_predictions(run: FinishedRun, kind: str) -> bool:
@@ -92,6 +312,19 @@ def _has_predictions(run: FinishedRun, kind: str) -> bool:
     with suppress(BadInput):
         return predictions_of(run.folder, kind, accuracy, with_logits=False) is not None
     return False
+
+
+def _write_predictions(
+    run: Path, kind: str, predictions: Predictions, say: Callable[[str], None]
+) -> None:
+    """Write predictions.safetensors to the run folder, where that is possible."""
+    file = run / PREDICTIONS
+    try:
+        write_predictions(run, {kind: predictions})
+    except OSError as e:
+        say(f"warning: {file} cannot be written ({e.strerror or e})")
+    else:
+        say(f"written   {file}")
 
 
 def _log(
@@ -109,38 +342,3 @@ def _log(
     )
     started = start_tracker(tracker, say, tracked)
     started.finish({f"test/{name}": value for name, value in figures.items()}, 0)
-
-
-def _test_images(
-    options: RecordedOptions, known: list[str], recorded: str | None, say: Callable[[str], None]
-) -> tuple[str, Split, str]:
-    """What the run is judged by, "test" or "held-out" images, these, and their set's fingerprint.
-
-    Their labels are places in the model's classes `known`. Says so where the images' fingerprint is
-    not the one that is `recorded`. Raises BadInput for images of a class that is not known, and
-    where there are none.
-    """
-    dataset = load_images(options, say)
-    test = dataset.test
-    if not len(test):
-        if options.tested_on == "test":
-            raise BadInput(f"--dataset {options.dataset}: has no test images")
-        # Those that the run has not seen either.
-        _, test = cut_splits(options, dataset, min(dataset.train.images.shape[2:]))
-    if recorded not in (None, dataset.fingerprint):
-        say(f"note: the images of {options.dataset} are not those that the run was trained with")
-    # Other images may count the same classes in another order, so their names decide.
-    places = {name: place for place, name in enumerate(known)}
-    unknown = [name for name in test.classes if name not in places]
-    if unknown:
-        hint = ", which are numbers and no names" if unknown[0] == "0" else ""
-        raise BadInput(
-            f"--dataset {options.dataset}: has classes {unknown[:3]}{hint}, that the run's model "
-            f"does not know; it knows {len(known)}, such as {known[:3]}"
-        )
-    labels = np.array([places[name] for name in test.classes])[test.labels]
-    # Another data set may have fewer images than the run was limited to.
-    count = min(options.limit_test, len(test))
-    kind = "test" if len(dataset.test) else "held-out"
-    test = replace(test, labels=labels, classes=known)
-    return kind, limit(test, count, "--limit-test", options.seed), dataset.fingerprint

@@ -452,14 +452,14 @@ def test_a_whole_hub_data_set_is_read_without_a_network(tmp_path, monkeypatch):
 def test_a_hub_data_set_that_broke_off_is_not_taken_for_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "hub" / "datasets--some--set").mkdir(parents=True)
-    with pytest.raises(BadInput, match="HF_HUB_OFFLINE forbids to download it"):
+    with pytest.raises(BadInput, match="HF_HUB_OFFLINE forbids to ask the hub"):
         load_dataset("some/set", str(tmp_path), 32)
 
 
 def test_a_hub_data_set_that_was_removed_is_downloaded_again(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub_marker(tmp_path, "some/set").touch()
-    with pytest.raises(BadInput, match="HF_HUB_OFFLINE forbids to download it"):
+    with pytest.raises(BadInput, match="HF_HUB_OFFLINE forbids to ask the hub"):
         load_dataset("some/set", str(tmp_path), 32)
 
 

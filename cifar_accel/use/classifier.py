@@ -1,0 +1,235 @@
+"""A trained model, ready for images: `load` reads it, from nothing but its `model/` folder."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from cifar_accel.data.decode import open_image
+from cifar_accel.errors import BadInput
+from cifar_accel.files import home, read_as
+from cifar_accel.machine.processes import chosen_device
+from cifar_accel.models.create import check_logits
+from cifar_accel.models.weights import load_model
+from cifar_accel.records.summary import Deviation, Mean, read_config, read_summary
+from cifar_accel.use.load import FinishedRun, load_run
+
+# What an image may be given as: a file, or one that is open, or uint8 [H, W, 3].
+AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+
+# Images of a longer shape are cut to it first: resized as a whole they would not fit into memory.
+LONGEST_SHAPE = 10
+
+
+class Prediction(NamedTuple):
+    """A class and the model's probability of it."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What timm's `pretrained_cfg` says of how images are made for a model."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Deviation, Deviation, Deviation]
+
+
+@dataclass(frozen=True)
+class _ModelConfig:
+    """timm's config.json of a model folder, as far as it is read here."""
+
+    num_classes: int
+    pretrained_cfg: _Preparation
+    label_names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with the names of its classes and the way in which images are made for it.
+
+    `load` gives one.
+    """
+
+    # In evaluation mode, float32: images [n, 3, S, S], normalised -> logits [n, K].
+    module: torch.nn.Module
+    # K names.
+    classes: list[str]
+    # As timm has it: input_size (3, S, S), mean, std, crop_pct, crop_mode, interpolation.
+    input: dict[str, Any]
+    device: torch.device
+    # The folder that it was read from.
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        """Side of the model's input in pixels."""
+        side: int = self.input["input_size"][-1]
+        return side
+
+    def predict(
+        self, images: Iterable[AnyImage], top_k: int = 5, batch_size: int = 64
+    ) -> list[list[Prediction]]:
+        """The `top_k` likeliest classes of each image, best first; fewer where there are fewer.
+
+        Args:
+            images: files, Pillow images or uint8 [H, W, 3], of any size.
+            top_k: how many classes of each.
+            batch_size: images at once on the device.
+
+        Raises:
+            BadInput: a file that is missing or no whole image.
+        """
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            images = [images]
+        found: list[list[Prediction]] = []
+        for batch in batches(images, batch_size):
+            found += self.predict_batch([as_image(image) for image in batch], top_k)
+        return found
+
+    def predict_batch(self, images: Sequence[Image.Image], top_k: int) -> list[list[Prediction]]:
+        """As `predict`, of open images in RGB, all at once."""
+        probabilities = self.probabilities(images)
+        # Of equal ones the first class goes before.
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        return [
+            [Prediction(self.classes[c], float(row[c])) for c in classes]
+            for row, classes in zip(probabilities, best, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """float32 [n, K]: the model's probability of each class. The host waits for the device."""
+        # timm's own test transform: the shorter side to S / crop_pct, then the centre.
+        transform = timm.data.create_transform(**self.input)
+        prepared = torch.stack([transform(_not_too_long(image)) for image in images])
+        logits = self.module(prepared.to(self.device))
+        shares: NDArray[np.float32] = logits.float().softmax(1).cpu().numpy()
+        return shares
+
+
+def load(path: str | os.PathLike[str], device: str = "auto") -> Classifier:
+    """Read a trained model: a run folder, its `model/`, or any `local-dir:` model of timm.
+
+    Args:
+        path: the folder.
+        device: cpu, cuda or mps; auto takes cuda, else mps, else cpu.
+
+    Raises:
+        BadInput: no such model, weights or names that are damaged, a run that is not finished, or a
+            device that is not there.
+    """
+    folder, _ = find_model(path)
+    return read_classifier(folder, device)
+
+
+def predict(
+    model: str | os.PathLike[str], images: Iterable[AnyImage], top_k: int = 5
+) -> list[list[Prediction]]:
+    """What `load(model).predict(images, top_k)` gives; who has more images later keeps `load`'s."""
+    return load(model).predict(images, top_k)
+
+
+def find_model(path: str | os.PathLike[str]) -> tuple[Path, FinishedRun | None]:
+    """The model folder that `path` names, and the finished run that it is of.
+
+    None stands for a model that lies in no run folder. Raises BadInput.
+    """
+    folder = home(os.fspath(path).removeprefix("local-dir:"))
+    if not folder.is_dir():
+        raise BadInput(f"{path}: no such folder")
+    if read_config(folder):
+        return folder / "model", load_run(folder)
+    # A model that still lies in its finished run folder is that run's.
+    above = folder.resolve().parent
+    is_of_run = folder.resolve().name == "model" and read_config(above) is not None
+    if is_of_run and read_summary(above).get("status") == "finished":
+        return folder, load_run(above)
+    return folder, None
+
+
+def read_classifier(folder: Path, device: str) -> Classifier:
+    """The classifier in a model folder; see `load`."""
+    config = read_as(_ModelConfig, folder / "config.json")
+    if config is None or not (folder / "model.safetensors").is_file():
+        raise BadInput(
+            f"{folder}: is neither a finished run nor a model (model.safetensors, and config.json "
+            "in timm's form; names of classes, if any, as a list)"
+        )
+    _, height, width = config.pretrained_cfg.input_size
+    module: Any = load_model(folder)
+    check_logits(module, height, config.num_classes, f"{folder}: the model")
+    if height != width:
+        raise BadInput(
+            f"{folder}: takes images of {width}x{height}; only square ones are made here"
+        )
+    chosen = chosen_device(device)
+    return Classifier(
+        module=module.eval().to(chosen),
+        classes=_class_names(folder, config),
+        input=timm.data.resolve_data_config({}, model=module),
+        device=chosen,
+        folder=folder,
+    )
+
+
+def _class_names(folder: Path, config: _ModelConfig) -> list[str]:
+    """The names of a model's classes: its own, ImageNet's of timm, or else numbers."""
+    names = config.label_names
+    if names is None:
+        # timm's published models have none; it goes by the number of classes.
+        subset = timm.data.infer_imagenet_subset({"num_classes": config.num_classes})
+        if subset is None:
+            return [str(number) for number in range(config.num_classes)]
+        info = timm.data.ImageNetInfo(subset)
+        names = [info.index_to_description(number) for number in range(config.num_classes)]
+    if len(names) != config.num_classes:
+        raise BadInput(
+            f"{folder}/config.json: has {len(names)} label_names for {config.num_classes} classes"
+        )
+    return names
+
+
+# ---- images
+
+
+def as_image(image: AnyImage) -> Image.Image:
+    """An image as it may be given, open and in RGB. Raises BadInput."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise BadInput(f"an image must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
+        return Image.fromarray(image)
+    return open_image(home(os.fspath(image)), os.fspath(image))
+
+
+def _not_too_long(image: Image.Image) -> Image.Image:
+    """The centre of an image that is longer than `LONGEST_SHAPE` times its shorter side."""
+    most = LONGEST_SHAPE * min(image.size)
+    width, height = (min(side, most) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, in their order; the last one may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

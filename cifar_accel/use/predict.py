@@ -1,0 +1,126 @@
+"""What a trained model takes images for, as a table, JSON or CSV."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cifar_accel.console import FAILED, printable, reader_is_gone
+from cifar_accel.data.datasets import IMAGE_ENDINGS
+from cifar_accel.data.decode import open_image
+from cifar_accel.errors import BadInput
+from cifar_accel.files import home
+from cifar_accel.options.options import PredictArguments
+from cifar_accel.use.classifier import Prediction, batches, load
+
+# A file and what its image is taken for, best first.
+Row = tuple[str, list[Prediction]]
+
+
+def predict(args: PredictArguments, complain: Callable[[str], None]) -> int:
+    """Print what the model takes each image for, in the order of the images; the exit code.
+
+    What is no whole image is named with `complain`, and the rest go on; the exit code is 1 then.
+    Raises BadInput for a model that cannot be used.
+    """
+    classifier = load(args.model, args.device)
+    bad = 0
+    rows: list[Row] = []
+    write = _write_csv if args.csv else _write_table
+    if args.csv:
+        _csv_writer().writerow(["file", "rank", "label", "probability"])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in batches(_files(args.images), args.batch_size):
+            # Pillow decodes without Python's lock.
+            opened = list(zip(batch, pool.map(_opened, batch), strict=True))
+            for _, image in opened:
+                if isinstance(image, BadInput):
+                    bad += 1
+                    complain(str(image))
+            whole = [(str(file), i) for file, i in opened if isinstance(i, Image.Image)]
+            if whole:
+                names, images = zip(*whole, strict=True)
+                found = classifier.predict_batch(images, args.top_k)
+                rows += zip(names, found, strict=True)
+            # JSON is one list; the others are written as they come.
+            if not args.json:
+                write(rows)
+                rows = []
+            if reader_is_gone():
+                break
+    if args.json:
+        _write_json(rows)
+    return FAILED if bad else 0
+
+
+def _files(words: tuple[str, ...]) -> Iterator[Path | BadInput]:
+    """The image files that the words name: files, folders, and - for one a line on stdin.
+
+    In place of a folder without images comes what is wrong with it.
+    """
+    for word in words:
+        if word == "-":
+            # As bytes: a name need not be UTF-8.
+            lines = (line.rstrip(b"\n") for line in sys.stdin.buffer)
+            yield from (Path(os.fsdecode(line)) for line in lines if line)
+            continue
+        path = home(word)
+        if not path.is_dir():
+            yield path
+            continue
+        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
+        yield from inside
+        if not inside:
+            yield BadInput(f"{path}: this folder holds no image ({', '.join(IMAGE_ENDINGS)})")
+
+
+def _opened(file: Path | BadInput) -> Image.Image | BadInput:
+    """The image in a file, or what is wrong with it."""
+    if isinstance(file, BadInput):
+        return file
+    try:
+        return open_image(file, str(file))
+    except BadInput as damage:
+        return damage
+
+
+# ---- how it is written
+
+
+def _write_table(rows: list[Row]) -> None:
+    """A line a class, the file beside the first one of its image; columns are aligned."""
+    files = [printable(file) for file, _ in rows]
+    file_width = max(map(len, files), default=0)
+    label_width = max((len(p.label) for _, found in rows for p in found), default=0)
+    for file, (_, found) in zip(files, rows, strict=True):
+        for label, probability in found:
+            name = printable(label)
+            print(f"{file:<{file_width}}  {name:<{label_width}}  {probability:7.2%}")
+            file = ""
+
+
+def _write_csv(rows: list[Row]) -> None:
+    """`file,rank,label,probability`: a line a class."""
+    writer = _csv_writer()
+    for file, found in rows:
+        for rank, (label, probability) in enumerate(found, 1):
+            writer.writerow([file, rank, label, f"{probability:.6f}"])
+
+
+def _csv_writer() -> Any:
+    return csv.writer(sys.stdout, lineterminator="\n")
+
+
+def _write_json(rows: list[Row]) -> None:
+    """`[{"file", "predictions": [{"label", "probability"}]}]`."""
+    listed = [
+        {"file": file, "predictions": [p._asdict() for p in predictions]}
+        for file, predictions in rows
+    ]
+    print(json.dumps(listed, indent=1))
