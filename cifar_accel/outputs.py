@@ -5,6 +5,7 @@ Functions here may be entered by all ranks; the main process alone writes.
 
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from cifar_accel.errors import Diverged
 from cifar_accel.files import adapter, read_json, share, sync, write_json, write_text
 from cifar_accel.machine.speed import Profiler
 from cifar_accel.models.weights import save_model
+from cifar_accel.options.options import TrainingArguments
 from cifar_accel.records import checkpoint, trackers
 from cifar_accel.records.metrics import Metrics
 from cifar_accel.records.predictions import of_outputs, write_predictions
@@ -29,6 +31,7 @@ from cifar_accel.records.summary import RecordedOptions, read_config, starting_w
 from cifar_accel.run import Model, Run
 from cifar_accel.use.card import FILE as CARD
 from cifar_accel.use.card import model_card
+from cifar_accel.use.details import findings
 
 
 def open_folder(run: Run, state: State) -> dict[str, Any]:
@@ -75,12 +78,24 @@ def open_tracker(run: Run, state: State, config: dict[str, Any]) -> trackers.Tra
         config=run.folder.config["options"],
         folder=run.folder.path,
         run_id=state.tracker_id,
+        tags=_tags(run.args, run.data.tested_on),
+        notes=shlex.join(["python", "-m", "cifar_accel", *run.folder.config["command"][1:]]),
+        log_model=run.args.log_model,
     )
     tracker = trackers.start_tracker(run.args.tracker, say, tracked)
     # --tracker none on this start: keep the id for the next.
     state.tracker_id = tracker.id or state.tracker_id
     write_json(run.folder.path / "config.json", config | {"tracker_id": state.tracker_id})
     return tracker
+
+
+def _tags(args: TrainingArguments, tested_on: str) -> tuple[str, ...]:
+    """By what a tracker finds runs again: recipe, model, data set, and what they are judged by.
+
+    wandb takes 64 characters of each.
+    """
+    last_parts = (Path(name).name[:64] for name in (args.model, args.dataset))
+    return (args.recipe, *last_parts, tested_on)
 
 
 class Log:
@@ -248,8 +263,11 @@ def save_card(run: Run, summary: dict[str, Any]) -> None:
         write_text(folder / CARD, model_card(model, options, config, summary))
 
 
-def save_predictions(run: Run, state: State) -> None:
-    """Write what the model says of each image, where there is room; the main process does."""
+def save_predictions(run: Run, state: State, log: Log) -> None:
+    """Write what the model says of each image, where there is room; the main process does.
+
+    The tracker is shown what it says of the images that count.
+    """
     if not run.ranks.is_main:
         return
     splits = {"test": run.data.test.split, run.data.evaluated_on: run.data.evaluation.split}
@@ -262,6 +280,9 @@ def save_predictions(run: Run, state: State) -> None:
         )
     with no_room_is_a_warning(run.folder.path / "predictions.safetensors"):
         write_predictions(run.folder.path, predictions)
+    counted = predictions.get(run.data.tested_on)
+    if counted and log.tracker is not trackers.SILENT:
+        log.tracker.show(findings(counted, splits[run.data.tested_on].images))
 
 
 # ---- how it ended

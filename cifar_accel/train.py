@@ -101,7 +101,7 @@ def train_to_its_end(run: Run, state: State, log: Log) -> dict[str, Any]:
         with closing(log):
             log.open()
             fit(run, state, log)
-        return finish(run, state)
+        return finish(run, state, log)
     except Stopped:
         save_checkpoint(run, state, log)
         say(f"stopped by {mark_preempted(run, state)}")
@@ -167,7 +167,7 @@ def fit(run: Run, state: State, log: Log) -> None:
             log.step()
 
 
-def finish(run: Run, state: State) -> dict[str, Any]:
+def finish(run: Run, state: State, log: Log) -> dict[str, Any]:
     """Save the weights, read the test set where that is still to do, and write summary.json.
 
     All ranks enter. Raises Stopped, and TrainingError when there is no room for the weights.
@@ -181,7 +181,7 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     if run.data.test is not run.data.evaluation:
         say("test: reading the test set, once")
         test = evaluate_split(run, run.data.test, "the test set's evaluation", "test")
-    save_predictions(run, state)
+    save_predictions(run, state, log)
     try:
         save_weights(run, "model")
     except OSError as e:
@@ -403,6 +403,7 @@ def recorded(error: BaseException, run: Run, state: State, log: Log) -> BaseExce
     # A disk or a network that fails in mid-run is no bug.
     if isinstance(error, OSError):
         error = TrainingError(f"{error}; the same command goes on from the last checkpoint")
-    write_summary(run, state, "failed", error=f"{type(error).__name__}: {error}")
-    log.tracker.finish({"status": "failed"}, FAILED)
+    reason = f"{type(error).__name__}: {error}"
+    write_summary(run, state, "failed", error=reason)
+    log.tracker.finish({"status": "failed", "error": reason}, FAILED)
     return error

@@ -259,6 +259,37 @@ def in_process(capfd, monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def run(trainer) -> Path:
+    """The folder of a finished run of test_nfnet on handwritten digits."""
+    return trainer("--tracker", "none", "--epochs", "1").run
+
+
+@pytest.fixture
+def model(run, tmp_path) -> Path:
+    """Its model folder, moved to where nothing of the run is."""
+    return (run / "model").rename(tmp_path / "moved")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    """Three small images, alone in their folder."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    files = [folder / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        file.write_bytes(picture(i, (20 + i, 30)))
+    return files
+
+
+@pytest.fixture
+def command(in_process):
+    """Call a command of cifar-accel in this process: (exit code, stdout, stderr)."""
+    from cifar_accel.cli import main
+
+    return lambda *words: in_process(main, *words)
+
+
 def heed_signals() -> None:
     """For a child, before it begins: take the signals that a shell or nohup may have ignored.
 
@@ -294,6 +325,11 @@ def steps(run: Path) -> list[int]:
 def summary(run: Path) -> dict:
     """The content of summary.json."""
     return json.loads((run / "summary.json").read_text())
+
+
+def options_of_run(run: Path) -> dict:
+    """What config.json records of the options, and of what they come to."""
+    return json.loads((run / "config.json").read_text())["options"]
 
 
 def files_of(run: Path) -> dict[Path, bytes]:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from cifar_accel.console import BAD_INPUT, FAILED, STOPPED
@@ -110,7 +111,16 @@ def tell_results(name: str, runs: list[StudyRun], say: Callable[[str], None]) ->
         if of_baseline and settings_of(finished) > 1:
             words = ["cifar-accel", "compare", parent, "--baseline", of_baseline[0]]
             say(f"  against its baseline: {shlex.join(words)}")
+        for places in offline_runs(Path(parent), [run.folder.absolute() for run in finished]):
+            say(f"  to see them in wandb: wandb sync {places}")
     return FAILED if failed else 0
+
+
+def offline_runs(parent: Path, folders: list[Path]) -> list[str]:
+    """Where wandb keeps runs below `parent` that it did not send, as patterns for a shell."""
+    has_any = [folder for folder in folders if any(folder.glob("wandb/offline-run-*"))]
+    depths = {len(folder.relative_to(parent).parts) for folder in has_any}
+    return [f"{shlex.quote(str(parent))}/{'*/' * n}wandb/offline-run-*" for n in sorted(depths)]
 
 
 def in_state(runs: list[StudyRun], *states: str) -> list[StudyRun]:

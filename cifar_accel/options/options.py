@@ -200,6 +200,8 @@ class TrainingArguments:
     """wandb project."""
     group: Volatile[str | None] = None
     """wandb group (a study's name)."""
+    log_model: Volatile[bool] = False
+    """Log the finished model/ to the tracker as an artifact too."""
 
     # Recipe
     recipe: str = "report"

@@ -55,6 +55,7 @@ NEEDS = {
     "compile_mode": Need("--compile", lambda args: args.compile),
     "momentum": Need("an optimizer that has one", lambda args: args.optimizer != "adamw"),
     "mixup_prob": Need("--mixup or --cutmix", lambda args: args.mixup > 0 or args.cutmix > 0),
+    "log_model": Need("--tracker wandb", lambda args: args.tracker != "none"),
     "clip_mode": Need("--clip-grad", lambda args: args.clip_grad > 0),
     "model_ema_decay": Need("--model-ema", lambda args: args.model_ema),
     "ratio": Need("--scale", lambda args: args.scale is not None),

@@ -9,19 +9,24 @@ import secrets
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from cifar_accel.errors import first_line
+from cifar_accel.options.options import TrainingArguments
 
 # Seconds that a tracker has to send what is still to be sent; then it is given up.
 FINISH_TIMEOUT_S = 30
+# As many more where the model is uploaded.
+UPLOAD_TIMEOUT_S = 600
 
 # wandb's own limits, shorter than ours: it then says itself what went wrong.
 WANDB_INIT_TIMEOUT_S = 10
@@ -44,6 +49,41 @@ class TrackedRun:
     folder: Path
     # The tracker's id of the run to go on with; None begins a new one.
     run_id: str | None
+    # Short words by which runs are found, and a line in which there may be anything.
+    tags: tuple[str, ...] = ()
+    notes: str | None = None
+    # Whether the finished model goes to the tracker as well.
+    log_model: bool = False
+
+
+class ShownMistake(NamedTuple):
+    """An image that the model gets wrong."""
+
+    # uint8 [H, W, 3], and its place in the data set's split.
+    image: NDArray[np.uint8]
+    place: int
+    true: str
+    taken_for: str
+    # The model's probability of what it is taken for.
+    probability: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a finished model says of its test images, as far as a tracker shows it."""
+
+    # int64 [N]: true and predicted classes, as places in `classes`.
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    classes: list[str]
+    # (name, accuracy, images) of each class.
+    by_class: list[tuple[str, float, int]]
+    # (true, taken for, images), most often first.
+    confused: list[tuple[str, str, int]]
+    # Those of which the model is surest.
+    mistakes: list[ShownMistake]
+    # More figures of the same images, by name.
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,6 +96,8 @@ class Tracker:
     log: Callable[[dict[str, Any]], None]
     # Closes the tracker with a summary and an exit code, and says where the run is to be seen.
     finish: Callable[[dict[str, Any], int], None]
+    # Shows what a finished model says.
+    show: Callable[[Findings], None] = lambda findings: None
     # Ends the processes of a tracker that did not close in time.
     abandon: Callable[[], None] = lambda: None
 
@@ -77,11 +119,17 @@ def start_tracker(kind: str, say: Callable[[str], None], run: TrackedRun) -> Tra
         return SILENT
     if tracker is SILENT:
         return SILENT
-    return _in_a_thread(kind, say, tracker)
+    patience = FINISH_TIMEOUT_S + (UPLOAD_TIMEOUT_S if run.log_model else 0)
+    return _in_a_thread(kind, say, tracker, patience)
 
 
-def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tracker:
-    """The same tracker, whose calls return at once and are made by a thread."""
+def _in_a_thread(
+    kind: str, say: Callable[[str], None], tracker: Tracker, patience: float
+) -> Tracker:
+    """The same tracker, whose calls return at once and are made by a thread.
+
+    `patience` are the seconds that it has at the end.
+    """
     # Not by joining the thread: Ctrl-C in a join makes Python take it for finished.
     done = threading.Event()
     # None is the last.
@@ -102,11 +150,14 @@ def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tra
     def log(row: dict[str, Any]) -> None:
         calls.put(partial(tracker.log, row))
 
+    def show(findings: Findings) -> None:
+        calls.put(partial(tracker.show, findings))
+
     def finish(summary: dict[str, Any], code: int) -> None:
         calls.put(partial(tracker.finish, summary, code))
         calls.put(None)
         try:
-            done.wait(FINISH_TIMEOUT_S)
+            done.wait(patience)
         # However the wait ends, by Ctrl-C too: the tracker's processes would be waited for.
         finally:
             if not done.is_set():
@@ -115,10 +166,37 @@ def _in_a_thread(kind: str, say: Callable[[str], None], tracker: Tracker) -> Tra
 
     # A daemon does not keep the process alive when it hangs.
     threading.Thread(target=make_calls, daemon=True).start()
-    return Tracker(tracker.id, log, finish)
+    return Tracker(tracker.id, log, finish, show)
 
 
 # ---- wandb
+
+# Groups of wandb's config, each with the first of its options in the order of TrainingArguments.
+GROUPS = {"model": "model", "dataset": "data", "aa": "augment", "epochs": "optim", "seed": "run"}
+# What is known only once a run is set up, where it does not belong to `run`.
+DERIVED_GROUPS = {
+    "model": "parameters forward_gflops input_mean input_std",
+    "data": "classes data_fingerprint train_images held_out_images test_images tested_on",
+    "optim": "device_batch_size accumulation_steps steps_per_epoch total_steps stop_step",
+}
+
+# Figures of a row that say how fast the run goes, and are losses of nothing.
+PERFORMANCE = "images_per_s input_share peak_memory_mib mfu compiled_graphs".split()
+
+# What figures of summary.json are called; what the rows have said already is left out.
+RESULTS = {
+    "accuracy": "test/accuracy",
+    "top5_accuracy": "test/top5_accuracy",
+    "test_loss": "test/loss",
+    "evaluated_images": "test/images",
+    "train_loss": "train/loss_of_last_epoch",
+    "images_per_s": "perf/images_per_s_of_all",
+    "wall_s": "perf/wall_s",
+}
+SAID_BY_ROWS = {"best_accuracy", "epochs", "steps", "total_steps", "time_s"}
+
+# wandb keeps this many rows of a table, and shows a confusion matrix as one.
+MOST_TABLE_ROWS = 10_000
 
 
 def start_wandb(say: Callable[[str], None], run: TrackedRun) -> Tracker:
@@ -127,40 +205,118 @@ def start_wandb(say: Callable[[str], None], run: TrackedRun) -> Tracker:
     opened = _init_wandb(mode, say, run)
     # Every figure has the optimizer step as its horizontal axis, not the number of the call.
     opened.define_metric("trainer/step")
-    for prefix in ("train", "eval", "test"):
-        opened.define_metric(f"{prefix}/*", step_metric="trainer/step")
+    opened.define_metric("*", step_metric="trainer/step")
+    # Rows say the last value; the summary has the best beside what was tested in the end.
+    for name, best in (("accuracy", "max"), ("top5_accuracy", "max"), ("loss", "min")):
+        opened.define_metric(f"eval/{name}", step_metric="trainer/step", summary=best)
     if mode == "disabled":
         return SILENT
     if opened.url:
         say(f"wandb: {opened.url}")
     else:
         say(f"wandb: offline, in {Path(opened.dir).parent}")
+    last_step = 0
 
     def log(row: dict[str, Any]) -> None:
-        figures = dict(row)
-        figures["trainer/step"] = figures.pop("step")
-        opened.log(figures)
+        nonlocal last_step
+        last_step = row["step"]
+        opened.log(wandb_row(row))
+
+    def show(findings: Findings) -> None:
+        opened.summary.update(findings.figures)
+        opened.log({"trainer/step": last_step, **wandb_objects(findings)})
 
     def finish(summary: dict[str, Any], code: int) -> None:
-        known = {name: value for name, value in summary.items() if value is not None}
-        opened.summary.update(known)
+        opened.summary.update(wandb_summary(summary))
+        if summary.get("status") == "preempted":
+            # Without it a part that was stopped counts as failed.
+            opened.mark_preempting()
+        if summary.get("status") == "failed":
+            opened.alert(f"{run.name[:50]} failed", str(summary.get("error")), level="ERROR")
+        if summary.get("status") == "finished" and run.log_model:
+            _log_model(opened, run, summary)
         opened.finish(exit_code=code)
         if opened.settings.mode == "offline" or not opened.url:
             folders = f"{run.folder / 'wandb'}/offline-run-*-{opened.id}"
             say(f"wandb: to see it online: wandb sync {folders}")
 
-    return Tracker(opened.id, log, finish, _kill_wandb_service)
+    return Tracker(opened.id, log, finish, show, _kill_wandb_service)
+
+
+def wandb_config(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of config.json in groups: model, data, augment, optim and run."""
+    derived = {name: group for group, names in DERIVED_GROUPS.items() for name in names.split()}
+    known = {option.name for option in fields(TrainingArguments)}
+    nested: dict[str, dict[str, Any]] = {}
+    group = "run"
+    for name, value in options.items():
+        group = GROUPS.get(name, group)
+        own = group if name in known else derived.get(name, "run")
+        nested.setdefault(own, {})[name] = value
+    return nested
+
+
+def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl as wandb gets it: performance apart from losses."""
+    names = {f"train/{name}": f"perf/{name}" for name in PERFORMANCE}
+    names |= {"step": "trainer/step", "time_s": "perf/time_s"}
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+def wandb_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """What summary.json says that the rows have not said."""
+    return {
+        RESULTS.get(name, name): value
+        for name, value in summary.items()
+        if value is not None and name not in SAID_BY_ROWS
+    }
+
+
+def wandb_objects(findings: Findings) -> dict[str, Any]:
+    """Confusion matrix (or pairs, of more classes than a table takes), mistakes and classes."""
+    import wandb
+
+    mistakes = wandb.Table(["image", "label", "prediction", "probability", "index"])
+    for image, place, true, taken_for, probability in findings.mistakes:
+        mistakes.add_data(wandb.Image(image), true, taken_for, probability, place)
+    classes = wandb.Table(["class", "accuracy", "images"], [list(c) for c in findings.by_class])
+    shown = {"test/mistakes": mistakes, "test/classes": classes}
+    if len(findings.classes) ** 2 <= MOST_TABLE_ROWS:
+        shown["test/confusion"] = wandb.plot.confusion_matrix(
+            y_true=findings.labels.tolist(),
+            preds=findings.predicted.tolist(),
+            class_names=findings.classes,
+            title="Test images: true and predicted class",
+            split_table=True,
+        )
+    else:
+        pairs = [list(pair) for pair in findings.confused]
+        shown["test/confused"] = wandb.Table(["label", "prediction", "images"], pairs)
+    return shown
+
+
+def _log_model(opened: Any, run: TrackedRun, summary: dict[str, Any]) -> None:
+    """Log the run's model folder as an artifact; offline wandb keeps a copy of it."""
+    import wandb
+
+    # Of a name wandb takes letters, digits and a few marks.
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"model-{run.name}")
+    artifact = wandb.Artifact(name, type="model", metadata=summary)
+    artifact.add_dir(str(run.folder / "model"))
+    opened.log_artifact(artifact)
 
 
 def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
     """An open wandb run: in `mode`, or offline where the server does not answer."""
     # Read when wandb is imported.
     os.environ.setdefault("WANDB_SILENT", "true")
+    # What waits to be sent lies in the run folder too, and not in the user's home.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run.folder / "wandb"))
     import wandb
 
     settings = wandb.Settings(
         init_timeout=WANDB_INIT_TIMEOUT_S,
-        finish_timeout=WANDB_FINISH_TIMEOUT_S,
+        finish_timeout=WANDB_FINISH_TIMEOUT_S + (UPLOAD_TIMEOUT_S if run.log_model else 0),
         console="off",
         # Seconds. By default rows are held for 15 s, and lost with the process.
         x_file_stream_transmit_interval=1,
@@ -171,7 +327,10 @@ def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
         name=run.name,
         group=run.group,
         job_type=run.job_type,
-        config=run.config,
+        config=wandb_config(run.config),
+        # A list in the environment would else be passed over.
+        tags=[*run.tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))],
+        notes=os.environ.get("WANDB_NOTES", run.notes),
         dir=str(run.folder),
         id=run.run_id or secrets.token_hex(4),
         settings=settings,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.datasets import Dataset, Split
@@ -32,16 +31,9 @@ from cifar_accel.records.predictions import (
 )
 from cifar_accel.records.summary import RecordedOptions, read_summary
 from cifar_accel.records.trackers import TrackedRun, start_tracker
-from cifar_accel.results.calibration import calibration_error, reliability
-from cifar_accel.results.mistakes import (
-    accuracy_by_class,
-    between_superclasses,
-    most_confused,
-    probabilities,
-)
-from cifar_accel.results.statistics import wilson
-from cifar_accel.results.superclasses import superclass_of
+from cifar_accel.results.mistakes import probabilities
 from cifar_accel.use.classifier import find_model, read_classifier
+from cifar_accel.use.details import details
 from cifar_accel.use.load import FinishedRun
 
 # How many classes and pairs of classes are printed; JSON has all classes.
@@ -222,43 +214,6 @@ def _split_of(dataset: Dataset, options: RecordedOptions, is_own: bool) -> tuple
 
 
 # ---- what is said of it
-
-
-def details(predictions: Predictions) -> dict[str, Any]:
-    """What `predictions` say beyond their accuracy, as JSON has it.
-
-    Returns:
-        accuracy_interval: Wilson's, 95 %, over images. calibration_error: the expected one, in 15
-        bins; None without logits. classes: name, accuracy and images of each class that has any.
-        superclasses: likewise for CIFAR-100. confused: the pairs that are confused most often.
-    """
-    right, count = int(predictions.correct.sum()), len(predictions.labels)
-    error = None
-    if predictions.logits is not None:
-        sure = probabilities(predictions).max(1)
-        error = calibration_error(reliability(sure, predictions.correct))
-    accuracy, images = accuracy_by_class([predictions])
-    found: dict[str, Any] = {
-        "accuracy_interval": list(wilson(right, count)),
-        "calibration_error": error,
-        "classes": _shares(predictions.classes, accuracy, images),
-        "confused": [asdict(pair) for pair in most_confused([predictions], 2 * SHOWN)],
-    }
-    above = superclass_of(predictions.classes)
-    if above:
-        names = sorted(set(above))
-        of_superclass = [sum(images[np.array(above) == name]) for name in names]
-        shares = between_superclasses([predictions], above).diagonal()
-        found["superclasses"] = _shares(names, shares, np.array(of_superclass))
-    return found
-
-
-def _shares(
-    names: list[str], accuracy: NDArray[np.float64], images: NDArray[np.int64]
-) -> list[dict[str, Any]]:
-    """Name, accuracy and number of images, of those that have any."""
-    rows = zip(names, accuracy, images, strict=True)
-    return [{"name": n, "accuracy": float(a), "images": int(i)} for n, a, i in rows if i]
 
 
 def _say_figures(result: dict[str, Any], images: str, say: Callable[[str], None]) -> None:

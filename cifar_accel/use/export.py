@@ -37,6 +37,9 @@ TOLERANCE = 1e-4
 # What ONNX takes beside torch: the file's own library, torch's way to it, and what runs it.
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
+# The first dimension of the only input has any size.
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
+
 # uint8 [n, 3, S, S] -> probabilities float32 [n, K].
 Exported = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -113,11 +116,10 @@ def export_graph(
     # Two images: torch takes a batch of one for a constant.
     served = Served(classifier).eval()
     example = torch.zeros(2, 3, classifier.size, classifier.size, dtype=torch.uint8)
-    dynamic = ({0: torch.export.Dim("batch")},)
     with tempfile.TemporaryDirectory(dir=out) as scratch, warnings.catch_warnings():
         # Of torch's own insides.
         warnings.simplefilter("ignore")
-        graph = torch.export.export(served, (example,), dynamic_shapes=dynamic)
+        graph = torch.export.export(served, (example,), dynamic_shapes=ANY_BATCH)
         file = Path(scratch) / name
         exported = write(graph, file, description(classifier))
         agrees, line = compare(classifier, exported, images)
@@ -156,6 +158,7 @@ def _write_onnx(graph: Any, file: Path, described: dict[str, str]) -> Exported:
     program: Any = torch.onnx.export(
         graph,
         dynamo=True,
+        dynamic_shapes=ANY_BATCH,
         input_names=["images"],
         output_names=["probabilities"],
         verbose=False,

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,8 @@ def predict(args: PredictArguments, complain: Callable[[str], None]) -> int:
     Raises BadInput for a model that cannot be used.
     """
     classifier = load(args.model, args.device)
+    # Pillow refuses what is far larger, and warns of the rest.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     bad = 0
     rows: list[Row] = []
     write = _write_csv if args.csv else _write_table
@@ -74,10 +77,16 @@ def _files(words: tuple[str, ...]) -> Iterator[Path | BadInput]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
+        inside = sorted(file for file in path.rglob("*") if _is_shown_image(path, file))
         yield from inside
         if not inside:
             yield BadInput(f"{path}: this folder holds no image ({', '.join(IMAGE_ENDINGS)})")
+
+
+def _is_shown_image(folder: Path, file: Path) -> bool:
+    """Whether a file in `folder` is called as images are, and is not hidden."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in IMAGE_ENDINGS and not hidden
 
 
 def _opened(file: Path | BadInput) -> Image.Image | BadInput:

@@ -17,7 +17,7 @@ def start(monkeypatch, tmp_path):
     """Starts a tracker with the functions given; gives it and what was said."""
 
     def call(log, finish=lambda summary, code: None, abandon=lambda: None):
-        opened = trackers.Tracker("an-id", log, finish, abandon)
+        opened = trackers.Tracker("an-id", log, finish, abandon=abandon)
         monkeypatch.setitem(trackers.TRACKERS, "mine", lambda say, run: opened)
         run = trackers.TrackedRun("project", "name", None, "train", {}, tmp_path, None)
         said = []

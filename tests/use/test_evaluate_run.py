@@ -1,6 +1,8 @@
+import csv
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import image_folder, parquet_folder
@@ -13,6 +15,7 @@ from cifar_accel.options.options import EvaluateArguments
 from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.records.predictions import FILE as PREDICTIONS
 from cifar_accel.records.predictions import read_predictions
+from cifar_accel.results.superclasses import CIFAR100
 from cifar_accel.use.evaluate_run import evaluate_run
 
 NAMES = ["ant", "bee", "cow", "dog"]
@@ -139,3 +142,99 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, made_run):
     save_file(weights, file)
     with pytest.raises(BadInput, match=r"run/model: .* head.fc.bias is not finite"):
         figures(run)
+
+
+# ---- a model alone, and other images
+
+
+def classes_folder(root, names, sizes=((32, 32),)):
+    """A folder of classes without train/, of three images each."""
+    data = image_folder(root, sizes, splits=("test",))
+    for old, new in zip(("cat", "dog"), names, strict=True):
+        (data / "test" / old).rename(data / new)
+    (data / "test").rmdir()
+    return data
+
+
+def test_a_model_alone_is_judged_as_its_run_is(tmp_path, trainer, cache):
+    data = parquet_folder(tmp_path / "data")
+    words = ("--dataset", str(data), "--limit-train", "0", "--limit-test", "0", "--epochs", "1")
+    run = trainer(*words, "--batch-size", "4", "--tracker", "none").run
+    expected = figures(run)
+    # Still in its run folder it is the run's.
+    assert figures(run / "model") == expected
+    moved = (run / "model").rename(tmp_path / "moved")
+    given = {"dataset": str(data), "data_dir": cache}
+    alone = figures(moved, **given)
+    assert alone["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert alone["classes"] == expected["classes"]
+    with pytest.raises(BadInput, match="is a model without its run: give --dataset FOLDER"):
+        figures(moved)
+    with pytest.raises(BadInput, match="--tracker wandb: .* lies in no run folder"):
+        figures(moved, tracker="wandb", **given)
+
+
+def test_a_folder_of_classes_is_judged_as_a_whole(tmp_path, made_run):
+    """Its classes in another order than the model's, some of them, and images of any size."""
+    run = made_run("digits", ["ant", "dog", "cat", "eel"])
+    data = classes_folder(tmp_path / "data", ("cat", "dog"), sizes=((32, 32), (40, 60)))
+    said = []
+    result = evaluate_run(EvaluateArguments(str(run), device="cpu", dataset=str(data)), said.append)
+    assert result["evaluated_images"] == 6
+    assert [c["name"] for c in result["classes"]] == ["dog", "cat"]
+    assert [c["images"] for c in result["classes"]] == [3, 3]
+    assert "note: images of 2 of the model's 4 classes" in said
+    assert f"(6 images of {data})" in " ".join(said)
+    # Nothing of them is left in the run folder.
+    assert not (run / PREDICTIONS).exists()
+
+
+def test_details_are_those_of_the_predictions(tmp_path, made_run):
+    data = parquet_folder(tmp_path / "data", rows=40)
+    result = figures(made_run(data, NAMES))
+    right = sum(c["accuracy"] * c["images"] for c in result["classes"])
+    assert right / 40 == pytest.approx(result["accuracy"])
+    low, high = result["accuracy_interval"]
+    assert low < result["accuracy"] < high
+    assert 0 <= result["calibration_error"] <= 1
+    wrong = sum(pair["images"] for pair in result["confused"])
+    assert wrong == 40 - right
+
+
+def test_a_file_of_predictions(tmp_path, made_run):
+    run = made_run("digits", ["cat", "dog"])
+    data = classes_folder(tmp_path / "data", ("cat", "dog"))
+    file = tmp_path / "said.csv"
+    result = figures(run, dataset=str(data), predictions=str(file))
+    rows = list(csv.DictReader(file.open()))
+    assert [row["image"] for row in rows] == [str(f) for f in sorted(data.rglob("*.png"))]
+    assert {row["label"] for row in rows} == {"cat", "dog"}
+    right = [row["label"] == row["prediction"] for row in rows]
+    assert np.mean(right) == result["accuracy"]
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+    with pytest.raises(BadInput, match="--predictions .*nowhere/said.csv: No such file"):
+        figures(run, dataset=str(data), predictions=str(tmp_path / "nowhere" / "said.csv"))
+
+
+def test_json_is_all_of_stdout(command, run):
+    code, out, err = command("evaluate", run, "--json")
+    assert (code, err) == (0, "")
+    read = json.loads(out)
+    assert read["accuracy"] == json.loads((run / "summary.json").read_text())["accuracy"]
+    assert len(read["classes"]) == 10
+    # What is said beside it goes elsewhere.
+    code, out, err = command("evaluate", run, "--json", "--predictions", run / "said.csv")
+    assert json.loads(out) == read
+    assert "written" in err
+
+
+def test_cifar100_has_super_classes(cifar, tmp_path, command):
+    """Of a model that knows nothing of them yet."""
+    args = replace(recipe_defaults("digits"), model="test_nfnet", pretrained=False)
+    names = " ".join(CIFAR100.values()).split()
+    save_model(build_model(args, 100, str), tmp_path / "model", args, names)
+    words = ("evaluate", tmp_path / "model", "--dataset", cifar, "--data-dir", tmp_path / "cache")
+    code, out, err = command(*words, "--device", "cpu")
+    assert code == 0, err
+    assert "groups    lowest of 20: " in out
+    assert f"(10,000 test images of {cifar})" in out

@@ -17,6 +17,7 @@ from conftest import (
     TINY,
     TWO,
     image_folder,
+    options_of_run,
     parquet_folder,
     rows,
     steps,
@@ -30,11 +31,6 @@ from cifar_accel.cli import evaluate_command, main, train_command
 from cifar_accel.files import read_json
 from cifar_accel.records.predictions import read_predictions
 from cifar_accel.results.charts import PLOTS
-
-
-def options_of(run: Path) -> dict:
-    """What config.json records of the options, and of what they come to."""
-    return read_json(run / "config.json")["options"]
 
 
 def wandb_rows(file: Path) -> list[dict]:
@@ -132,7 +128,7 @@ def accuracy_by_timm(run: Path) -> float:
     from cifar_accel.data.splits import limit
 
     model = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
-    test = limit(load_dataset("digits", options_of(run)["data_dir"], 32).test, 100, "", 3407)
+    test = limit(load_dataset("digits", options_of_run(run)["data_dir"], 32).test, 100, "", 3407)
     images = torch.from_numpy(test.images).float()
     images = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
     mean = torch.tensor(model.pretrained_cfg["mean"]).view(1, 3, 1, 1)
@@ -167,9 +163,9 @@ def test_two_processes_are_one_run(trainer):
     seen = wandb_summary(file)
     assert seen["state"] == "finished"
     assert seen["summary"]["accuracy"] == summary(two)["accuracy"]
-    assert without_wandbs_own(seen["config"]) == options_of(two)
-    assert options_of(two)["processes"] == 2
-    assert options_of(two)["device_batch_size"] == 16
+    assert without_wandbs_own(seen["config"]) == options_of_run(two)
+    assert options_of_run(two)["processes"] == 2
+    assert options_of_run(two)["device_batch_size"] == 16
     assert b"pair" in file.read_bytes()
     assert b"train" in file.read_bytes()
 
@@ -207,7 +203,7 @@ def test_bf16_is_the_launchers(trainer):
     done = trainer("--epochs", "2", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert "precision bf16 (from the launcher)" in done.stdout
     assert summary(done.run)["status"] == "finished"
-    assert options_of(done.run)["mixed_precision"] == "bf16"
+    assert options_of_run(done.run)["mixed_precision"] == "bf16"
     refused = trainer("--epochs", "2", check=2)
     assert "--mixed-precision bf16 -> no" in refused.stderr
     sharded = trainer("--run-name", "b", env={"ACCELERATE_USE_FSDP": "true"}, check=2)
@@ -232,7 +228,7 @@ def test_accumulation_from_the_option_and_from_the_launcher(trainer):
 
 def test_validation_split_reads_the_test_set_once(trainer):
     done = trainer(*"--validation-fraction 0.25 --epochs 2 --tracker none".split())
-    options = options_of(done.run)
+    options = options_of_run(done.run)
     assert options["train_images"] == 192
     assert options["held_out_images"] == 64
     assert options["test_images"] == 100
@@ -307,7 +303,7 @@ def test_own_images_train(in_process, cache, tmp_path, make, classes):
     (file,) = tmp_path.rglob("summary.json")
     run = file.parent
     assert summary(run)["status"] == "finished"
-    assert summary(run)["evaluated_images"] == options_of(run)["test_images"]
+    assert summary(run)["evaluated_images"] == options_of_run(run)["test_images"]
     assert read_json(run / "model" / "config.json")["label_names"] == classes
 
 
@@ -324,7 +320,7 @@ def test_real_images_and_imagenet_weights(trainer, cifar, weights):
     done = trainer(*words, base=())
     assert summary(done.run)["evaluated_images"] == 300
     assert summary(done.run)["status"] == "finished"
-    options = options_of(done.run)
+    options = options_of_run(done.run)
     assert options["aa"] == "rand-m15-n2"
     assert options["pipeline"] == "timm"
     assert options["classes"] == 100
@@ -352,7 +348,7 @@ def test_what_finetune_derived_holds_for_every_later_start(trainer, in_process, 
     weights = ("--checkpoint", str(trained.run), "--recipe", "finetune", "--run-name", "a")
     words = (*weights, *"--image-size 16:0.4,32 --epochs 26 --batch-size 32".split())
     first = trainer(*words, "--max-steps", "3")
-    options = options_of(first.run)
+    options = options_of_run(first.run)
     assert (options["clip_mode"], options["cutmix"]) == ("agc", 1.0)
     assert read_json(first.run / "config.json")["provenance"]["cutmix"] == "derived"
     # As if an earlier version had derived another value.
@@ -360,7 +356,7 @@ def test_what_finetune_derived_holds_for_every_later_start(trainer, in_process, 
     file.write_text(file.read_text().replace('"cutmix": 1.0', '"cutmix": 0.5'))
     again = trainer(*words, "--max-steps", "6", launcher=TWO)
     assert "resume: from" in again.stdout
-    assert options_of(again.run)["cutmix"] == 0.5
+    assert options_of_run(again.run)["cutmix"] == 0.5
     # A flag that says otherwise is another configuration.
     refused = trainer(*words, "--max-steps", "9", "--cutmix", "1", check=2)
     assert "--cutmix 0.5 -> 1.0" in refused.stderr
@@ -379,7 +375,7 @@ def test_the_reports_architectures_train(trainer, cifar, model, parameters):
     all_cores = {"OMP_NUM_THREADS": str(os.cpu_count())}
     done = trainer(*words, base=(), env=all_cores, launcher=FRESH)
     assert summary(done.run)["evaluated_images"] == 32
-    assert options_of(done.run)["parameters"] > parameters
+    assert options_of_run(done.run)["parameters"] > parameters
 
 
 # ---- what the model says of each image

@@ -1,5 +1,7 @@
 """Trackers that refuse, die or fall silent cost their figures alone."""
 
+import contextlib
+import socket
 import subprocess
 import threading
 import time
@@ -55,6 +57,27 @@ def test_wandb_with_a_wrong_key(trainer):
 def test_wandb_without_a_network(trainer):
     done = train_online(trainer, "http://127.0.0.1:9")
     assert "wandb: offline, no run on the server (Failed" in done.stdout
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_wandb_whose_server_says_nothing(trainer, hangs_up):
+    """It takes the connection and never answers, or ends it at once."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connections = []
+
+        def take_connections():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    if hangs_up:
+                        connection.close()
+                    connections.append(connection)
+
+        threading.Thread(target=take_connections, daemon=True).start()
+        done = train_online(trainer, f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert connections
+    assert "wandb: offline, no run on the server" in done.stdout
+    assert list((done.run / "wandb").glob("offline-run-*"))
 
 
 def train_and_disturb_wandb(trainer, tmp_path, epochs, disturb):

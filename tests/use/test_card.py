@@ -1,0 +1,78 @@
+import json
+import re
+
+import pytest
+import yaml
+
+from cifar_accel.files import read_json
+from cifar_accel.records.summary import read_summary
+from cifar_accel.results.statistics import wilson
+from cifar_accel.use.card import model_card
+from cifar_accel.use.load import load_run
+
+
+def card_of(run, **options) -> str:
+    """The card of a run, with other options than it had."""
+    finished = load_run(run)
+    recorded = finished.options.__class__(**{**vars(finished.options), **options})
+    model = read_json(run / "model" / "config.json")
+    return model_card(model, recorded, finished.config, read_summary(run))
+
+
+def metadata(card: str) -> dict:
+    """The card's YAML, read back."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_finished_run_leaves_its_card(run):
+    card = (run / "model" / "README.md").read_text()
+    assert card == card_of(run)
+    accuracy = read_summary(run)["accuracy"]
+    low, high = wilson(round(accuracy * 100), 100)
+    assert f"**{accuracy:.2%}** [{low:.2%} to {high:.2%}]" in card
+    assert "100 test images, every one once" in card
+    assert "seed 3407" in card
+    assert "8 steps in fp32" in card
+    assert "## Limits" in card
+    assert max(map(len, card.split("\n## Training")[0].splitlines())) <= 110
+
+    # As the hub reads it.
+    (result,) = metadata(card)["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}
+    assert result["metrics"][0]["value"] == pytest.approx(accuracy, abs=1e-4)
+    assert metadata(card)["library_name"] == "timm"
+
+
+def test_a_card_tells_no_folders(run):
+    """Where things lie on the machine of the one who trained is nobody's business."""
+    assert str(run.parent) not in (run / "model" / "README.md").read_text()
+    card = card_of(
+        run, dataset="/home/ann/photos", model="local-dir:/home/ann/net", pretrained=True
+    )
+    assert "/home/ann" not in card
+    assert "# test_nfnet on photos" in card
+    assert "published weights of `net`" in card
+
+
+def test_the_hubs_data_sets_have_their_name_there(run):
+    assert metadata(card_of(run, dataset="cifar100"))["datasets"] == ["uoft-cs/cifar100"]
+    assert metadata(card_of(run, dataset="ann/cats"))["datasets"] == ["ann/cats"]
+    assert "datasets" not in metadata(card_of(run))
+
+
+def test_a_model_of_which_nothing_is_known_has_a_card_too(run):
+    card = model_card(read_json(run / "model" / "config.json"))
+    assert "Nothing is recorded of its training" in card
+    assert "model-index" not in metadata(card)
+
+
+def test_names_are_no_markup(run):
+    names = ["```\n# a", "<b>", "|", "\x1b[31m", *"456789"]
+    config = read_json(run / "model" / "config.json") | {"label_names": names}
+    finished = load_run(run)
+    card = model_card(config, finished.options, finished.config, read_summary(run))
+    block = re.search(r"```json\n(.*?)\n```\n", card, re.DOTALL)
+    assert json.loads(block[1]) == names
+    hostile = card_of(run, dataset="/x/`**<script>| [a](b)", model="local-dir:/x/`<i>")
+    assert "<script>" not in hostile
+    assert "](b)" not in hostile
