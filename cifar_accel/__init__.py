@@ -35,3 +35,8 @@ def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'cifar_accel' has no attribute {name!r}")
     return getattr(importlib.import_module(f"cifar_accel.{_API[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """For the completion of a notebook."""
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,6 @@ Parsing and every check of the options come before torch is imported.
 """
 
 import functools
-import json
 import os
 import sys
 import traceback
@@ -182,9 +181,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
     from cifar_accel.use.evaluate_run import evaluate_run
 
     # What is no figure goes to stderr where a program reads stdout.
-    result = evaluate_run(args, complain if args.json else say)
-    if args.json:
-        say(json.dumps(result, indent=1))
+    evaluate_run(args, say, complain if args.json else say)
     return 0
 
 
@@ -196,6 +193,9 @@ def predict_command(argv: Sequence[str]) -> int:
         raise BadInput("predict: give image files, folders, or - for paths on stdin")
     if args.json and args.csv:
         raise BadInput("predict: --json and --csv contradict each other; leave one of them out")
+    # Under a launcher of several processes one does it.
+    if not is_main_process():
+        return 0
     # It loads torch.
     from cifar_accel.use.predict import predict
 
@@ -206,10 +206,12 @@ def predict_command(argv: Sequence[str]) -> int:
 def export_command(argv: Sequence[str]) -> int:
     """Write a model in another form; exit code 1 when that does not say what the model says."""
     args = parse(ExportArguments, argv, "cifar-accel export")
+    if not is_main_process():
+        return 0
     # It loads torch.
     from cifar_accel.use.export import export
 
-    return export(args, say)
+    return export(args, say, complain)
 
 
 @guarded

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,15 @@ from safetensors import SafetensorError
 
 from cifar_accel.console import say
 from cifar_accel.errors import Diverged
-from cifar_accel.files import adapter, read_json, share, sync, write_json, write_text
+from cifar_accel.files import read_json, share, sync, write_json, write_text
 from cifar_accel.machine.speed import Profiler
 from cifar_accel.models.weights import save_model
-from cifar_accel.options.options import TrainingArguments
 from cifar_accel.records import checkpoint, trackers
 from cifar_accel.records.metrics import Metrics
-from cifar_accel.records.predictions import of_outputs, write_predictions
+from cifar_accel.records.predictions import Predictions, of_outputs, write_predictions
 from cifar_accel.records.progress import Progress
 from cifar_accel.records.state import State
-from cifar_accel.records.summary import RecordedOptions, read_config, starting_weights
+from cifar_accel.records.summary import read_config, starting_weights
 from cifar_accel.run import Model, Run
 from cifar_accel.use.card import FILE as CARD
 from cifar_accel.use.card import model_card
@@ -78,7 +78,7 @@ def open_tracker(run: Run, state: State, config: dict[str, Any]) -> trackers.Tra
         config=run.folder.config["options"],
         folder=run.folder.path,
         run_id=state.tracker_id,
-        tags=_tags(run.args, run.data.tested_on),
+        tags=trackers.tags_of(run.args, run.data.tested_on),
         notes=shlex.join(["python", "-m", "cifar_accel", *run.folder.config["command"][1:]]),
         log_model=run.args.log_model,
     )
@@ -87,15 +87,6 @@ def open_tracker(run: Run, state: State, config: dict[str, Any]) -> trackers.Tra
     state.tracker_id = tracker.id or state.tracker_id
     write_json(run.folder.path / "config.json", config | {"tracker_id": state.tracker_id})
     return tracker
-
-
-def _tags(args: TrainingArguments, tested_on: str) -> tuple[str, ...]:
-    """By what a tracker finds runs again: recipe, model, data set, and what they are judged by.
-
-    wandb takes 64 characters of each.
-    """
-    last_parts = (Path(name).name[:64] for name in (args.model, args.dataset))
-    return (args.recipe, *last_parts, tested_on)
 
 
 class Log:
@@ -255,21 +246,19 @@ def save_card(run: Run, summary: dict[str, Any]) -> None:
     """Write the model card into `model/`, where there is room; the main process does."""
     if not run.ranks.is_main:
         return
-    config = run.folder.config
-    options = adapter(RecordedOptions).validate_python(config["options"])
     folder = run.folder.path / "model"
     model = read_json(folder / "config.json")
     with no_room_is_a_warning(folder / CARD):
-        write_text(folder / CARD, model_card(model, options, config, summary))
+        write_text(folder / CARD, model_card(model, run.folder.config, summary))
 
 
-def save_predictions(run: Run, state: State, log: Log) -> None:
+def save_predictions(run: Run, state: State) -> dict[str, Predictions]:
     """Write what the model says of each image, where there is room; the main process does.
 
-    The tracker is shown what it says of the images that count.
+    Returns it, by the kind of the images; {} on other processes.
     """
     if not run.ranks.is_main:
-        return
+        return {}
     splits = {"test": run.data.test.split, run.data.evaluated_on: run.data.evaluation.split}
     predictions = {}
     for kind, tensors in run.outputs.items():
@@ -280,9 +269,13 @@ def save_predictions(run: Run, state: State, log: Log) -> None:
         )
     with no_room_is_a_warning(run.folder.path / "predictions.safetensors"):
         write_predictions(run.folder.path, predictions)
-    counted = predictions.get(run.data.tested_on)
-    if counted and log.tracker is not trackers.SILENT:
-        log.tracker.show(findings(counted, splits[run.data.tested_on].images))
+    return predictions
+
+
+def show_predictions(run: Run, state: State, log: Log, predictions: Predictions) -> None:
+    """Let the tracker show what the model says of the images that count, by its own thread."""
+    images = run.data.test.split.images
+    log.tracker.show(state.step, partial(findings, predictions, images))
 
 
 # ---- how it ended

@@ -31,6 +31,7 @@ from cifar_accel.outputs import (
     save_checkpoint,
     save_predictions,
     save_weights,
+    show_predictions,
     write_summary,
 )
 from cifar_accel.records.folder import Opened
@@ -181,7 +182,7 @@ def finish(run: Run, state: State, log: Log) -> dict[str, Any]:
     if run.data.test is not run.data.evaluation:
         say("test: reading the test set, once")
         test = evaluate_split(run, run.data.test, "the test set's evaluation", "test")
-    save_predictions(run, state, log)
+    predictions = save_predictions(run, state)
     try:
         save_weights(run, "model")
     except OSError as e:
@@ -199,6 +200,8 @@ def finish(run: Run, state: State, log: Log) -> dict[str, Any]:
     run.ranks.wait_for_all()
     summary = write_summary(run, state, "finished", test=test)
     save_card(run, summary)
+    if judged := predictions.get(run.data.tested_on):
+        show_predictions(run, state, log, judged)
     return summary
 
 

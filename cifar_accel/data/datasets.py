@@ -125,9 +125,9 @@ def find_source(name: str, root: Path, say: Callable[[str], None]) -> Source:
     # A folder, in one of two layouts.
     path = home(name)
     if path.is_dir():
-        if _visible(path, path.rglob("*.parquet"), Counter()):
+        if visible_files(path, path.rglob("*.parquet"), Counter()):
             return _parquet_folder(path, say)
-        if (path / "train").is_dir() or any(map(_is_image, path.glob("*/*"))):
+        if (path / "train").is_dir() or any(map(is_image, path.glob("*/*"))):
             return _image_folder(path, say)
         raise BadInput(
             f"--dataset {name}: holds neither *.parquet files nor a train/ folder, nor a folder "
@@ -270,7 +270,7 @@ def _parquet_folder(path: Path, say: Callable[[str], None]) -> Source:
     # The files of each split.
     files: dict[str, list[Path]] = {}
     left_out: Counter[str] = Counter()
-    for file in _visible(path, path.rglob("*.parquet"), left_out):
+    for file in visible_files(path, path.rglob("*.parquet"), left_out):
         files.setdefault(_split_of(file.relative_to(path).parts), []).append(file)
     if "test" not in files and "val" in files:
         files["test"] = files["val"]
@@ -454,7 +454,7 @@ def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
     return Source(identity, partial(iter, splits), files)
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     """Whether `file` is called as images are."""
     return file.suffix.lower() in IMAGE_ENDINGS
 
@@ -463,8 +463,8 @@ def _images_by_class(folder: Path, left_out: Counter[str]) -> dict[str, list[Pat
     """The image files in each class folder of `folder`. Raises BadInput for one without images."""
     images: dict[str, list[Path]] = {}
     for class_folder in sorted(f for f in folder.iterdir() if f.is_dir()):
-        files = _visible(folder, class_folder.rglob("*"), left_out)
-        found = list(filter(_is_image, files))
+        files = visible_files(folder, class_folder.rglob("*"), left_out)
+        found = list(filter(is_image, files))
         left_out.update(file.suffix or file.name for file in set(files) - set(found))
         name = class_folder.name
         if found and name.encode(errors="replace").decode() != name:
@@ -484,7 +484,7 @@ def _images_by_class(folder: Path, left_out: Counter[str]) -> dict[str, list[Pat
 # ---- either kind of folder
 
 
-def _visible(root: Path, paths: Iterable[Path], left_out: Counter[str]) -> list[Path]:
+def visible_files(root: Path, paths: Iterable[Path], left_out: Counter[str]) -> list[Path]:
     """The files among `paths`, sorted; those hidden below `root` are counted in `left_out`."""
     files = []
     for path in sorted(paths):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from cifar_accel.data.datasets import Dataset, Raw, Source, Split, find_source
-from cifar_accel.errors import BadInput
+from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home, sha256, sync
 from cifar_accel.options.options import TrainingArguments
 
@@ -403,15 +403,24 @@ def open_image(encoded: Path | io.BytesIO, name: str) -> Image.Image:
     """
     try:
         with Image.open(encoded) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                # 16-bit grey is scaled; Pillow's own conversion would clip it.
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            if upright.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel, whose range nobody knows; give 8 or 16")
-            return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise BadInput(f"{name} is not a whole image ({e})") from e
+            return upright_rgb(image)
+    # A damaged file provokes any exception there is in Pillow.
+    except Exception as e:
+        raise BadInput(f"{name} is not a whole image ({first_line(e)})") from e
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An open image, turned as its EXIF data say, in RGB.
+
+    Raises ValueError for 32 bits a pixel, and what Pillow raises of damaged pixels.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        # 16-bit grey is scaled; Pillow's own conversion would clip it.
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, whose range nobody knows; give 8 or 16")
+    return upright.convert("RGB")
 
 
 def _resize_and_cut(image: Image.Image, side: int) -> Image.Image:

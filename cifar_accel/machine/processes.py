@@ -3,7 +3,7 @@
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -115,7 +115,9 @@ def peers_expected() -> Iterator[None]:
         ) from e
 
 
-def join_processes(device: str, mixed_precision: str | None = None) -> Ranks:
+def join_processes(
+    device: str, mixed_precision: str | None = None, say: Callable[[str], None] = say
+) -> Ranks:
     """Join the launcher's other processes, on `device` (auto, cpu, cuda, mps). All ranks enter.
 
     The precision is the launcher's, unless one is given. Raises BadInput when the device is not

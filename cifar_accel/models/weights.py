@@ -133,6 +133,9 @@ def input_statistics(
 
 # ---- the saved form
 
+# How timm cuts a test image to a square: what `Pipeline` does too.
+CROP_MODE = "center"
+
 
 def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[str]) -> None:
     """Write `folder` in timm's local-dir form: config.json and model.safetensors.
@@ -146,6 +149,8 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
         "mean": mean,
         "std": std,
         "crop_pct": args.crop_pct,
+        # Some published weights were tested on squeezed images.
+        "crop_mode": CROP_MODE,
         "interpolation": args.interpolation,
     }
     # safetensors takes the contiguous layout only, and the model in training keeps its own.
@@ -158,10 +163,15 @@ def save_model(model: Any, folder: Path, args: TrainingArguments, classes: list[
         safe_serialization=True,
         data_config=data_config,
     )
-    # The number of classes stands beside them already, and transformers takes it once only.
-    config = read_json(folder / "config.json")
-    config.get("model_args", {}).pop("num_classes", None)
+    config = for_transformers(read_json(folder / "config.json"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def for_transformers(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config.json with its number of classes once; transformers trips over it twice."""
+    arguments = dict(config.get("model_args") or {})
+    arguments.pop("num_classes", None)
+    return config | {"model_args": arguments}
 
 
 def load_model(folder: Path) -> torch.nn.Module:

@@ -65,7 +65,7 @@ class ShownMistake(NamedTuple):
     true: str
     taken_for: str
     # The model's probability of what it is taken for.
-    probability: float
+    probability: float | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,15 @@ class Findings:
     figures: dict[str, float]
 
 
+def tags_of(args: TrainingArguments, tested_on: str) -> tuple[str, ...]:
+    """By what a run is found again: recipe, model, data set, and what it is judged by.
+
+    64 characters at most each, which is what wandb takes.
+    """
+    model, dataset = (name.rstrip("/").rpartition("/")[2] for name in (args.model, args.dataset))
+    return tuple(name[:64] for name in (args.recipe, model, dataset, tested_on) if name)
+
+
 @dataclass(frozen=True)
 class Tracker:
     """An open tracker."""
@@ -96,8 +105,8 @@ class Tracker:
     log: Callable[[dict[str, Any]], None]
     # Closes the tracker with a summary and an exit code, and says where the run is to be seen.
     finish: Callable[[dict[str, Any], int], None]
-    # Shows what a finished model says.
-    show: Callable[[Findings], None] = lambda findings: None
+    # Shows what a model says after so many steps; the findings are made when they are needed.
+    show: Callable[[int, Callable[[], Findings]], None] = lambda step, findings: None
     # Ends the processes of a tracker that did not close in time.
     abandon: Callable[[], None] = lambda: None
 
@@ -109,7 +118,7 @@ def start_tracker(kind: str, say: Callable[[str], None], run: TrackedRun) -> Tra
     """Open tracker `kind`; whatever fails in it, now or later, is said once and never ends the run.
 
     Nor does it hold the run up: a thread makes the calls, in order, and `finish` waits for it for
-    at most `FINISH_TIMEOUT_S` seconds.
+    at most `FINISH_TIMEOUT_S` seconds, and longer for a model that is to be uploaded.
     """
     try:
         tracker = TRACKERS[kind](say, run)
@@ -119,17 +128,13 @@ def start_tracker(kind: str, say: Callable[[str], None], run: TrackedRun) -> Tra
         return SILENT
     if tracker is SILENT:
         return SILENT
-    patience = FINISH_TIMEOUT_S + (UPLOAD_TIMEOUT_S if run.log_model else 0)
-    return _in_a_thread(kind, say, tracker, patience)
+    return _in_a_thread(kind, say, tracker, run.log_model)
 
 
 def _in_a_thread(
-    kind: str, say: Callable[[str], None], tracker: Tracker, patience: float
+    kind: str, say: Callable[[str], None], tracker: Tracker, log_model: bool
 ) -> Tracker:
-    """The same tracker, whose calls return at once and are made by a thread.
-
-    `patience` are the seconds that it has at the end.
-    """
+    """The same tracker, whose calls return at once and are made by a thread."""
     # Not by joining the thread: Ctrl-C in a join makes Python take it for finished.
     done = threading.Event()
     # None is the last.
@@ -150,10 +155,12 @@ def _in_a_thread(
     def log(row: dict[str, Any]) -> None:
         calls.put(partial(tracker.log, row))
 
-    def show(findings: Findings) -> None:
-        calls.put(partial(tracker.show, findings))
+    def show(step: int, findings: Callable[[], Findings]) -> None:
+        calls.put(partial(tracker.show, step, findings))
 
     def finish(summary: dict[str, Any], code: int) -> None:
+        uploads = log_model and summary.get("status") == "finished"
+        patience = FINISH_TIMEOUT_S + (UPLOAD_TIMEOUT_S if uploads else 0)
         calls.put(partial(tracker.finish, summary, code))
         calls.put(None)
         try:
@@ -215,16 +222,24 @@ def start_wandb(say: Callable[[str], None], run: TrackedRun) -> Tracker:
         say(f"wandb: {opened.url}")
     else:
         say(f"wandb: offline, in {Path(opened.dir).parent}")
-    last_step = 0
+
+    def or_warn(what: str, call: Callable[[], None]) -> None:
+        """Make a call without which the run is whole: how it ended is to be told in any case."""
+        try:
+            call()
+        except Exception as error:
+            say(f"warning: wandb got no {what} ({type(error).__name__}: {first_line(error)})")
 
     def log(row: dict[str, Any]) -> None:
-        nonlocal last_step
-        last_step = row["step"]
         opened.log(wandb_row(row))
 
-    def show(findings: Findings) -> None:
-        opened.summary.update(findings.figures)
-        opened.log({"trainer/step": last_step, **wandb_objects(findings)})
+    def show(step: int, findings: Callable[[], Findings]) -> None:
+        def log_objects() -> None:
+            found = findings()
+            opened.summary.update(found.figures)
+            opened.log({"trainer/step": step, **wandb_objects(found)})
+
+        or_warn("confusions and mistakes", log_objects)
 
     def finish(summary: dict[str, Any], code: int) -> None:
         opened.summary.update(wandb_summary(summary))
@@ -234,7 +249,7 @@ def start_wandb(say: Callable[[str], None], run: TrackedRun) -> Tracker:
         if summary.get("status") == "failed":
             opened.alert(f"{run.name[:50]} failed", str(summary.get("error")), level="ERROR")
         if summary.get("status") == "finished" and run.log_model:
-            _log_model(opened, run, summary)
+            or_warn("model", partial(_log_model, opened, run, summary))
         opened.finish(exit_code=code)
         if opened.settings.mode == "offline" or not opened.url:
             folders = f"{run.folder / 'wandb'}/offline-run-*-{opened.id}"
@@ -265,22 +280,28 @@ def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def wandb_summary(summary: dict[str, Any]) -> dict[str, Any]:
     """What summary.json says that the rows have not said."""
-    return {
+    figures = {
         RESULTS.get(name, name): value
         for name, value in summary.items()
         if value is not None and name not in SAID_BY_ROWS
     }
+    # wandb knows the best of this start alone.
+    if best := summary.get("best_accuracy"):
+        figures["eval/accuracy"] = {"max": best}
+    return figures
 
 
 def wandb_objects(findings: Findings) -> dict[str, Any]:
     """Confusion matrix (or pairs, of more classes than a table takes), mistakes and classes."""
     import wandb
 
-    mistakes = wandb.Table(["image", "label", "prediction", "probability", "index"])
-    for image, place, true, taken_for, probability in findings.mistakes:
-        mistakes.add_data(wandb.Image(image), true, taken_for, probability, place)
-    classes = wandb.Table(["class", "accuracy", "images"], [list(c) for c in findings.by_class])
-    shown = {"test/mistakes": mistakes, "test/classes": classes}
+    classes = [list(of_class) for of_class in findings.by_class[:MOST_TABLE_ROWS]]
+    shown = {"test/classes": wandb.Table(["class", "accuracy", "images"], classes)}
+    if findings.mistakes:
+        mistakes = wandb.Table(["image", "label", "prediction", "probability", "index"])
+        for image, place, true, taken_for, probability in findings.mistakes:
+            mistakes.add_data(wandb.Image(image), true, taken_for, probability, place)
+        shown["test/mistakes"] = mistakes
     if len(findings.classes) ** 2 <= MOST_TABLE_ROWS:
         shown["test/confusion"] = wandb.plot.confusion_matrix(
             y_true=findings.labels.tolist(),
@@ -299,9 +320,9 @@ def _log_model(opened: Any, run: TrackedRun, summary: dict[str, Any]) -> None:
     """Log the run's model folder as an artifact; offline wandb keeps a copy of it."""
     import wandb
 
-    # Of a name wandb takes letters, digits and a few marks.
+    # Of a name wandb takes 128 letters, digits and a few marks.
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"model-{run.name}")
-    artifact = wandb.Artifact(name, type="model", metadata=summary)
+    artifact = wandb.Artifact(name[:128], type="model", metadata=summary)
     artifact.add_dir(str(run.folder / "model"))
     opened.log_artifact(artifact)
 
@@ -321,6 +342,13 @@ def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
         # Seconds. By default rows are held for 15 s, and lost with the process.
         x_file_stream_transmit_interval=1,
     )
+    # A later start leaves what may have been written on the page since.
+    described: dict[str, Any] = {}
+    if run.run_id is None:
+        # A list in the environment would else be passed over.
+        more = os.environ.get("WANDB_TAGS", "").split(",")
+        described["tags"] = list(filter(None, (*run.tags, *more)))
+        described["notes"] = os.environ.get("WANDB_NOTES", run.notes)
     init: Any = partial(
         wandb.init,
         project=os.environ.get("WANDB_PROJECT", run.project),
@@ -328,9 +356,7 @@ def _init_wandb(mode: str, say: Callable[[str], None], run: TrackedRun) -> Any:
         group=run.group,
         job_type=run.job_type,
         config=wandb_config(run.config),
-        # A list in the environment would else be passed over.
-        tags=[*run.tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))],
-        notes=os.environ.get("WANDB_NOTES", run.notes),
+        **described,
         dir=str(run.folder),
         id=run.run_id or secrets.token_hex(4),
         settings=settings,

@@ -39,16 +39,16 @@ class Confused:
 def most_confused(runs: Sequence[Predictions], count: int) -> list[Confused]:
     """The `count` pairs of classes that are confused most often, most often first."""
     classes = runs[0].classes
-    table = confusion(runs)
-    of_class = table.sum(1)
-    np.fill_diagonal(table, 0)
+    of_class = np.bincount(runs[0].labels, minlength=len(classes))
+    # Without the table of all pairs, which may be too large: those that occur, as one number each.
+    wrong = [(run.labels * len(classes) + run.predicted)[~run.correct] for run in runs]
+    pairs, times = np.unique(np.concatenate(wrong), return_counts=True)
     found = []
-    for place in np.argsort(-table, axis=None, kind="stable")[:count]:
-        true, taken_for = np.unravel_index(place, table.shape)
-        images = float(table[true, taken_for])
-        if images:
-            share = images / of_class[true]
-            found.append(Confused(classes[true], classes[taken_for], images, share))
+    for place in np.argsort(-times, kind="stable")[:count]:
+        true, taken_for = divmod(int(pairs[place]), len(classes))
+        images = float(times[place]) / len(runs)
+        share = images / float(of_class[true])
+        found.append(Confused(classes[true], classes[taken_for], images, share))
     return found
 
 

@@ -103,16 +103,16 @@ class RunFiles:
     def setting(self) -> Setting:
         """The run's row in a table."""
         model = self.options["model"]
-        by_itself = _last_part(model.removeprefix("local-dir:"))
+        by_itself = last_part(model.removeprefix("local-dir:"))
         return Setting(
-            dataset=_last_part(self.options["dataset"]),
+            dataset=last_part(self.options["dataset"]),
             model=MODEL_NAMES.get(model, by_itself),
             optimizer=self.options["optimizer"],
             scheduler=self.options["scheduler"],
         )
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
     """What follows the last slash: the folder of a path, the name of a hub id."""
     return name.rstrip("/").rpartition("/")[2]
 

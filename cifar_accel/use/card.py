@@ -1,18 +1,18 @@
 """README.md of a model folder: the model card that the Hugging Face hub shows."""
 
 import json
-import os
 import shlex
 import textwrap
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from cifar_accel.console import printable
 from cifar_accel.data.datasets import is_hub_id
-from cifar_accel.options.options import in_words
-from cifar_accel.records.summary import RecordedOptions
+from cifar_accel.models.create import ALIASES
+from cifar_accel.options.options import TrainingArguments, in_words
+from cifar_accel.results.runs import last_part
 from cifar_accel.results.statistics import wilson
 
 FILE = "README.md"
@@ -22,7 +22,7 @@ ON_THE_HUB = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10"}
 
 # The options that say most of how a model was trained.
 TOLD = (
-    "recipe epochs image_size batch_size optimizer learning_rate weight_decay layer_decay "
+    "recipe epochs batch_size image_size optimizer learning_rate weight_decay layer_decay "
     "scheduler warmup_epochs smoothing mixup cutmix model_ema seed"
 ).split()
 
@@ -47,7 +47,6 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model
 
 def model_card(
     model: dict[str, Any],
-    options: RecordedOptions | None = None,
     config: dict[str, Any] | None = None,
     figures: dict[str, Any] | None = None,
 ) -> str:
@@ -55,50 +54,46 @@ def model_card(
 
     Args:
         model: its config.json, in timm's form.
-        options: those of the run that trained it, if that is known.
-        config: what that run's config.json holds.
-        figures: accuracy, top5_accuracy and evaluated_images, as `evaluate` gives them.
+        config: what config.json of the run that trained it holds, if that is known.
+        figures: accuracy, top5_accuracy, evaluated_images and tested_on, as in its summary.json.
     """
     architecture = _plain(model["architecture"])
+    # Earlier versions had fewer options.
+    options = {**asdict(TrainingArguments()), **config["options"]} if config else {}
     title = architecture
     if options:
-        title += f" on {_plain(_last_part(options.dataset))}"
+        title += f" on {_plain(last_part(options['dataset']))}"
     card = f"---\n{_metadata(architecture, options, figures)}\n---\n# {title}\n"
-    if options and figures:
-        card += _accuracy(options, figures)
+    if figures:
+        card += _accuracy(figures)
     card += HOW_TO_USE
-    if options:
-        card += _training(options, config or {})
-    return card + _classes(model) + _limits(options, model)
+    if config:
+        card += _training(options, config)
+    return card + _classes(model) + _limits(bool(config), model)
 
 
-def _metadata(
-    architecture: str, options: RecordedOptions | None, figures: dict[str, Any] | None
-) -> str:
+def _metadata(architecture: str, options: dict[str, Any], figures: dict[str, Any] | None) -> str:
     """The card's metadata in YAML; with figures, the hub shows them as results."""
     known: dict[str, Any] = {}
-    if options and figures:
-        dataset = ON_THE_HUB.get(options.dataset, options.dataset)
-        # A folder here has no name anywhere else.
-        if is_hub_id(dataset) and not os.path.isdir(options.dataset):
+    if figures:
+        # A folder, whose path is recorded as an absolute one, has no name anywhere else.
+        dataset = ON_THE_HUB.get(options["dataset"], options["dataset"])
+        if is_hub_id(dataset):
             known["datasets"] = [dataset]
         else:
-            dataset = _plain(_last_part(dataset))
+            dataset = _plain(last_part(dataset))
         known["model_name"] = f"{architecture} on {dataset}"
         known["eval_results"] = [
             EvalResult(
                 task_type="image-classification",
                 dataset_type=dataset,
                 dataset_name=dataset,
-                dataset_split=options.tested_on,
-                metric_type=kind,
+                dataset_split=figures.get("tested_on", "test"),
+                metric_type="accuracy",
                 metric_name=name,
                 metric_value=round(figures[key], 4),
             )
-            for kind, name, key in (
-                ("accuracy", "top-1", "accuracy"),
-                ("accuracy", "top-5", "top5_accuracy"),
-            )
+            for name, key in (("top-1", "accuracy"), ("top-5", "top5_accuracy"))
         ]
     data = ModelCardData(
         library_name="timm",
@@ -109,7 +104,7 @@ def _metadata(
     return str(data.to_yaml())
 
 
-def _accuracy(options: RecordedOptions, figures: dict[str, Any]) -> str:
+def _accuracy(figures: dict[str, Any]) -> str:
     """The figures with their interval, and of what they are."""
     images = figures["evaluated_images"]
     low, high = wilson(round(figures["accuracy"] * images), images)
@@ -118,32 +113,35 @@ def _accuracy(options: RecordedOptions, figures: dict[str, Any]) -> str:
 |---|---|
 | top-1 accuracy | **{figures["accuracy"]:.2%}** [{low:.2%} to {high:.2%}] |
 | top-5 accuracy | {figures["top5_accuracy"]:.2%} |
-| measured on | {images:,} {options.tested_on} images, every one once, in one view |
+| measured on | {images:,} {figures.get("tested_on", "test")} images, every one once, in one view |
 
 One run, the weights after its last step. The interval is Wilson's, of 95 %, and is for other images
 of the same kind; another seed gives another model.
 """
 
 
-def _training(options: RecordedOptions, config: dict[str, Any]) -> str:
+def _training(options: dict[str, Any], config: dict[str, Any]) -> str:
     """What the model was made of, and how."""
+    name = ALIASES.get(options["model"], options["model"])
     began = "random weights"
-    if options.checkpoint:
-        began = f"`{_plain(_last_part(options.checkpoint))}`"
-    elif options.pretrained:
-        began = f"the published weights of `{_plain(_last_part(options.model))}`"
-    told = ", ".join(f"{name} {in_words(getattr(options, name))}" for name in TOLD)
-    versions = config.get("versions", {})
-    packages = ", ".join(f"{name} {versions[name]}" for name in versions)
-    program, *words = config.get("command") or [""]
-    command = shlex.join(["python", "-m", "cifar_accel", *map(_without_folders, words)])
-    facts = config.get("options", {})
-    precision = "fp32" if options.mixed_precision == "no" else options.mixed_precision
+    if options["checkpoint"]:
+        began = f"the weights in `{_plain(last_part(options['checkpoint']))}`"
+    elif name.startswith("local-dir:"):
+        began = f"the weights in `{_plain(last_part(name))}`"
+    elif options["pretrained"]:
+        began = f"timm's weights `{_plain(name)}`"
+    told = ", ".join(f"{option} {in_words(options[option])}" for option in TOLD)
+    packages = ", ".join(
+        f"{name} {version}" for name, version in config.get("versions", {}).items()
+    )
+    words = config.get("command", [])[1:]
+    command = shlex.join(["python", "-m", "cifar_accel", *_without_folders(words, options)])
+    precision = {"no": "fp32"}.get(options["mixed_precision"], options["mixed_precision"])
+    # The first version did not record how many images there were.
+    images = f"{options['train_images']:,} training images, " if "train_images" in options else ""
     lines = [
         f"Began with {began}.",
-        f"{facts.get('train_images', 0):,} training images, {facts.get('total_steps', 0):,} steps "
-        f"in {_plain(precision)}.",
-        f"{_plain(told)}.",
+        f"{images}in {_plain(precision)}; {_plain(told)}.",
         f"With {_plain(packages)}.",
     ]
     return f"\n## Training\n\n{_listed(lines)}\n\n```\n{printable(command)}\n```\n"
@@ -162,11 +160,11 @@ def _classes(model: dict[str, Any]) -> str:
     )
 
 
-def _limits(options: RecordedOptions | None, model: dict[str, Any]) -> str:
+def _limits(is_known: bool, model: dict[str, Any]) -> str:
     """What the model is not made for."""
     side = model["pretrained_cfg"]["input_size"][-1]
     known = "Nothing is recorded of its training or its accuracy."
-    if options:
+    if is_known:
         known = (
             "It was measured on images of the data set that it was trained on; how it does on "
             "photographs from elsewhere is not known."
@@ -195,17 +193,15 @@ def _plain(text: str) -> str:
     return "".join(c for c in printable(text) if c not in "`<>|*[]\\")
 
 
-def _last_part(name: str) -> str:
-    """The name without its folders, which are nobody else's business; hub ids stay."""
-    return name if is_hub_id(name) and not os.path.exists(name) else Path(name).name
-
-
-def _without_folders(word: str) -> str:
-    """A word of a command line with `...` for the folders of an absolute path in it."""
-    flag, equals, value = word.partition("=")
-    if not equals:
-        flag, value = "", word
-    head, is_local, path = value.rpartition("local-dir:")
-    if path.startswith(("/", "~")):
-        path = f".../{Path(path).name}"
-    return f"{flag}{equals}{head}{is_local}{path}"
+def _without_folders(words: list[str], options: dict[str, Any]) -> list[str]:
+    """The words of a command line with `...` for folders, which are nobody else's business."""
+    told = []
+    for word in words:
+        flag, equals, value = word.rpartition("=")
+        # The hub's names have a slash too.
+        is_of_hub = is_hub_id(value) and value == options["dataset"]
+        if not is_of_hub and ("/" in value or value.startswith("~")):
+            kind = "local-dir:" if value.startswith("local-dir:") else ""
+            value = f"{kind}.../{last_part(value)}"
+        told.append(f"{flag}{equals}{value}")
+    return told

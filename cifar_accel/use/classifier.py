@@ -1,7 +1,7 @@
 """A trained model, ready for images: `load` reads it, from nothing but its `model/` folder."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar_accel.data.decode import open_image
-from cifar_accel.errors import BadInput
+from cifar_accel.data.decode import open_image, upright_rgb
+from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home, read_as
 from cifar_accel.machine.processes import chosen_device
 from cifar_accel.models.create import check_logits
-from cifar_accel.models.weights import load_model
+from cifar_accel.models.weights import CROP_MODE, load_model
 from cifar_accel.records.summary import Deviation, Mean, read_config, read_summary
 from cifar_accel.use.load import FinishedRun, load_run
 
@@ -50,7 +50,7 @@ class _ModelConfig:
 
     num_classes: int
     pretrained_cfg: _Preparation
-    label_names: list[str] | None = None
+    label_names: list[str] | dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Classifier:
     device: torch.device
     # The folder that it was read from.
     folder: Path
+    # From an image in RGB to one as the model takes it.
+    transform: Callable[[Image.Image], torch.Tensor]
 
     @property
     def size(self) -> int:
@@ -77,28 +79,41 @@ class Classifier:
         return side
 
     def predict(
-        self, images: Iterable[AnyImage], top_k: int = 5, batch_size: int = 64
+        self, images: Iterable[AnyImage] | AnyImage, top_k: int = 5, batch_size: int = 64
     ) -> list[list[Prediction]]:
         """The `top_k` likeliest classes of each image, best first; fewer where there are fewer.
 
         Args:
-            images: files, Pillow images or uint8 [H, W, 3], of any size.
-            top_k: how many classes of each.
+            images: files, Pillow images or uint8 [H, W, 3]; one alone is a list of one.
+            top_k: how many classes of each, 1 or more.
             batch_size: images at once on the device.
 
         Raises:
             BadInput: a file that is missing or no whole image.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)):
+        alone = (str, os.PathLike, Image.Image)
+        if isinstance(images, alone) or (isinstance(images, np.ndarray) and images.ndim == 3):
             images = [images]
         found: list[list[Prediction]] = []
         for batch in batches(images, batch_size):
-            found += self.predict_batch([as_image(image) for image in batch], top_k)
+            found += self.predict_prepared([self.prepare(image) for image in batch], top_k)
         return found
 
-    def predict_batch(self, images: Sequence[Image.Image], top_k: int) -> list[list[Prediction]]:
-        """As `predict`, of open images in RGB, all at once."""
-        probabilities = self.probabilities(images)
+    def prepare(self, image: AnyImage) -> torch.Tensor:
+        """An image as the model takes it: float32 [3, S, S], normalised. Raises BadInput.
+
+        By timm's own test transform: the shorter side to S / crop_pct, then the centre.
+        """
+        prepared: torch.Tensor = self.transform(_not_too_long(_opened(image)))
+        return prepared
+
+    def predict_prepared(
+        self, prepared: Sequence[torch.Tensor], top_k: int
+    ) -> list[list[Prediction]]:
+        """As `predict`, of images that are prepared, all at once."""
+        if top_k < 1:
+            raise BadInput(f"top_k {top_k}: must be 1 or more")
+        probabilities = self.probabilities(prepared)
         # Of equal ones the first class goes before.
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         return [
@@ -107,12 +122,9 @@ class Classifier:
         ]
 
     @torch.inference_mode()
-    def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def probabilities(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:
         """float32 [n, K]: the model's probability of each class. The host waits for the device."""
-        # timm's own test transform: the shorter side to S / crop_pct, then the centre.
-        transform = timm.data.create_transform(**self.input)
-        prepared = torch.stack([transform(_not_too_long(image)) for image in images])
-        logits = self.module(prepared.to(self.device))
+        logits = self.module(torch.stack(list(prepared)).to(self.device))
         shares: NDArray[np.float32] = logits.float().softmax(1).cpu().numpy()
         return shares
 
@@ -128,12 +140,12 @@ def load(path: str | os.PathLike[str], device: str = "auto") -> Classifier:
         BadInput: no such model, weights or names that are damaged, a run that is not finished, or a
             device that is not there.
     """
-    folder, _ = find_model(path)
-    return read_classifier(folder, device)
+    folder, run = find_model(path)
+    return read_classifier(folder, device, run)
 
 
 def predict(
-    model: str | os.PathLike[str], images: Iterable[AnyImage], top_k: int = 5
+    model: str | os.PathLike[str], images: Iterable[AnyImage] | AnyImage, top_k: int = 5
 ) -> list[list[Prediction]]:
     """What `load(model).predict(images, top_k)` gives; who has more images later keeps `load`'s."""
     return load(model).predict(images, top_k)
@@ -145,9 +157,10 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, FinishedRun | None]:
     None stands for a model that lies in no run folder. Raises BadInput.
     """
     folder = home(os.fspath(path).removeprefix("local-dir:"))
-    if not folder.is_dir():
+    # pathlib would raise for a folder that this user may not see.
+    if not os.path.isdir(folder):
         raise BadInput(f"{path}: no such folder")
-    if read_config(folder):
+    if (folder / "model").is_dir():
         return folder / "model", load_run(folder)
     # A model that still lies in its finished run folder is that run's.
     above = folder.resolve().parent
@@ -157,60 +170,69 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, FinishedRun | None]:
     return folder, None
 
 
-def read_classifier(folder: Path, device: str) -> Classifier:
-    """The classifier in a model folder; see `load`."""
+def read_classifier(folder: Path, device: str, run: FinishedRun | None = None) -> Classifier:
+    """The classifier in a model folder, which may be that of a `run`; see `load`."""
     config = read_as(_ModelConfig, folder / "config.json")
     if config is None or not (folder / "model.safetensors").is_file():
         raise BadInput(
             f"{folder}: is neither a finished run nor a model (model.safetensors, and config.json "
-            "in timm's form; names of classes, if any, as a list)"
+            "in timm's form)"
         )
     _, height, width = config.pretrained_cfg.input_size
     module: Any = load_model(folder)
     check_logits(module, height, config.num_classes, f"{folder}: the model")
     if height != width:
-        raise BadInput(
-            f"{folder}: takes images of {width}x{height}; only square ones are made here"
-        )
+        raise BadInput(f"{folder}: takes images of {width}x{height}; here they are square")
+    made = timm.data.resolve_data_config({}, model=module)
+    if run:
+        # Earlier versions left the mode of the weights that the run began with.
+        made["crop_mode"] = CROP_MODE
     chosen = chosen_device(device)
     return Classifier(
         module=module.eval().to(chosen),
         classes=_class_names(folder, config),
-        input=timm.data.resolve_data_config({}, model=module),
+        input=made,
         device=chosen,
         folder=folder,
+        transform=timm.data.create_transform(**made),
     )
 
 
 def _class_names(folder: Path, config: _ModelConfig) -> list[str]:
     """The names of a model's classes: its own, ImageNet's of timm, or else numbers."""
+    count = config.num_classes
     names = config.label_names
+    if isinstance(names, dict):
+        # By the number of the class, where some have no name.
+        names = [names.get(str(number), str(number)) for number in range(count)]
     if names is None:
         # timm's published models have none; it goes by the number of classes.
-        subset = timm.data.infer_imagenet_subset({"num_classes": config.num_classes})
+        subset = timm.data.infer_imagenet_subset({"num_classes": count})
         if subset is None:
-            return [str(number) for number in range(config.num_classes)]
+            return [str(number) for number in range(count)]
         info = timm.data.ImageNetInfo(subset)
-        names = [info.index_to_description(number) for number in range(config.num_classes)]
-    if len(names) != config.num_classes:
-        raise BadInput(
-            f"{folder}/config.json: has {len(names)} label_names for {config.num_classes} classes"
-        )
+        names = [info.index_to_description(number) for number in range(count)]
+    if len(names) != count:
+        raise BadInput(f"{folder}/config.json: has {len(names)} label_names for {count} classes")
     return names
 
 
 # ---- images
 
 
-def as_image(image: AnyImage) -> Image.Image:
-    """An image as it may be given, open and in RGB. Raises BadInput."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
+def _opened(image: AnyImage) -> Image.Image:
+    """An image as it may be given, upright and in RGB. Raises BadInput."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BadInput(f"an image must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
         return Image.fromarray(image)
-    return open_image(home(os.fspath(image)), os.fspath(image))
+    if not isinstance(image, Image.Image):
+        return open_image(home(os.fspath(image)), os.fspath(image))
+    # Open, but perhaps not read yet.
+    try:
+        return upright_rgb(image)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"an image that is given open is not whole ({first_line(e)})") from e
 
 
 def _not_too_long(image: Image.Image) -> Image.Image:

@@ -74,7 +74,7 @@ def findings(predictions: Predictions, images: NDArray[np.uint8]) -> Findings:
     row_of = {place: row for row, place in enumerate(predictions.places.tolist())}
     mistakes = [
         ShownMistake(
-            _thumbnail(images[row_of[m.place]]), m.place, m.true, m.taken_for, m.probability or 0.0
+            _thumbnail(images[row_of[m.place]]), m.place, m.true, m.taken_for, m.probability
         )
         for m in confident_mistakes(predictions, MISTAKES)
     ]

@@ -2,16 +2,21 @@
 
 import csv
 import io
+import json
+import os
 import textwrap
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from cifar_accel.console import printable
 from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.datasets import Dataset, Split
 from cifar_accel.data.decode import load_images, size_to_store
@@ -19,7 +24,7 @@ from cifar_accel.data.splits import cut_splits, limit
 from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import Outputs, evaluate
 from cifar_accel.files import home, write_text
-from cifar_accel.machine.processes import join_processes
+from cifar_accel.machine.processes import Ranks, join_processes
 from cifar_accel.options.options import EvaluateArguments, TrainingArguments
 from cifar_accel.records.predictions import FILE as PREDICTIONS
 from cifar_accel.records.predictions import (
@@ -30,20 +35,22 @@ from cifar_accel.records.predictions import (
     write_predictions,
 )
 from cifar_accel.records.summary import RecordedOptions, read_summary
-from cifar_accel.records.trackers import TrackedRun, start_tracker
+from cifar_accel.records.trackers import TrackedRun, start_tracker, tags_of
 from cifar_accel.results.mistakes import probabilities
 from cifar_accel.use.classifier import find_model, read_classifier
-from cifar_accel.use.details import details
+from cifar_accel.use.details import details, findings
 from cifar_accel.use.load import FinishedRun
 
 # How many classes and pairs of classes are printed; JSON has all classes.
 SHOWN = 5
 
 
-def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[str, Any]:
+def evaluate_run(
+    args: EvaluateArguments, say: Callable[[str], None], note: Callable[[str], None]
+) -> dict[str, Any]:
     """Evaluate a model: a finished run's with its test images and at its precision, or on others.
 
-    All ranks enter. `say` gets notes, and the figures unless they are wanted as JSON.
+    All ranks enter. `say` gets the figures, in lines or as JSON, and `note` what else is told.
 
     Returns:
         status: "finished". loss, accuracy, top5_accuracy, evaluated_images: see `evaluate`. On the
@@ -54,43 +61,33 @@ def evaluate_run(args: EvaluateArguments, say: Callable[[str], None]) -> dict[st
     """
     # What is wrong with the model is found before the data is waited for.
     judged = _find(args)
-    run, options, model = judged.run, judged.options, judged.model
+    run, options = judged.run, judged.options
     if run is None and args.tracker != "none":
         raise BadInput(f"--tracker {args.tracker}: {args.run} lies in no run folder to log beside")
-    images = _images(judged, say)
+    images = _images(judged, note)
     split = images.split
 
-    # As in training: its precision, layout and input statistics, so that the figures are equal to
-    # the last digit on the same kind of device.
-    ranks = join_processes(options.device, options.mixed_precision)
-    channels_last = options.memory_format == "channels_last"
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(ranks.device, memory_format=layout)
-    pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
-    batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
-    outputs = Outputs(keeps_logits(len(split), len(split.classes)))
-    # Workers that are left behind would keep the process alive.
-    with closing(batches):
-        figures = evaluate(ranks.accelerator, model, batches, len(split), layout, outputs=outputs)
-        tensors = outputs.of_all_ranks(ranks.accelerator, len(split))
+    ranks = join_processes(options.device, options.mixed_precision, note)
+    figures, said = _evaluate(args, judged, split, ranks)
     result: dict[str, Any] = {"status": "finished", **figures}
     if not ranks.is_main:
         return result
 
     # What is printed and written is the main process's alone.
-    said = {name: values.numpy() for name, values in tensors.items()}
     predictions = of_outputs(split.labels, split.classes, said, images.fingerprint, split.places)
     result |= details(predictions)
-    if not args.json:
+    if args.json:
+        say(json.dumps(result, indent=1))
+    else:
         _say_figures(result, f"{images.kind} images of {options.dataset}", say)
-    if args.predictions:
-        _write_csv(home(args.predictions), predictions, images.names)
-        say(f"written   {args.predictions}")
     # A run of an earlier version has none, and a file may be damaged.
     if run and images.is_own and not _has_predictions(run, images.kind):
-        _write_predictions(run.folder, images.kind, predictions, say)
+        _write_predictions(run.folder, images.kind, predictions, note)
     if run and args.tracker != "none":
-        _log(run, args.tracker, figures, say)
+        _log(judged, run, args.tracker, images, predictions, figures, note)
+    if args.predictions:
+        _write_csv(home(args.predictions), predictions, images.names)
+        note(f"written   {args.predictions}")
     return result
 
 
@@ -113,12 +110,14 @@ class _Judged:
 
 def _find(args: EvaluateArguments) -> _Judged:
     """The model that the options name, on the CPU. Raises BadInput."""
+    if args.predictions and not os.path.isdir(home(args.predictions).absolute().parent):
+        raise BadInput(f"--predictions {args.predictions}: there is no such folder")
     folder, run = find_model(args.run)
     given: dict[str, Any] = {"dataset": args.dataset, "data_dir": args.data_dir}
     given = {name: value for name, value in given.items() if value is not None}
     given["device"] = args.device
     if run:
-        # Its images may lie elsewhere now.
+        # The run's options say how its images are made; they may lie elsewhere now.
         model: Any = run.model()
         known = list(model.pretrained_cfg.get("label_names") or ())
         return _Judged(model, known, replace(run.options, **given), run, bool(args.dataset))
@@ -126,7 +125,7 @@ def _find(args: EvaluateArguments) -> _Judged:
     # A model alone says how its images are made, and not which.
     if not args.dataset:
         raise BadInput(f"{args.run}: is a model without its run: give --dataset FOLDER")
-    classifier = read_classifier(folder, "cpu")
+    classifier = read_classifier(folder, "cpu", run)
     made = classifier.input
     if made["interpolation"] not in ("bilinear", "bicubic") or made["crop_mode"] != "center":
         raise BadInput(
@@ -175,10 +174,13 @@ def _images(judged: _Judged, say: Callable[[str], None]) -> _Images:
     is_own = dataset.fingerprint == recorded or (not judged.is_given and recorded is None)
     if not is_own and not judged.is_given:
         say(f"note: the images of {options.dataset} are not those that the run was trained with")
-    kind, split = _split_of(dataset, options, is_own or not judged.is_given)
+    kind, split = _split_of(dataset, options, is_own or not judged.is_given, say)
 
     # Other images may count the same classes in another order, so their names decide.
     places = {name: place for place, name in enumerate(known)}
+    twice = [name for name in split.classes if known.count(name) > 1]
+    if twice:
+        raise BadInput(f"{twice[0]!r} is the name of two of the model's classes")
     unknown = [name for name in split.classes if name not in places]
     if unknown:
         hint = ", which are numbers and no names" if unknown[0] == "0" else ""
@@ -195,14 +197,18 @@ def _images(judged: _Judged, say: Callable[[str], None]) -> _Images:
     return _Images(kind, split, dataset.fingerprint, is_own, names)
 
 
-def _split_of(dataset: Dataset, options: RecordedOptions, is_own: bool) -> tuple[str, Split]:
-    """The kind of the images that count, and these. `is_own`: the run was trained on this set.
+def _split_of(
+    dataset: Dataset, options: RecordedOptions, as_the_run: bool, say: Callable[[str], None]
+) -> tuple[str, Split]:
+    """The kind of the images that count, and these: `as_the_run` was judged, or of another set.
 
     Raises BadInput where there are none.
     """
-    if not is_own:
-        # Another set's images are all unseen.
-        return ("test", dataset.test) if len(dataset.test) else ("", dataset.train)
+    if not as_the_run:
+        if len(dataset.test):
+            return "test", dataset.test
+        say("note: no test/ in it: all images count, whether the model was trained on them or not")
+        return "", dataset.train
     if len(dataset.test):
         # The set may have changed, and have fewer images than the run was limited to.
         count = min(options.limit_test, len(dataset.test))
@@ -211,6 +217,36 @@ def _split_of(dataset: Dataset, options: RecordedOptions, is_own: bool) -> tuple
         raise BadInput(f"--dataset {options.dataset}: has no test images")
     # Those that the run has not seen either.
     return "held-out", cut_splits(options, dataset, min(dataset.train.images.shape[2:]))[1]
+
+
+def _evaluate(
+    args: EvaluateArguments, judged: _Judged, split: Split, ranks: Ranks
+) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
+    """The figures over a split and, on the main process, what the model says. All ranks enter.
+
+    As in training: with its precision, layout and input statistics, so that the figures are equal
+    to the last digit on the same kind of device. Raises BadInput where there is no room.
+    """
+    options, model = judged.options, judged.model
+    channels_last = options.memory_format == "channels_last"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    outputs = Outputs(keeps_logits(len(split), len(split.classes)))
+    try:
+        model.to(ranks.device, memory_format=layout)
+        pipeline = Pipeline(options, split, ranks.device, options.input_mean, options.input_std)
+        batches = pipeline.evaluation_batches(args.batch_size, ranks.world, ranks.rank)
+        # Workers that are left behind would keep the process alive.
+        with closing(batches):
+            figures = evaluate(
+                ranks.accelerator, model, batches, len(split), layout, outputs=outputs
+            )
+            tensors = outputs.of_all_ranks(ranks.accelerator, len(split))
+    except torch.OutOfMemoryError as e:
+        raise BadInput(
+            f"no room on {ranks.device} for {len(split):,} images and --batch-size "
+            f"{args.batch_size}; make it smaller, or give --device cpu"
+        ) from e
+    return figures, {name: values.numpy() for name, values in tensors.items()}
 
 
 # ---- what is said of it
@@ -251,7 +287,7 @@ def _write_csv(file: Path, predictions: Predictions, names: list[str]) -> None:
         zip(predictions.labels, predictions.predicted, strict=True)
     ):
         probability = "" if sure is None else f"{sure[i]:.6f}"
-        writer.writerow([names[i], classes[label], classes[taken_for], probability])
+        writer.writerow([printable(names[i]), classes[label], classes[taken_for], probability])
     try:
         write_text(file, text.getvalue())
     except OSError as e:
@@ -283,17 +319,30 @@ def _write_predictions(
 
 
 def _log(
-    run: FinishedRun, tracker: str, figures: dict[str, float], say: Callable[[str], None]
+    judged: _Judged,
+    run: FinishedRun,
+    tracker: str,
+    images: _Images,
+    predictions: Predictions,
+    figures: dict[str, float],
+    say: Callable[[str], None],
 ) -> None:
     """Log the figures as a run of its own beside the training in its group."""
+    options = judged.options
     tracked = TrackedRun(
-        project=run.options.project,
-        name=run.options.run_name,
-        group=run.options.group,
+        project=options.project,
+        name=options.run_name,
+        group=options.group,
         job_type="evaluate",
-        config=run.config["options"],
+        config=run.config["options"]
+        | {"dataset": options.dataset, "data_fingerprint": images.fingerprint},
         folder=run.folder,
         run_id=None,
+        tags=tags_of(options, images.kind),
     )
-    started = start_tracker(tracker, say, tracked)
-    started.finish({f"test/{name}": value for name, value in figures.items()}, 0)
+    opened = start_tracker(tracker, say, tracked)
+    step = read_summary(run.folder)["steps"]
+    opened.show(step, partial(findings, predictions, images.split.images))
+    names = {"loss": "test_loss"}
+    summary = {names.get(name, name): value for name, value in figures.items()}
+    opened.finish({"status": "finished", "tested_on": images.kind or "all", **summary}, 0)

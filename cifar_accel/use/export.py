@@ -18,15 +18,16 @@ from PIL import Image
 
 import cifar_accel
 from cifar_accel.console import FAILED
-from cifar_accel.data.decode import decoded_images, load_dataset
+from cifar_accel.data.decode import MOST_STORED, decoded_images, load_dataset
 from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home, read_json, write_json, write_text
+from cifar_accel.models.weights import CROP_MODE, for_transformers
 from cifar_accel.network import require_network
-from cifar_accel.options.options import ExportArguments
+from cifar_accel.options.options import ExportArguments, TrainingArguments
 from cifar_accel.records.summary import read_summary
 from cifar_accel.use.card import FILE as CARD
 from cifar_accel.use.card import model_card
-from cifar_accel.use.classifier import Classifier, find_model, read_classifier
+from cifar_accel.use.classifier import Classifier, batches, find_model, read_classifier
 from cifar_accel.use.load import FinishedRun
 
 # Images on which an exported model is compared with the one that it comes from.
@@ -44,7 +45,9 @@ ANY_BATCH = ({0: torch.export.Dim("batch")},)
 Exported = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def export(args: ExportArguments, say: Callable[[str], None]) -> int:
+def export(
+    args: ExportArguments, say: Callable[[str], None], complain: Callable[[str], None]
+) -> int:
     """Write a model in another form, or push it to the hub; the exit code.
 
     1 is for an exported model that does not say what the model says; nothing is written then.
@@ -53,14 +56,17 @@ def export(args: ExportArguments, say: Callable[[str], None]) -> int:
     check_options(args)
     folder, run = find_model(args.model)
     # Whatever is wrong with the model is found before anything is written.
-    classifier = read_classifier(folder, "cpu")
+    classifier = read_classifier(folder, "cpu", run)
     if args.push:
         push(args, folder, run, say)
         return 0
     out = home(str(args.out))
-    if args.format:
-        return export_graph(args, classifier, run, out, say)
-    write_hub_folder(folder, run, out)
+    try:
+        if args.format:
+            return export_graph(args, classifier, run, out, say, complain)
+        write_hub_folder(folder, run, out)
+    except OSError as e:
+        raise BadInput(f"--out {out}: {e.strerror or e}") from e
     say(f"written   {out}: config.json, model.safetensors, {CARD}")
     return 0
 
@@ -106,11 +112,13 @@ def export_graph(
     run: FinishedRun | None,
     out: Path,
     say: Callable[[str], None],
+    complain: Callable[[str], None],
 ) -> int:
-    """Write DIR/model.onnx or DIR/model.pt2 once it was compared with the model; the exit code."""
-    name, write = {"onnx": ("model.onnx", _write_onnx), "torch": ("model.pt2", _write_pt2)}[
-        str(args.format)
-    ]
+    """Write DIR/model.onnx or DIR/model.pt2 once it was compared with the model; the exit code.
+
+    Raises OSError, and BadInput for a model that torch cannot export.
+    """
+    name, write = GRAPHS[str(args.format)]
     images, which = checking_images(args, classifier, run, say)
     _make_folder(out, [name])
     # Two images: torch takes a batch of one for a constant.
@@ -119,17 +127,24 @@ def export_graph(
     with tempfile.TemporaryDirectory(dir=out) as scratch, warnings.catch_warnings():
         # Of torch's own insides.
         warnings.simplefilter("ignore")
-        graph = torch.export.export(served, (example,), dynamic_shapes=ANY_BATCH)
         file = Path(scratch) / name
-        exported = write(graph, file, description(classifier))
+        try:
+            graph = torch.export.export(served, (example,), dynamic_shapes=ANY_BATCH)
+            exported = write(graph, file, description(classifier))
+        except OSError:
+            raise
+        # There is no telling how a model of timm's fails in there.
+        except Exception as e:
+            reason = f"{type(e).__name__}: {first_line(e)}"
+            raise BadInput(f"--format {args.format}: torch cannot export it ({reason})") from e
         agrees, line = compare(classifier, exported, images)
         say(f"checked   on {len(images)} {which}:")
         say(f"          {line}")
         if not agrees:
-            say(f"cifar_accel: the exported model differs by more than {TOLERANCE:g}; not written")
+            complain(f"the exported model differs by {TOLERANCE:g} or more: nothing is written")
             return FAILED
         os.replace(file, out / name)
-    say(f"written   {out / name}: uint8 [batch, 3, {classifier.size}, {classifier.size}] in")
+    say(f"written   {out / name}: uint8 [batch, 3, {classifier.size}, {classifier.size}] in,")
     say(f"          probabilities float32 [batch, {len(classifier.classes)}] out")
     return 0
 
@@ -137,12 +152,18 @@ def export_graph(
 def description(classifier: Classifier) -> dict[str, str]:
     """What the exported file says of itself; values are text, lists are JSON."""
     side, made = classifier.size, classifier.input
-    shorter = int(side / made["crop_pct"])
+    larger = int(side / made["crop_pct"])
+    # What timm calls squash takes no heed of the shape.
+    whole = (
+        f"to {larger}x{larger}"
+        if made["crop_mode"] == "squash"
+        else f"the shorter side to {larger}"
+    )
     return {
         "classes": json.dumps(classifier.classes),
         "image_size": str(side),
         "resizing": (
-            f"RGB; the shorter side to {shorter} pixels ({made['interpolation']}, antialiased), "
+            f"RGB; {whole} pixels ({made['interpolation']}, antialiased), "
             f"then the centre of {side}x{side}"
         ),
         "input": f"uint8 [batch, 3, {side}, {side}], not normalised",
@@ -176,6 +197,10 @@ def _write_pt2(graph: Any, file: Path, described: dict[str, str]) -> Exported:
     return lambda images: module(torch.from_numpy(images)).detach().numpy()
 
 
+# By --format: the file's name, and what writes it.
+GRAPHS = {"onnx": ("model.onnx", _write_onnx), "torch": ("model.pt2", _write_pt2)}
+
+
 def checking_images(
     args: ExportArguments,
     classifier: Classifier,
@@ -185,19 +210,19 @@ def checking_images(
     """Images to compare models on, and which these are, in words."""
     pixels: NDArray[np.uint8] | None = None
     which = "random images (no data at hand; --dataset names some)"
+    options = run.options if run else TrainingArguments()
     if args.dataset:
-        dataset = load_dataset(args.dataset, "~/.cache/cifar_accel", classifier.size, say)
+        side, most = classifier.size, MOST_STORED**2
+        dataset = load_dataset(args.dataset, options.data_dir, side, say, most)
         pixels = (dataset.test if len(dataset.test) else dataset.train).images
-        which = f"images of {args.dataset}"
     elif run:
-        options = run.options
         fingerprint = run.config["options"].get("data_fingerprint")
         for split in ("test", "train"):
             if pixels is None:
                 pixels = decoded_images(options.data_dir, fingerprint, options.stored_size, split)
-        if pixels is not None:
-            which = f"images of {options.dataset}"
-    if pixels is None:
+    if pixels is not None:
+        which = f"images of {args.dataset or options.dataset}"
+    else:
         side = classifier.size
         pixels = np.random.default_rng(0).integers(0, 256, (CHECKED, 3, side, side), np.uint8)
     # From all over the split, which may be in the order of its classes.
@@ -212,9 +237,8 @@ def compare(
     # timm's transform without its last step.
     resize = timm.data.create_transform(**classifier.input, normalize=False)
     ours, theirs = [], []
-    for start in range(0, len(images), 32):
-        batch = images[start : start + 32]
-        ours.append(classifier.probabilities(batch))
+    for batch in batches(images, 32):
+        ours.append(classifier.probabilities([classifier.prepare(image) for image in batch]))
         theirs.append(exported(np.stack([resize(image).numpy() for image in batch])))
     a, b = np.concatenate(ours), np.concatenate(theirs)
     difference = float(np.abs(a - b).max())
@@ -229,35 +253,35 @@ def compare(
 def write_hub_folder(folder: Path, run: FinishedRun | None, out: Path) -> None:
     """Write config.json, model.safetensors and the model card to `out`, a new or empty place.
 
-    Nothing in it is pickled. Raises BadInput where one of them is there already.
+    Nothing in it is pickled, and each file is whole or absent. Raises OSError, and BadInput where
+    one of them is there already.
     """
     _make_folder(out, ["config.json", "model.safetensors", CARD])
-    config = read_json(folder / "config.json")
-    # It stands beside them too, and transformers takes it once only; so earlier versions wrote it.
-    config.get("model_args", {}).pop("num_classes", None)
-    try:
-        shutil.copyfile(folder / "model.safetensors", out / "model.safetensors")
-        write_json(out / "config.json", config)
-        if run:
-            card = model_card(config, run.options, run.config, read_summary(run.folder))
-        elif (folder / CARD).is_file():
-            card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-        else:
-            card = model_card(config)
-        write_text(out / CARD, card)
-    except OSError as e:
-        raise BadInput(f"--out {out}: {e.strerror or e}") from e
+    config = for_transformers(read_json(folder / "config.json"))
+    if run:
+        # As in `read_classifier`.
+        config["pretrained_cfg"]["crop_mode"] = CROP_MODE
+    write_json(out / "config.json", config)
+    card = folder / CARD
+    if card.is_file():
+        # Somebody may have added to it.
+        text = card.read_text(encoding="utf-8", errors="replace")
+    elif run:
+        text = model_card(config, run.config, read_summary(run.folder))
+    else:
+        text = model_card(config)
+    write_text(out / CARD, text)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        copied = shutil.copyfile(folder / "model.safetensors", Path(scratch, "model.safetensors"))
+        os.replace(copied, out / "model.safetensors")
 
 
 def _make_folder(out: Path, names: list[str]) -> None:
-    """Make the folder `out`. Raises BadInput where it cannot be, or one of `names` is in it."""
+    """Make the folder `out`. Raises OSError, and BadInput where one of `names` is in it."""
     there = [name for name in names if (out / name).exists()]
     if there:
         raise BadInput(f"--out {out}: holds {there[0]} already; remove it, or give another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {out}: {e.strerror or e}") from e
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def push(
@@ -266,7 +290,7 @@ def push(
     """Upload what `write_hub_folder` writes to a repository of the hub. Raises BadInput."""
     # The hub's client is slow to import.
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     repository = str(args.push)
@@ -281,13 +305,18 @@ def push(
         write_hub_folder(folder, run, Path(scratch))
         api = HfApi()
         try:
-            made = api.create_repo(repository, private=args.private, exist_ok=True)
-            say(f"hub       uploading to {made}")
-            api.upload_folder(
-                repo_id=made.repo_id,
-                folder_path=scratch,
-                commit_message=f"Model by cifar_accel {cifar_accel.__version__}",
-            )
-        except (HfHubHTTPError, OSError) as e:
+            # Unset: as the owner has it for new ones.
+            made = api.create_repo(repository, private=args.private or None, exist_ok=True)
+            is_public = not api.repo_info(made.repo_id).private
+        # The hub's HTTP library, and with it its errors, changes from version to version.
+        except Exception as e:
+            raise BadInput(f"--push {repository}: {first_line(e)}") from e
+        if args.private and is_public:
+            raise BadInput(f"--push {repository}: is there already, and public, not --private")
+        say(f"hub       uploading to {made}")
+        message = f"Model by cifar_accel {cifar_accel.__version__}"
+        try:
+            api.upload_folder(repo_id=made.repo_id, folder_path=scratch, commit_message=message)
+        except Exception as e:
             raise BadInput(f"--push {repository}: {first_line(e)}") from e
     say(f"pushed    {made}")

@@ -5,16 +5,17 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from cifar_accel.console import FAILED, printable, reader_is_gone
-from cifar_accel.data.datasets import IMAGE_ENDINGS
-from cifar_accel.data.decode import open_image
+from cifar_accel.data.datasets import IMAGE_ENDINGS, is_image, visible_files
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import PredictArguments
@@ -33,6 +34,16 @@ def predict(args: PredictArguments, complain: Callable[[str], None]) -> int:
     classifier = load(args.model, args.device)
     # Pillow refuses what is far larger, and warns of the rest.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def prepared(file: Path | BadInput) -> torch.Tensor | BadInput:
+        """The image in a file, or what is wrong with it."""
+        if isinstance(file, BadInput):
+            return file
+        try:
+            return classifier.prepare(file)
+        except BadInput as damage:
+            return damage
+
     bad = 0
     rows: list[Row] = []
     write = _write_csv if args.csv else _write_table
@@ -40,17 +51,17 @@ def predict(args: PredictArguments, complain: Callable[[str], None]) -> int:
         _csv_writer().writerow(["file", "rank", "label", "probability"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(_files(args.images), args.batch_size):
-            # Pillow decodes without Python's lock.
-            opened = list(zip(batch, pool.map(_opened, batch), strict=True))
-            for _, image in opened:
-                if isinstance(image, BadInput):
+            # Pillow decodes and resizes without Python's lock.
+            images = list(pool.map(prepared, batch))
+            for damage in images:
+                if isinstance(damage, BadInput):
                     bad += 1
-                    complain(str(image))
-            whole = [(str(file), i) for file, i in opened if isinstance(i, Image.Image)]
+                    complain(str(damage))
+            pairs = zip(batch, images, strict=True)
+            whole = [(str(file), i) for file, i in pairs if isinstance(i, torch.Tensor)]
             if whole:
-                names, images = zip(*whole, strict=True)
-                found = classifier.predict_batch(images, args.top_k)
-                rows += zip(names, found, strict=True)
+                found = classifier.predict_prepared([image for _, image in whole], args.top_k)
+                rows += zip((file for file, _ in whole), found, strict=True)
             # JSON is one list; the others are written as they come.
             if not args.json:
                 write(rows)
@@ -65,7 +76,7 @@ def predict(args: PredictArguments, complain: Callable[[str], None]) -> int:
 def _files(words: tuple[str, ...]) -> Iterator[Path | BadInput]:
     """The image files that the words name: files, folders, and - for one a line on stdin.
 
-    In place of a folder without images comes what is wrong with it.
+    In place of what names none comes what is wrong with it.
     """
     for word in words:
         if word == "-":
@@ -73,30 +84,18 @@ def _files(words: tuple[str, ...]) -> Iterator[Path | BadInput]:
             lines = (line.rstrip(b"\n") for line in sys.stdin.buffer)
             yield from (Path(os.fsdecode(line)) for line in lines if line)
             continue
-        path = home(word)
-        if not path.is_dir():
+        try:
+            path = home(word)
+        except BadInput as unknown:
+            yield unknown
+            continue
+        if not os.path.isdir(path):
             yield path
             continue
-        inside = sorted(file for file in path.rglob("*") if _is_shown_image(path, file))
+        inside = list(filter(is_image, visible_files(path, path.rglob("*"), Counter())))
         yield from inside
         if not inside:
             yield BadInput(f"{path}: this folder holds no image ({', '.join(IMAGE_ENDINGS)})")
-
-
-def _is_shown_image(folder: Path, file: Path) -> bool:
-    """Whether a file in `folder` is called as images are, and is not hidden."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in IMAGE_ENDINGS and not hidden
-
-
-def _opened(file: Path | BadInput) -> Image.Image | BadInput:
-    """The image in a file, or what is wrong with it."""
-    if isinstance(file, BadInput):
-        return file
-    try:
-        return open_image(file, str(file))
-    except BadInput as damage:
-        return damage
 
 
 # ---- how it is written

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save_file
 import cifar_accel
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.errors import BadInput
+from cifar_accel.models.create import build_model
+from cifar_accel.models.weights import save_model
+from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.records.predictions import read_predictions
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -24,7 +28,8 @@ def test_it_says_of_the_test_images_what_the_run_said(run):
     said = read_predictions(run)["test"]
     test = load_dataset("digits", options_of_run(run)["data_dir"], 32).test
     images = [Image.fromarray(test.images[i].transpose(1, 2, 0)) for i in said.places]
-    probabilities = cifar_accel.load(run, device="cpu").probabilities(images)
+    classifier = cifar_accel.load(run, device="cpu")
+    probabilities = classifier.probabilities([classifier.prepare(image) for image in images])
     expected = torch.from_numpy(said.logits).float().softmax(1).numpy()
     # Logits are kept in half precision.
     assert np.abs(probabilities - expected).max() < 2e-3
@@ -58,8 +63,11 @@ def test_images_may_be_files_or_open_or_arrays(model, pictures):
     # One image alone is a list of one.
     assert classifier.predict(pictures[0], top_k=3) == expected[:1]
     # All classes together are sure.
+    assert classifier.predict(arrays[0], top_k=3) == expected[:1]
     (found,) = classifier.predict(arrays[0][None], top_k=99)
     assert sum(prediction.probability for prediction in found) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(BadInput, match="top_k 0: must be 1 or more"):
+        classifier.predict(pictures, top_k=0)
     with pytest.raises(BadInput, match=r"must be uint8 \[H, W, 3\], not float64 \(2, 2\)"):
         classifier.predict([np.zeros((2, 2))])
 
@@ -75,6 +83,55 @@ def test_a_long_image_is_seen_at_its_centre(model):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32 * 11, 3), np.uint8)
     by_itself = cifar_accel.predict(model, [pixels[:, 160:192]])
     assert cifar_accel.predict(model, [pixels]) == by_itself
+
+
+def test_an_open_image_is_what_its_file_is(model, tmp_path):
+    """Turned as its EXIF data say; 16 bits are scaled."""
+    rng = np.random.default_rng(0)
+    turned = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    grey = Image.fromarray(rng.integers(0, 65536, (40, 40)).astype(np.uint16))
+    grey.save(tmp_path / "grey.png")
+    classifier = cifar_accel.load(model)
+    for file in (tmp_path / "turned.png", tmp_path / "grey.png"):
+        with Image.open(file) as image:
+            assert torch.equal(classifier.prepare(image), classifier.prepare(file))
+    # It is read when it is used.
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "turned.png").read_bytes()[:-3000])
+    with Image.open(cut) as image, pytest.raises(BadInput, match="given open is not whole"):
+        classifier.prepare(image)
+
+
+def test_images_are_cut_and_not_squeezed_as_in_training(run, command, tmp_path):
+    """Whatever was done to those of the weights that it began with."""
+    args = replace(recipe_defaults("digits"), model="test_nfnet", pretrained=False)
+    made = build_model(args, 10, str)
+    made.pretrained_cfg["crop_mode"] = "squash"
+    save_model(made, tmp_path / "saved", args, DIGITS)
+    assert cifar_accel.load(tmp_path / "saved").input["crop_mode"] == "center"
+
+    # Earlier versions wrote what the weights had.
+    config = json.loads((run / "model" / "config.json").read_text())
+    config["pretrained_cfg"]["crop_mode"] = "squash"
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    assert cifar_accel.load(run).input["crop_mode"] == "center"
+    assert command("export", run, "--out", tmp_path / "out")[0] == 0
+    assert cifar_accel.load(tmp_path / "out").input["crop_mode"] == "center"
+    # A model without its run is what it says.
+    moved = (run / "model").rename(tmp_path / "moved")
+    assert cifar_accel.load(moved).input["crop_mode"] == "squash"
+    code, _, err = command("evaluate", moved, "--dataset", "digits")
+    assert code == 2
+    assert "crop squash; here they are made by bilinear or bicubic and the centre" in err
+
+
+def test_names_may_be_a_table(model):
+    """timm's other form; a number stands for a class that has none."""
+    write_config(model, label_names={"0": "zero", "3": "three"})
+    assert cifar_accel.load(model).classes == ["zero", "1", "2", "three", *DIGITS[4:]]
 
 
 def test_a_published_model_knows_imagenets_names(weights, pictures):
@@ -113,7 +170,7 @@ def make_infinite(model):
         (make_infinite, "head.fc.bias is not finite"),
         (lambda model: (model / "model.safetensors").unlink(), "is neither a finished run nor a"),
         (lambda model: (model / "config.json").write_text("{"), "is neither a finished run nor a"),
-        (lambda model: write_config(model, label_names=[1, 2]), "names of classes, if any, as a"),
+        (lambda model: write_config(model, label_names=[1, 2]), "is neither a finished run nor a"),
         (lambda model: write_config(model, label_names=DIGITS[1:]), "9 label_names for 10 classes"),
         (
             lambda model: write_config(model, architecture="no_such_net"),
@@ -176,6 +233,7 @@ except AttributeError as error:
 def test_the_api_is_typed():
     """What __init__.pyi says is what __init__.py has."""
     text = Path(cifar_accel.__path__[0], "__init__.pyi").read_text()
+    assert set(cifar_accel.__all__) <= set(dir(cifar_accel))
     for name in cifar_accel.__all__:
         assert name == "__version__" or f"as {name}\n" in text
         assert getattr(cifar_accel, name)

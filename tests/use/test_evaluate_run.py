@@ -53,7 +53,7 @@ def made_run(tmp_path):
 
 
 def figures(run, **options):
-    return evaluate_run(EvaluateArguments(str(run), device="cpu", **options), lambda line: None)
+    return evaluate_run(EvaluateArguments(str(run), device="cpu", **options), str, str)
 
 
 def test_labels_are_matched_by_the_names_of_the_classes(tmp_path, made_run):
@@ -99,7 +99,8 @@ def test_images_that_have_changed_since_are_told(tmp_path, made_run):
 
     def said(dataset=None):
         lines = []
-        evaluate_run(EvaluateArguments(str(run), device="cpu", dataset=dataset), lines.append)
+        args = EvaluateArguments(str(run), device="cpu", dataset=dataset)
+        evaluate_run(args, lines.append, lines.append)
         return " ".join(lines)
 
     assert "are not those that the run was trained with" in said()
@@ -179,7 +180,8 @@ def test_a_folder_of_classes_is_judged_as_a_whole(tmp_path, made_run):
     run = made_run("digits", ["ant", "dog", "cat", "eel"])
     data = classes_folder(tmp_path / "data", ("cat", "dog"), sizes=((32, 32), (40, 60)))
     said = []
-    result = evaluate_run(EvaluateArguments(str(run), device="cpu", dataset=str(data)), said.append)
+    args = EvaluateArguments(str(run), device="cpu", dataset=str(data))
+    result = evaluate_run(args, said.append, said.append)
     assert result["evaluated_images"] == 6
     assert [c["name"] for c in result["classes"]] == ["dog", "cat"]
     assert [c["images"] for c in result["classes"]] == [3, 3]
@@ -212,8 +214,14 @@ def test_a_file_of_predictions(tmp_path, made_run):
     right = [row["label"] == row["prediction"] for row in rows]
     assert np.mean(right) == result["accuracy"]
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
-    with pytest.raises(BadInput, match="--predictions .*nowhere/said.csv: No such file"):
+    with pytest.raises(BadInput, match="--predictions .*nowhere/said.csv: there is no such folder"):
         figures(run, dataset=str(data), predictions=str(tmp_path / "nowhere" / "said.csv"))
+
+
+def test_a_name_that_two_classes_have_is_refused(tmp_path, made_run):
+    run = made_run("digits", ["cat", "dog", "cat"])
+    with pytest.raises(BadInput, match="'cat' is the name of two of the model's classes"):
+        figures(run, dataset=str(classes_folder(tmp_path / "data", ("cat", "dog"))))
 
 
 def test_json_is_all_of_stdout(command, run):

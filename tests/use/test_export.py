@@ -35,7 +35,8 @@ def resized(files: list[Path], side: int, interpolation: Image.Resampling) -> np
 
 def assert_says_what_the_model_says(run_exported, model: Path, pictures: list[Path]) -> None:
     """Of one, two and three images."""
-    expected = load(model).probabilities([Image.open(file) for file in pictures])
+    classifier = load(model)
+    expected = classifier.probabilities([classifier.prepare(file) for file in pictures])
     pixels = resized(pictures, 32, Image.Resampling.BILINEAR)
     for count in (1, 2, 3):
         said = run_exported(pixels[:count])
@@ -111,9 +112,9 @@ def test_it_is_checked_on_the_images_that_are_named(command, model, pictures, tm
 
 def test_what_differs_is_not_written(command, model, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", 0.0)
-    code, out, _ = command("export", model, "--format", "torch", "--out", tmp_path / "out")
+    code, _, err = command("export", model, "--format", "torch", "--out", tmp_path / "out")
     assert code == 1
-    assert "the exported model differs by more than 0; not written" in out
+    assert "the exported model differs by 0 or more: nothing is written" in err
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -143,6 +144,13 @@ def test_a_model_of_an_earlier_version(command, model, tmp_path):
     assert command("export", model, "--out", tmp_path / "out")[0] == 0
     assert "num_classes" not in read_json(tmp_path / "out" / "config.json")["model_args"]
     assert "Nothing is recorded" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_was_added_to_a_card_goes_along(command, run, tmp_path):
+    card = run / "model" / "README.md"
+    card.write_text(card.read_text() + "\nLicence: mine.\n")
+    assert command("export", run, "--out", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "README.md").read_text() == card.read_text()
 
 
 @pytest.mark.parametrize("place", ["run", "moved", "exported"])
@@ -204,6 +212,16 @@ def test_what_is_there_is_not_written_over(command, model, tmp_path):
     code, _, err = command("export", model, "--out", out / "config.json")
     assert code == 2
     assert "out/config.json" in err
+
+
+def test_a_model_that_torch_cannot_export_is_one_line(command, model, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("no way\nat all")
+
+    monkeypatch.setattr("torch.export.export", fail)
+    code, _, err = command("export", model, "--format", "torch", "--out", tmp_path / "out")
+    assert code == 2
+    assert "--format torch: torch cannot export it (RuntimeError: no way)\n" in err
 
 
 def test_packages_that_are_missing_are_named(command, model, tmp_path, monkeypatch):

@@ -105,11 +105,6 @@ def test_a_model_that_gives_no_logits_is_refused(folder):
         load_run(folder).model()
 
 
-def test_a_folder_inside_a_run_is_none(folder):
-    with pytest.raises(BadInput, match=r"is no run folder \(give the folder above it\)"):
-        load_run(folder / "model")
-
-
 def test_what_is_no_finished_run_is_refused(folder):
     (folder / "model" / "model.safetensors").unlink()
     with pytest.raises(BadInput, match="the run is not finished"):

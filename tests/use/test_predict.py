@@ -100,12 +100,13 @@ def test_a_bad_image_is_named_and_the_rest_go_on(command, model, pictures, form)
     (folder / "cut.png").write_bytes(pictures[0].read_bytes()[:500])
     (folder / "none").mkdir()
     gone = folder / "gone.png"
-    code, out, err = command("predict", model, folder, folder / "none", gone, *form)
+    code, out, err = command("predict", model, folder, folder / "none", gone, "~no-one/a", *form)
     assert code == 1
+    assert "~no-one/a: there is no such home directory" in err
     for name in ("huge.png", "text.png", "cut.png", "gone.png"):
         assert f"{folder / name} is not a whole image" in err
     assert f"{folder / 'none'}: this folder holds no image" in err
-    assert err.count("\n") == 5
+    assert err.count("\n") == 6
     for file in pictures:
         assert str(file) in out
     assert "text.png" not in out
@@ -145,3 +146,9 @@ def test_a_reader_that_goes_away_ends_it(model, pictures):
     process.stderr.close()
     # A reader that stays is none that is gone.
     assert not _Output.reader_is_gone
+
+
+def test_of_several_processes_one_predicts(command, model, pictures, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert command("predict", model, pictures[0]) == (0, "", "")
+    assert command("export", model, "--out", "somewhere") == (0, "", "")

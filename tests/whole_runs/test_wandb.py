@@ -8,7 +8,15 @@ from pathlib import Path
 
 import forked_runs
 import pytest
-from conftest import options_of_run, rows, summary, wandb_inspect, wandb_runs, wandb_summary
+from conftest import (
+    image_folder,
+    options_of_run,
+    rows,
+    summary,
+    wandb_inspect,
+    wandb_runs,
+    wandb_summary,
+)
 
 from cifar_accel.records import checkpoint
 from cifar_accel.records.trackers import wandb_row
@@ -142,6 +150,26 @@ def test_a_divergence_is_an_alert(trainer):
     assert alert["text"].startswith("Diverged: step ")
     (file,) = wandb_runs(run)
     assert wandb_summary(file)["exit_code"] == 1
+
+
+def test_an_evaluation_is_a_run_of_its_own(trainer, command, tmp_path):
+    """With the figures and the images that were judged, not those of the training."""
+    run = trainer("--tracker", "none", "--epochs", "1").run
+    data = image_folder(tmp_path / "data")
+    for split in ("train", "test"):
+        for old, new in (("cat", "3"), ("dog", "5")):
+            (data / split / old).rename(data / split / new)
+    code, out, err = command("evaluate", run, "--dataset", data, "--tracker", "wandb", "--json")
+    assert code == 0, err
+    (told,) = records(run, "run")
+    assert told["job_type"] == "evaluate"
+    assert told["tags"][2:] == ["data", "test"]
+    (file,) = wandb_runs(run)
+    seen = wandb_summary(file)
+    assert seen["summary"]["test/accuracy"] == json.loads(out)["accuracy"]
+    assert seen["summary"]["test/images"] == 6
+    assert seen["config"]["data"]["dataset"] == str(data)
+    assert seen["config"]["data"]["data_fingerprint"] != options_of_run(run)["data_fingerprint"]
 
 
 # ---- stopped from the web, and by a signal
