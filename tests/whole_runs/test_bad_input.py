@@ -159,7 +159,9 @@ ENVIRONMENT = [
 # Words of the other commands.
 COMMANDS = [
     (["evalute", "x"], "did you mean evaluate"),
-    (["evaluate", "nowhere"], "is no run folder"),
+    (["evaluate", "nowhere"], "nowhere: no such folder"),
+    (["predict", "nowhere", "a.png"], "nowhere: no such folder"),
+    (["export", "nowhere", "--out", "out"], "nowhere: no such folder"),
     (["evaluate", "nowhere", "--batch-size", "0"], "--batch-size 0: must be greater than 0"),
     (["report", "nowhere"], "no such folder"),
     (["compare", "nowhere"], "no such folder"),

@@ -144,7 +144,7 @@ def test_a_signal_leaves_a_checkpoint_and_143(trainer, tmp_path, number):
     # Two parts of one wandb run.
     first, second = wandb_runs(run)
     assert first.name == second.name
-    assert wandb_summary(second)["summary"]["accuracy"] == summary(run)["accuracy"]
+    assert wandb_summary(second)["summary"]["test/accuracy"] == summary(run)["accuracy"]
 
 
 def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):

@@ -30,6 +30,7 @@ from conftest import (
 from cifar_accel.cli import evaluate_command, main, train_command
 from cifar_accel.files import read_json
 from cifar_accel.records.predictions import read_predictions
+from cifar_accel.records.trackers import wandb_config, wandb_row
 from cifar_accel.results.charts import PLOTS
 
 
@@ -153,17 +154,19 @@ def test_two_processes_are_one_run(trainer):
 
     # One run of wandb too, with every row.
     (file,) = wandb_runs(two)
-    logged = [without_wandbs_own(row) for row in wandb_rows(file)]
-    assert len(logged) == len(rows(two))
+    *logged, objects = [without_wandbs_own(row) for row in wandb_rows(file)]
+    assert [row.pop("trainer/step") for row in logged] == steps(two)
     for row, line in zip(logged, rows(two), strict=True):
-        assert row.pop("trainer/step") == line.pop("step")
-        assert row == pytest.approx(line)
+        expected = wandb_row(line)
+        del expected["trainer/step"]
+        assert row == pytest.approx(expected)
+    assert any(name.startswith("test/mistakes") for name in objects)
 
     # With its result, its configuration and its group.
     seen = wandb_summary(file)
     assert seen["state"] == "finished"
-    assert seen["summary"]["accuracy"] == summary(two)["accuracy"]
-    assert without_wandbs_own(seen["config"]) == options_of_run(two)
+    assert seen["summary"]["test/accuracy"] == summary(two)["accuracy"]
+    assert without_wandbs_own(seen["config"]) == wandb_config(options_of_run(two))
     assert options_of_run(two)["processes"] == 2
     assert options_of_run(two)["device_batch_size"] == 16
     assert b"pair" in file.read_bytes()
