@@ -6,7 +6,7 @@
 #                                  about two minutes
 #   ./launch.sh test [ARGS]        the linters, the type checker and the tests (ARGS go to pytest)
 #   ./launch.sh OPTIONS            train, as `accelerate launch -m cifar_accel OPTIONS` does
-#   ./launch.sh COMMAND [ARGS]     as `cifar-accel COMMAND ARGS` does: study, report, evaluate
+#   ./launch.sh COMMAND [ARGS]     as `cifar-accel COMMAND ARGS` does: study, report, predict
 #
 # Needs python3 >= 3.11, nothing else; uses uv when it is there. PYTHON chooses the interpreter.
 # Signals reach the training, and its exit code comes back: 0 done, 2 bad input, 143 stopped by a

@@ -17,6 +17,7 @@ from conftest import (
     wandb_runs,
     wandb_summary,
 )
+from wandb_server import wandb_server
 
 from cifar_accel.records import checkpoint
 from cifar_accel.records.trackers import wandb_row
@@ -222,3 +223,38 @@ def test_a_part_that_is_stopped_is_no_failure(words, tmp_path, stop):
     ids = {file.stem for file in files}
     assert (len(files), len(ids)) == (2, 1)
     assert wandb_summary(files[-1])["summary"]["status"] == "finished"
+
+
+# ---- a server that takes it
+
+
+def online(server) -> dict[str, str]:
+    """The environment of a training that tells `server`."""
+    key = "0123456789" * 4
+    return {"WANDB_MODE": "online", "WANDB_API_KEY": key, "WANDB_BASE_URL": server.address}
+
+
+def test_a_server_that_takes_a_run(trainer):
+    """It gets every row and the summary; of objects that it refuses one line is said."""
+    with wandb_server() as server:
+        done = trainer(*WANDB, env=online(server))
+        assert server.complete.wait(30)
+    assert f"wandb: {server.address}/ann/cifar_accel/runs/" in done.stdout
+    assert "warning: wandb got no confusions and mistakes" in done.stdout
+    logged = [row["trainer/step"] for row in server.files["wandb-history.jsonl"]]
+    assert logged == [row["step"] for row in rows(done.run)]
+    figures = server.files["wandb-summary.json"][-1]
+    assert figures["test/accuracy"] == summary(done.run)["accuracy"]
+    assert server.exit_code == 0
+    config = json.loads(server.variables["UpsertBucket"][0]["config"])
+    assert config["optim"]["value"]["learning_rate"] == 3e-3
+
+
+def test_stop_on_the_web_is_a_first_ctrl_c(trainer):
+    """wandb's own process learns of it from the server, and interrupts the training."""
+    with wandb_server() as server:
+        server.stops = True
+        done = trainer(*WANDB, "--epochs", "2000", check=143, env=online(server))
+    assert "stopped by SIGINT after step" in done.stdout
+    assert (done.run / "PREEMPTED").exists()
+    assert checkpoint.list_checkpoints(done.run)
