@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+from cifar_accel.errors import BadInput
+
 # Exit codes of every command: 0 is done, and 143 what a shell reports for a process that SIGTERM
 # ended: a training that was stopped, after a checkpoint.
 FAILED = 1
@@ -67,6 +69,14 @@ def say(line: str) -> None:
             sys.modules["tqdm"].tqdm.write(line)
         else:
             print(line, flush=True)
+
+
+def print_result(text: str) -> None:
+    """Print what a command was asked for. Raises BadInput where stdout does not take it."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        raise BadInput(f"stdout: {e.strerror or e}") from e
 
 
 def complain(line: str) -> None:

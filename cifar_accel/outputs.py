@@ -248,8 +248,9 @@ def save_card(run: Run, summary: dict[str, Any]) -> None:
         return
     folder = run.folder.path / "model"
     model = read_json(folder / "config.json")
+    classes = run.data.train.split.classes
     with no_room_is_a_warning(folder / CARD):
-        write_text(folder / CARD, model_card(model, run.folder.config, summary))
+        write_text(folder / CARD, model_card(model, classes, run.folder.config, summary))
 
 
 def save_predictions(run: Run, state: State) -> dict[str, Predictions]:

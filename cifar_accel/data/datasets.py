@@ -427,7 +427,9 @@ def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
     """
     tests = [path / n for n in ("test", "val", "validation") if (path / n).is_dir()][:1]
     train = path / "train"
-    if not train.is_dir():
+    if _has_a_class_called_train(path):
+        tests, train = [], path
+    elif not train.is_dir():
         train = path
         for child in path.iterdir():
             if child.is_dir() and LOOKS_LIKE_A_SPLIT.fullmatch(child.name.lower()):
@@ -452,6 +454,15 @@ def _image_folder(path: Path, say: Callable[[str], None]) -> Source:
     files = {split: list(raw.items) for split, raw in splits}
     identity = partial(_digest, path, list(chain(*files.values())))
     return Source(identity, partial(iter, splits), files)
+
+
+def _has_a_class_called_train(path: Path) -> bool:
+    """Whether `path` is a folder of classes, one of them called train, as CIFAR-100 has it."""
+    train = path / "train"
+    if not train.is_dir() or any(child.is_dir() for child in train.iterdir()):
+        return False
+    folders = [child.name.lower() for child in path.iterdir() if child.is_dir()]
+    return not all(map(LOOKS_LIKE_A_SPLIT.fullmatch, folders))
 
 
 def is_image(file: Path) -> bool:

@@ -29,8 +29,7 @@ TOLD = (
 HOW_TO_USE = """
 ## Use
 
-Images are made as `config.json` says: the shorter side to S / crop_pct, the centre, mean and
-deviation. These three do so themselves; FOLDER is this folder.
+Images are made as `config.json` says. These three do so themselves; FOLDER is this folder.
 
 ```
 cifar-accel predict FOLDER cat.png
@@ -47,6 +46,7 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model
 
 def model_card(
     model: dict[str, Any],
+    classes: list[str],
     config: dict[str, Any] | None = None,
     figures: dict[str, Any] | None = None,
 ) -> str:
@@ -54,10 +54,14 @@ def model_card(
 
     Args:
         model: its config.json, in timm's form.
+        classes: the names of its outputs.
         config: what config.json of the run that trained it holds, if that is known.
         figures: accuracy, top5_accuracy, evaluated_images and tested_on, as in its summary.json.
     """
     architecture = _plain(model["architecture"])
+    # Of a run that an earlier version, or nobody, evaluated there are none.
+    if not figures or not figures.get("evaluated_images") or not figures.get("top5_accuracy"):
+        figures = None
     # Earlier versions had fewer options.
     options = {**asdict(TrainingArguments()), **config["options"]} if config else {}
     title = architecture
@@ -69,7 +73,7 @@ def model_card(
     card += HOW_TO_USE
     if config:
         card += _training(options, config)
-    return card + _classes(model) + _limits(bool(config), model)
+    return card + _classes(classes) + _limits(bool(config), model)
 
 
 def _metadata(architecture: str, options: dict[str, Any], figures: dict[str, Any] | None) -> str:
@@ -147,11 +151,8 @@ def _training(options: dict[str, Any], config: dict[str, Any]) -> str:
     return f"\n## Training\n\n{_listed(lines)}\n\n```\n{printable(command)}\n```\n"
 
 
-def _classes(model: dict[str, Any]) -> str:
+def _classes(names: list[str]) -> str:
     """The names of the classes, as JSON, in which no name can end the block."""
-    names = model.get("label_names") or []
-    if not names:
-        return f"\n## Classes\n\n{model['num_classes']:,}, without names here.\n"
     quoted = [json.dumps(name) for name in names]
     lines = [", ".join(quoted[start : start + 8]) for start in range(0, len(quoted), 8)]
     listed = "[" + ",\n ".join(lines) + "]"

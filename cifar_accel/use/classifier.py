@@ -4,17 +4,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field, ValidationError
 
 from cifar_accel.data.decode import open_image, upright_rgb
 from cifar_accel.errors import BadInput, first_line
-from cifar_accel.files import home, read_as
+from cifar_accel.files import adapter, home
 from cifar_accel.machine.processes import chosen_device
 from cifar_accel.models.create import check_logits
 from cifar_accel.models.weights import CROP_MODE, load_model
@@ -23,6 +24,8 @@ from cifar_accel.use.load import FinishedRun, load_run
 
 # What an image may be given as: a file, or one that is open, or uint8 [H, W, 3].
 AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+
+Side = Annotated[int, Field(gt=0, le=4096)]
 
 # Images of a longer shape are cut to it first: resized as a whole they would not fit into memory.
 LONGEST_SHAPE = 10
@@ -39,9 +42,13 @@ class Prediction(NamedTuple):
 class _Preparation:
     """What timm's `pretrained_cfg` says of how images are made for a model."""
 
-    input_size: tuple[int, int, int]
+    input_size: tuple[Side, Side, Side]
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
+    crop_pct: Annotated[float, Field(ge=0.05, le=1)] = 1.0
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = (
+        "bicubic"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ class Classifier:
         Raises:
             BadInput: a file that is missing or no whole image.
         """
+        if top_k < 1 or batch_size < 1:
+            raise BadInput(f"top_k {top_k}, batch_size {batch_size}: both must be 1 or more")
         alone = (str, os.PathLike, Image.Image)
         if isinstance(images, alone) or (isinstance(images, np.ndarray) and images.ndim == 3):
             images = [images]
@@ -111,8 +120,6 @@ class Classifier:
         self, prepared: Sequence[torch.Tensor], top_k: int
     ) -> list[list[Prediction]]:
         """As `predict`, of images that are prepared, all at once."""
-        if top_k < 1:
-            raise BadInput(f"top_k {top_k}: must be 1 or more")
         probabilities = self.probabilities(prepared)
         # Of equal ones the first class goes before.
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
@@ -123,9 +130,14 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:
-        """float32 [n, K]: the model's probability of each class. The host waits for the device."""
+        """float32 [n, K]: the model's probability of each class. The host waits for the device.
+
+        Raises BadInput where they are no numbers.
+        """
         logits = self.module(torch.stack(list(prepared)).to(self.device))
         shares: NDArray[np.float32] = logits.float().softmax(1).cpu().numpy()
+        if not np.isfinite(shares).all():
+            raise BadInput(f"{self.folder}: its weights are damaged: what it says is not finite")
         return shares
 
 
@@ -157,9 +169,17 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, FinishedRun | None]:
     None stands for a model that lies in no run folder. Raises BadInput.
     """
     folder = home(os.fspath(path).removeprefix("local-dir:"))
-    # pathlib would raise for a folder that this user may not see.
+    try:
+        return _find_model(folder)
+    # Of a folder that this user may not enter.
+    except PermissionError as e:
+        raise BadInput(f"{path}: {e.strerror} ({e.filename})") from e
+
+
+def _find_model(folder: Path) -> tuple[Path, FinishedRun | None]:
+    """As `find_model`, of a folder. Raises PermissionError too."""
     if not os.path.isdir(folder):
-        raise BadInput(f"{path}: no such folder")
+        raise BadInput(f"{folder}: no such folder")
     if (folder / "model").is_dir():
         return folder / "model", load_run(folder)
     # A model that still lies in its finished run folder is that run's.
@@ -172,12 +192,7 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, FinishedRun | None]:
 
 def read_classifier(folder: Path, device: str, run: FinishedRun | None = None) -> Classifier:
     """The classifier in a model folder, which may be that of a `run`; see `load`."""
-    config = read_as(_ModelConfig, folder / "config.json")
-    if config is None or not (folder / "model.safetensors").is_file():
-        raise BadInput(
-            f"{folder}: is neither a finished run nor a model (model.safetensors, and config.json "
-            "in timm's form)"
-        )
+    config = _read_config(folder)
     _, height, width = config.pretrained_cfg.input_size
     module: Any = load_model(folder)
     check_logits(module, height, config.num_classes, f"{folder}: the model")
@@ -190,7 +205,7 @@ def read_classifier(folder: Path, device: str, run: FinishedRun | None = None) -
     chosen = chosen_device(device)
     return Classifier(
         module=module.eval().to(chosen),
-        classes=_class_names(folder, config),
+        classes=class_names(folder),
         input=made,
         device=chosen,
         folder=folder,
@@ -198,8 +213,27 @@ def read_classifier(folder: Path, device: str, run: FinishedRun | None = None) -
     )
 
 
-def _class_names(folder: Path, config: _ModelConfig) -> list[str]:
-    """The names of a model's classes: its own, ImageNet's of timm, or else numbers."""
+def _read_config(folder: Path) -> _ModelConfig:
+    """The config.json of a model folder. Raises BadInput where the folder is none."""
+    file = folder / "config.json"
+    is_none = f"{folder}: is neither a finished run nor a model"
+    if not (folder / "model.safetensors").is_file() or not file.is_file():
+        raise BadInput(f"{is_none} (config.json in timm's form, and model.safetensors)")
+    try:
+        config: _ModelConfig = adapter(_ModelConfig).validate_json(file.read_bytes(), strict=True)
+    except (OSError, ValidationError) as e:
+        # pydantic names the first key that is wrong.
+        reason = " ".join(str(e).split()).partition(" [type=")[0][:200]
+        raise BadInput(f"{is_none} (config.json: {reason})") from e
+    return config
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of a model's classes: its own, ImageNet's of timm, or else numbers.
+
+    Raises BadInput for a folder that is no model's, and for another number of names than classes.
+    """
+    config = _read_config(folder)
     count = config.num_classes
     names = config.label_names
     if isinstance(names, dict):
@@ -223,13 +257,17 @@ def _class_names(folder: Path, config: _ModelConfig) -> list[str]:
 def _opened(image: AnyImage) -> Image.Image:
     """An image as it may be given, upright and in RGB. Raises BadInput."""
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise BadInput(f"an image must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
         return Image.fromarray(image)
+    if isinstance(image, str):
+        return open_image(home(image), image)
     if not isinstance(image, Image.Image):
-        return open_image(home(os.fspath(image)), os.fspath(image))
+        return open_image(Path(image), os.fspath(image))
     # Open, but perhaps not read yet.
     try:
+        if not min(image.size):
+            raise ValueError(f"it has {image.width}x{image.height} pixels")
         return upright_rgb(image)
     except (OSError, ValueError) as e:
         raise BadInput(f"an image that is given open is not whole ({first_line(e)})") from e

@@ -1,7 +1,6 @@
 """The figures of a trained model: of a run's again, or on other images."""
 
 import csv
-import io
 import json
 import os
 import textwrap
@@ -16,14 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cifar_accel.console import printable
+from cifar_accel.console import print_result
 from cifar_accel.data.batches import Pipeline
 from cifar_accel.data.datasets import Dataset, Split
 from cifar_accel.data.decode import load_images, size_to_store
 from cifar_accel.data.splits import cut_splits, limit
 from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import Outputs, evaluate
-from cifar_accel.files import home, write_text
+from cifar_accel.files import home
 from cifar_accel.machine.processes import Ranks, join_processes
 from cifar_accel.options.options import EvaluateArguments, TrainingArguments
 from cifar_accel.records.predictions import FILE as PREDICTIONS
@@ -37,7 +36,7 @@ from cifar_accel.records.predictions import (
 from cifar_accel.records.summary import RecordedOptions, read_summary
 from cifar_accel.records.trackers import TrackedRun, start_tracker, tags_of
 from cifar_accel.results.mistakes import probabilities
-from cifar_accel.use.classifier import find_model, read_classifier
+from cifar_accel.use.classifier import class_names, find_model, read_classifier
 from cifar_accel.use.details import details, findings
 from cifar_accel.use.load import FinishedRun
 
@@ -50,7 +49,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a model: a finished run's with its test images and at its precision, or on others.
 
-    All ranks enter. `say` gets the figures, in lines or as JSON, and `note` what else is told.
+    All ranks enter. `say` gets the figures, unless JSON is printed, and `note` what else is told.
 
     Returns:
         status: "finished". loss, accuracy, top5_accuracy, evaluated_images: see `evaluate`. On the
@@ -77,7 +76,7 @@ def evaluate_run(
     predictions = of_outputs(split.labels, split.classes, said, images.fingerprint, split.places)
     result |= details(predictions)
     if args.json:
-        say(json.dumps(result, indent=1))
+        print_result(json.dumps(result, indent=1))
     else:
         _say_figures(result, f"{images.kind} images of {options.dataset}", say)
     # A run of an earlier version has none, and a file may be damaged.
@@ -110,17 +109,18 @@ class _Judged:
 
 def _find(args: EvaluateArguments) -> _Judged:
     """The model that the options name, on the CPU. Raises BadInput."""
-    if args.predictions and not os.path.isdir(home(args.predictions).absolute().parent):
-        raise BadInput(f"--predictions {args.predictions}: there is no such folder")
+    if args.predictions is not None:
+        _check_place(args.predictions)
     folder, run = find_model(args.run)
-    given: dict[str, Any] = {"dataset": args.dataset, "data_dir": args.data_dir}
+    given: dict[str, Any] = {"dataset": _test_alone(args.dataset), "data_dir": args.data_dir}
     given = {name: value for name, value in given.items() if value is not None}
     given["device"] = args.device
     if run:
         # The run's options say how its images are made; they may lie elsewhere now.
         model: Any = run.model()
-        known = list(model.pretrained_cfg.get("label_names") or ())
-        return _Judged(model, known, replace(run.options, **given), run, bool(args.dataset))
+        return _Judged(
+            model, class_names(folder), replace(run.options, **given), run, bool(args.dataset)
+        )
 
     # A model alone says how its images are made, and not which.
     if not args.dataset:
@@ -132,20 +132,36 @@ def _find(args: EvaluateArguments) -> _Judged:
             f"{folder}: its images are made by {made['interpolation']} and crop {made['crop_mode']}"
             "; here they are made by bilinear or bicubic and the centre"
         )
-    options = TrainingArguments(
+    plain = TrainingArguments(
         **given,
         image_size=classifier.size,
         interpolation=made["interpolation"],
         crop_pct=made["crop_pct"],
     )
     options = RecordedOptions(
-        **asdict(replace(options, stored_size=size_to_store(options))) | {"run_name": folder.name},
+        **asdict(replace(plain, stored_size=size_to_store(plain))) | {"run_name": folder.name},
         mixed_precision="no",
         classes=len(classifier.classes),
         input_mean=tuple(made["mean"]),
         input_std=tuple(made["std"]),
     )
     return _Judged(classifier.module, classifier.classes, options, None, True)
+
+
+def _test_alone(dataset: str | None) -> str | None:
+    """FOLDER/test in place of a FOLDER that has test/ and no train/, which nobody trains on."""
+    if dataset and os.path.isdir(home(dataset)):
+        folders = [child for child in home(dataset).iterdir() if child.is_dir()]
+        if [child.name for child in folders] == ["test"]:
+            return str(folders[0])
+    return dataset
+
+
+def _check_place(file: str) -> None:
+    """Raise BadInput where --predictions cannot be written to `file`, before the long work."""
+    path = home(file).absolute()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--predictions {file}: must be a file in a folder that can be written to")
 
 
 @dataclass(frozen=True)
@@ -279,17 +295,16 @@ def _wrapped(line: str) -> str:
 def _write_csv(file: Path, predictions: Predictions, names: list[str]) -> None:
     """`image,label,prediction,probability`: a line an image. Raises BadInput."""
     sure = None if predictions.logits is None else probabilities(predictions).max(1)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", "probability"])
     classes = predictions.classes
-    for i, (label, taken_for) in enumerate(
-        zip(predictions.labels, predictions.predicted, strict=True)
-    ):
-        probability = "" if sure is None else f"{sure[i]:.6f}"
-        writer.writerow([printable(names[i]), classes[label], classes[taken_for], probability])
     try:
-        write_text(file, text.getvalue())
+        # Names of files need not be UTF-8.
+        with open(file, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+            writer = csv.writer(out, lineterminator="\n")
+            writer.writerow(["image", "label", "prediction", "probability"])
+            rows = zip(names, predictions.labels, predictions.predicted, strict=True)
+            for i, (name, label, taken_for) in enumerate(rows):
+                probability = "" if sure is None else f"{sure[i]:.6f}"
+                writer.writerow([name, classes[label], classes[taken_for], probability])
     except OSError as e:
         raise BadInput(f"--predictions {file}: {e.strerror or e}") from e
 

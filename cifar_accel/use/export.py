@@ -27,7 +27,7 @@ from cifar_accel.options.options import ExportArguments, TrainingArguments
 from cifar_accel.records.summary import read_summary
 from cifar_accel.use.card import FILE as CARD
 from cifar_accel.use.card import model_card
-from cifar_accel.use.classifier import Classifier, batches, find_model, read_classifier
+from cifar_accel.use.classifier import Classifier, batches, class_names, find_model, read_classifier
 from cifar_accel.use.load import FinishedRun
 
 # Images on which an exported model is compared with the one that it comes from.
@@ -74,7 +74,9 @@ def export(
 def check_options(args: ExportArguments) -> None:
     """Raise BadInput for options without effect, and for packages that are missing."""
     if bool(args.out) == bool(args.push):
-        raise BadInput("export: give --out DIR, or --push REPO of the Hugging Face hub")
+        raise BadInput("export: give either --out DIR, or --push REPO of the Hugging Face hub")
+    if args.out and args.out.encode(errors="replace").decode() != args.out:
+        raise BadInput(f"--out {args.out}: is not UTF-8")
     if args.format and args.push:
         raise BadInput("export: --push sends timm's own format; --format goes with --out")
     if args.private and not args.push:
@@ -153,12 +155,10 @@ def description(classifier: Classifier) -> dict[str, str]:
     """What the exported file says of itself; values are text, lists are JSON."""
     side, made = classifier.size, classifier.input
     larger = int(side / made["crop_pct"])
-    # What timm calls squash takes no heed of the shape.
-    whole = (
-        f"to {larger}x{larger}"
-        if made["crop_mode"] == "squash"
-        else f"the shorter side to {larger}"
-    )
+    # By timm's names for how an image that is not square becomes square.
+    ways = {"center": f"the shorter side to {larger}", "squash": f"to {larger}x{larger}"}
+    mode = made["crop_mode"]
+    whole = ways.get(mode, f"by timm's crop_mode {mode} to {larger}")
     return {
         "classes": json.dumps(classifier.classes),
         "image_size": str(side),
@@ -257,19 +257,20 @@ def write_hub_folder(folder: Path, run: FinishedRun | None, out: Path) -> None:
     one of them is there already.
     """
     _make_folder(out, ["config.json", "model.safetensors", CARD])
+    classes = class_names(folder)
     config = for_transformers(read_json(folder / "config.json"))
     if run:
         # As in `read_classifier`.
         config["pretrained_cfg"]["crop_mode"] = CROP_MODE
-    write_json(out / "config.json", config)
     card = folder / CARD
     if card.is_file():
         # Somebody may have added to it.
         text = card.read_text(encoding="utf-8", errors="replace")
     elif run:
-        text = model_card(config, run.config, read_summary(run.folder))
+        text = model_card(config, classes, run.config, read_summary(run.folder))
     else:
-        text = model_card(config)
+        text = model_card(config, classes)
+    write_json(out / "config.json", config)
     write_text(out / CARD, text)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         copied = shutil.copyfile(folder / "model.safetensors", Path(scratch, "model.safetensors"))

@@ -1,6 +1,7 @@
 """What a trained model takes images for, as a table, JSON or CSV."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -9,12 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
-from cifar_accel.console import FAILED, printable, reader_is_gone
+from cifar_accel.console import FAILED, print_result, printable, reader_is_gone
 from cifar_accel.data.datasets import IMAGE_ENDINGS, is_image, visible_files
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
@@ -48,7 +48,7 @@ def predict(args: PredictArguments, complain: Callable[[str], None]) -> int:
     rows: list[Row] = []
     write = _write_csv if args.csv else _write_table
     if args.csv:
-        _csv_writer().writerow(["file", "rank", "label", "probability"])
+        print_result("file,rank,label,probability")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(_files(args.images), args.batch_size):
             # Pillow decodes and resizes without Python's lock.
@@ -81,21 +81,29 @@ def _files(words: tuple[str, ...]) -> Iterator[Path | BadInput]:
     for word in words:
         if word == "-":
             # As bytes: a name need not be UTF-8.
-            lines = (line.rstrip(b"\n") for line in sys.stdin.buffer)
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
             yield from (Path(os.fsdecode(line)) for line in lines if line)
             continue
         try:
-            path = home(word)
-        except BadInput as unknown:
-            yield unknown
-            continue
-        if not os.path.isdir(path):
-            yield path
-            continue
+            yield from _files_of(word)
+        except BadInput as damage:
+            yield damage
+
+
+def _files_of(word: str) -> list[Path]:
+    """The image files that one word names. Raises BadInput where there are none."""
+    path = home(word)
+    if not word:
+        raise BadInput("an empty word names no image")
+    if not os.path.isdir(path):
+        return [path]
+    try:
         inside = list(filter(is_image, visible_files(path, path.rglob("*"), Counter())))
-        yield from inside
-        if not inside:
-            yield BadInput(f"{path}: this folder holds no image ({', '.join(IMAGE_ENDINGS)})")
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror} ({e.filename})") from e
+    if not inside:
+        raise BadInput(f"{path}: this folder holds no image ({', '.join(IMAGE_ENDINGS)})")
+    return inside
 
 
 # ---- how it is written
@@ -106,23 +114,25 @@ def _write_table(rows: list[Row]) -> None:
     files = [printable(file) for file, _ in rows]
     file_width = max(map(len, files), default=0)
     label_width = max((len(p.label) for _, found in rows for p in found), default=0)
+    lines = []
     for file, (_, found) in zip(files, rows, strict=True):
         for label, probability in found:
             name = printable(label)
-            print(f"{file:<{file_width}}  {name:<{label_width}}  {probability:7.2%}")
+            lines.append(f"{file:<{file_width}}  {name:<{label_width}}  {probability:7.2%}")
             file = ""
+    if lines:
+        print_result("\n".join(lines))
 
 
 def _write_csv(rows: list[Row]) -> None:
     """`file,rank,label,probability`: a line a class."""
-    writer = _csv_writer()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     for file, found in rows:
         for rank, (label, probability) in enumerate(found, 1):
             writer.writerow([file, rank, label, f"{probability:.6f}"])
-
-
-def _csv_writer() -> Any:
-    return csv.writer(sys.stdout, lineterminator="\n")
+    if rows:
+        print_result(text.getvalue().removesuffix("\n"))
 
 
 def _write_json(rows: list[Row]) -> None:
@@ -131,4 +141,4 @@ def _write_json(rows: list[Row]) -> None:
         {"file": file, "predictions": [p._asdict() for p in predictions]}
         for file, predictions in rows
     ]
-    print(json.dumps(listed, indent=1))
+    print_result(json.dumps(listed, indent=1))

@@ -9,13 +9,15 @@ from cifar_accel.records.summary import read_summary
 from cifar_accel.results.statistics import wilson
 from cifar_accel.use.card import model_card
 
+DIGITS = [str(digit) for digit in range(10)]
+
 
 def card_of(run, **options) -> str:
     """The card of a run, with other options than it had."""
     config = read_json(run / "config.json")
     config["options"] |= options
     model = read_json(run / "model" / "config.json")
-    return model_card(model, config, read_summary(run))
+    return model_card(model, DIGITS, config, read_summary(run))
 
 
 def metadata(card: str) -> dict:
@@ -60,15 +62,15 @@ def test_the_hubs_data_sets_have_their_name_there(run):
 
 
 def test_a_model_of_which_nothing_is_known_has_a_card_too(run):
-    card = model_card(read_json(run / "model" / "config.json"))
+    card = model_card(read_json(run / "model" / "config.json"), DIGITS)
     assert "Nothing is recorded of its training" in card
     assert "model-index" not in metadata(card)
 
 
 def test_names_are_no_markup(run):
     names = ["```\n# a", "<b>", "|", "\x1b[31m", *"456789"]
-    config = read_json(run / "model" / "config.json") | {"label_names": names}
-    card = model_card(config, read_json(run / "config.json"), read_summary(run))
+    config = read_json(run / "model" / "config.json")
+    card = model_card(config, names, read_json(run / "config.json"), read_summary(run))
     block = re.search(r"```json\n(.*?)\n```\n", card, re.DOTALL)
     assert json.loads(block[1]) == names
     hostile = card_of(run, dataset="/x/`**<script>| [a](b)", model="local-dir:/x/`<i>")

@@ -66,8 +66,11 @@ def test_images_may_be_files_or_open_or_arrays(model, pictures):
     assert classifier.predict(arrays[0], top_k=3) == expected[:1]
     (found,) = classifier.predict(arrays[0][None], top_k=99)
     assert sum(prediction.probability for prediction in found) == pytest.approx(1, abs=1e-5)
-    with pytest.raises(BadInput, match="top_k 0: must be 1 or more"):
+    with pytest.raises(BadInput, match="top_k 0, batch_size 64: both must be 1 or more"):
         classifier.predict(pictures, top_k=0)
+    for empty in (np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (0, 0))):
+        with pytest.raises(BadInput, match="must be uint8|has 0x0 pixels"):
+            classifier.predict([empty])
     with pytest.raises(BadInput, match=r"must be uint8 \[H, W, 3\], not float64 \(2, 2\)"):
         classifier.predict([np.zeros((2, 2))])
 
@@ -170,7 +173,7 @@ def make_infinite(model):
         (make_infinite, "head.fc.bias is not finite"),
         (lambda model: (model / "model.safetensors").unlink(), "is neither a finished run nor a"),
         (lambda model: (model / "config.json").write_text("{"), "is neither a finished run nor a"),
-        (lambda model: write_config(model, label_names=[1, 2]), "is neither a finished run nor a"),
+        (lambda model: write_config(model, label_names=[1, 2]), "config.json: .* label_names"),
         (lambda model: write_config(model, label_names=DIGITS[1:]), "9 label_names for 10 classes"),
         (
             lambda model: write_config(model, architecture="no_such_net"),
@@ -182,6 +185,34 @@ def test_a_damaged_model_is_one_line(model, damage, complaint):
     damage(model)
     with pytest.raises(BadInput, match=complaint):
         cifar_accel.load(model)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("crop_pct", "all"),
+        ("crop_pct", -1),
+        ("crop_pct", 1e-9),
+        ("interpolation", "random"),
+        ("input_size", [3, 10**20, 10**20]),
+        ("mean", [0.5, 0.5]),
+        ("std", [0, 0, 0]),
+    ],
+)
+def test_how_images_are_made_keeps_to_its_bounds(model, name, value):
+    config = json.loads((model / "config.json").read_text())
+    config["pretrained_cfg"][name] = value
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=rf"config.json: .* pretrained_cfg.{name}"):
+        cifar_accel.load(model)
+
+
+def test_weights_too_large_to_compute_with_are_refused(model, pictures):
+    file = model / "model.safetensors"
+    tensors = {name: tensor * 1e30 for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(BadInput, match="its weights are damaged: what it says is not finite"):
+        cifar_accel.predict(model, pictures)
 
 
 def test_what_is_not_there_is_one_line(tmp_path, model):

@@ -191,6 +191,30 @@ def test_a_folder_of_classes_is_judged_as_a_whole(tmp_path, made_run):
     assert not (run / PREDICTIONS).exists()
 
 
+def test_a_class_may_be_called_train(tmp_path, made_run):
+    """As one of CIFAR-100's is; a split holds folders, and a class images."""
+    run = made_run("digits", ["bus", "train"])
+    data = classes_folder(tmp_path / "data", ("bus", "train"))
+    result = figures(run, dataset=str(data))
+    assert [c["images"] for c in result["classes"]] == [3, 3]
+
+
+def test_a_folder_with_test_images_alone(tmp_path, made_run):
+    run = made_run("digits", ["cat", "dog"])
+    data = image_folder(tmp_path / "data", splits=("test",))
+    assert figures(run, dataset=str(data))["evaluated_images"] == 6
+
+
+def test_the_names_of_a_damaged_run_are_refused(tmp_path, made_run):
+    """The same as wherever a model is read."""
+    run = made_run(parquet_folder(tmp_path / "data"), NAMES)
+    file = run / "model" / "config.json"
+    for names, complaint in ((5, "config.json: .* label_names"), (NAMES[1:], "has 3 label_names")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": names}))
+        with pytest.raises(BadInput, match=complaint):
+            figures(run)
+
+
 def test_details_are_those_of_the_predictions(tmp_path, made_run):
     data = parquet_folder(tmp_path / "data", rows=40)
     result = figures(made_run(data, NAMES))
@@ -214,7 +238,13 @@ def test_a_file_of_predictions(tmp_path, made_run):
     right = [row["label"] == row["prediction"] for row in rows]
     assert np.mean(right) == result["accuracy"]
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
-    with pytest.raises(BadInput, match="--predictions .*nowhere/said.csv: there is no such folder"):
+    # What the file is stays: a link, for one.
+    (tmp_path / "link.csv").symlink_to(file)
+    figures(run, dataset=str(data), predictions=str(tmp_path / "link.csv"))
+    assert (tmp_path / "link.csv").is_symlink()
+    with pytest.raises(BadInput, match="--predictions .*must be a file"):
+        figures(run, dataset=str(data), predictions=str(tmp_path))
+    with pytest.raises(BadInput, match="--predictions .*nowhere/said.csv: must be a file in a"):
         figures(run, dataset=str(data), predictions=str(tmp_path / "nowhere" / "said.csv"))
 
 

@@ -181,8 +181,8 @@ def test_timm_reads_it(model):
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ((), "give --out DIR, or --push REPO"),
-        (("--out", "a", "--push", "b"), "give --out DIR, or --push REPO"),
+        ((), "give either --out DIR, or --push REPO"),
+        (("--out", "a", "--push", "b"), "give either --out DIR, or --push REPO"),
         (("--push", "b", "--format", "onnx"), "--format goes with --out"),
         (("--out", "a", "--private"), "--private is for --push"),
         (("--out", "a", "--dataset", "digits"), "--dataset is what --format is checked on"),

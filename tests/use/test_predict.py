@@ -148,6 +148,36 @@ def test_a_reader_that_goes_away_ends_it(model, pictures):
     assert not _Output.reader_is_gone
 
 
+def test_a_file_whose_name_begins_like_a_home(command, model, pictures, monkeypatch):
+    monkeypatch.chdir(pictures[0].parent)
+    pictures[0].rename("~a.png")
+    code, out, err = command("predict", model, pictures[0].parent, "--top-k", "1")
+    assert (code, err) == (0, "")
+    assert "~a.png" in out
+
+
+def test_words_that_name_nothing(command, model, pictures):
+    code, _, err = command("predict", model, "", pictures[0])
+    assert code == 1
+    assert "an empty word names no image" in err
+
+
+def test_lines_of_another_system(model, pictures):
+    given = b"".join(os.fsencode(file) + b"\r\n" for file in pictures)
+    words = [BIN / "cifar-accel", "predict", model, "-", "--csv"]
+    done = subprocess.run(words, input=given, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--csv",)])
+def test_a_full_disk_behind_stdout_is_one_line(model, pictures, form):
+    words = [BIN / "cifar-accel", "predict", model, pictures[0], *form]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "cifar_accel: stdout: No space left on device\n"
+
+
 def test_of_several_processes_one_predicts(command, model, pictures, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert command("predict", model, pictures[0]) == (0, "", "")
