@@ -461,7 +461,7 @@ def _has_a_class_called_train(path: Path) -> bool:
     train = path / "train"
     if not train.is_dir() or any(child.is_dir() for child in train.iterdir()):
         return False
-    folders = [child.name.lower() for child in path.iterdir() if child.is_dir()]
+    folders = [f.name.lower() for f in path.iterdir() if f.is_dir() and f.name[0] != "."]
     return not all(map(LOOKS_LIKE_A_SPLIT.fullmatch, folders))
 
 
