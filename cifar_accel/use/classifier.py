@@ -180,7 +180,8 @@ def _find_model(folder: Path) -> tuple[Path, FinishedRun | None]:
     """As `find_model`, of a folder. Raises PermissionError too."""
     if not os.path.isdir(folder):
         raise BadInput(f"{folder}: no such folder")
-    if (folder / "model").is_dir():
+    # A run folder, and it may be one that is damaged or has no model yet.
+    if (folder / "model").is_dir() or read_config(folder):
         return folder / "model", load_run(folder)
     # A model that still lies in its finished run folder is that run's.
     above = folder.resolve().parent
