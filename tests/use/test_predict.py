@@ -46,10 +46,11 @@ def test_json_and_csv_say_the_same(command, model, pictures):
 
 
 def test_paths_on_stdin(model, pictures):
-    """As find prints them, in any encoding, from a pipe."""
+    """As find prints them, in any encoding, from a pipe, with the line ends of any system."""
     odd = pictures[0].with_name(os.fsdecode(b"o\xffdd.png"))
     pictures[0].rename(odd)
-    given = b"".join(os.fsencode(file) + b"\n" for file in (odd, *pictures[1:]))
+    given = b"".join(os.fsencode(file) + b"\n" for file in (odd, pictures[1]))
+    given += os.fsencode(pictures[2]) + b"\r\n\n"
     words = [BIN / "cifar-accel", "predict", model, "-", "--json", "--top-k", "1"]
     done = subprocess.run(words, input=given, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -162,16 +163,8 @@ def test_words_that_name_nothing(command, model, pictures):
     assert "an empty word names no image" in err
 
 
-def test_lines_of_another_system(model, pictures):
-    given = b"".join(os.fsencode(file) + b"\r\n" for file in pictures)
-    words = [BIN / "cifar-accel", "predict", model, "-", "--csv"]
-    done = subprocess.run(words, input=given, capture_output=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("form", [(), ("--json",), ("--csv",)])
-def test_a_full_disk_behind_stdout_is_one_line(model, pictures, form):
-    words = [BIN / "cifar-accel", "predict", model, pictures[0], *form]
+def test_a_full_disk_behind_stdout_is_one_line(model, pictures):
+    words = [BIN / "cifar-accel", "predict", model, pictures[0]]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
