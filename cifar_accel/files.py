@@ -28,6 +28,11 @@ def home(path: str) -> Path:
     return Path(filled_in)
 
 
+def last_part(name: str) -> str:
+    """What follows the last slash: the folder of a path, the name of a hub id."""
+    return name.rstrip("/").rpartition("/")[2]
+
+
 @functools.cache
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """What checks values of type `kind`; made once, since that takes milliseconds."""
@@ -47,6 +52,11 @@ def read_as(kind: type[T], path: Path) -> T | None:
     # pydantic's ValidationError is a ValueError; BadInput is what sizes that cannot be read are.
     except (OSError, ValueError, BadInput):
         return None
+
+
+def first_fault(error: Exception) -> str:
+    """The first key that is wrong and how, in a line, of what pydantic or the system complains."""
+    return " ".join(str(error).split()).partition(" [type=")[0][:200]
 
 
 def read_json(path: Path) -> Any:

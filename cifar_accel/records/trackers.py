@@ -21,6 +21,7 @@ import psutil
 from numpy.typing import NDArray
 
 from cifar_accel.errors import first_line
+from cifar_accel.files import last_part
 from cifar_accel.options.options import TrainingArguments
 
 # Seconds that a tracker has to send what is still to be sent; then it is given up.
@@ -91,8 +92,8 @@ def tags_of(args: TrainingArguments, tested_on: str) -> tuple[str, ...]:
 
     64 characters at most each, which is what wandb takes.
     """
-    model, dataset = (name.rstrip("/").rpartition("/")[2] for name in (args.model, args.dataset))
-    return tuple(name[:64] for name in (args.recipe, model, dataset, tested_on) if name)
+    names = (args.recipe, last_part(args.model), last_part(args.dataset), tested_on)
+    return tuple(name[:64] for name in names if name)
 
 
 @dataclass(frozen=True)

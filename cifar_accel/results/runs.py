@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home
+from cifar_accel.files import home, last_part
 from cifar_accel.options.options import VOLATILE, TrainingArguments
 from cifar_accel.records.metrics import read_metrics
 from cifar_accel.records.predictions import Predictions, predictions_of
@@ -110,11 +110,6 @@ class RunFiles:
             optimizer=self.options["optimizer"],
             scheduler=self.options["scheduler"],
         )
-
-
-def last_part(name: str) -> str:
-    """What follows the last slash: the folder of a path, the name of a hub id."""
-    return name.rstrip("/").rpartition("/")[2]
 
 
 def read_run(path: Path) -> RunFiles | None:

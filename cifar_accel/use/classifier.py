@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from cifar_accel.data.decode import open_image, upright_rgb
 from cifar_accel.errors import BadInput, first_line
-from cifar_accel.files import adapter, home
+from cifar_accel.files import adapter, first_fault, home
 from cifar_accel.machine.processes import chosen_device
 from cifar_accel.models.create import check_logits
 from cifar_accel.models.weights import CROP_MODE, load_model
@@ -223,9 +223,7 @@ def _read_config(folder: Path) -> _ModelConfig:
     try:
         config: _ModelConfig = adapter(_ModelConfig).validate_json(file.read_bytes(), strict=True)
     except (OSError, ValidationError) as e:
-        # pydantic names the first key that is wrong.
-        reason = " ".join(str(e).split()).partition(" [type=")[0][:200]
-        raise BadInput(f"{is_none} (config.json: {reason})") from e
+        raise BadInput(f"{is_none} (config.json: {first_fault(e)})") from e
     return config
 
 

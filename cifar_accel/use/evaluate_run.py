@@ -160,7 +160,8 @@ def _test_alone(dataset: str | None) -> str | None:
 def _check_place(file: str) -> None:
     """Raise BadInput where --predictions cannot be written to `file`, before the long work."""
     path = home(file).absolute()
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(place, os.W_OK):
         raise BadInput(f"--predictions {file}: must be a file in a folder that can be written to")
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from cifar_accel.errors import BadInput
-from cifar_accel.files import adapter, read_json
+from cifar_accel.files import adapter, first_fault, read_json
 from cifar_accel.models.create import check_logits
 from cifar_accel.models.weights import load_model
 from cifar_accel.records.summary import Config, RecordedOptions, read_summary
@@ -44,9 +44,7 @@ def load_run(folder: Path) -> FinishedRun:
     try:
         recorded = adapter(Config).validate_json(file.read_bytes(), strict=True)
     except (OSError, ValidationError) as e:
-        # pydantic names the first key that is wrong.
-        reason = " ".join(str(e).split()).partition(" [type=")[0][:200]
-        raise BadInput(f"{folder}: is no run folder (config.json: {reason})") from e
+        raise BadInput(f"{folder}: is no run folder (config.json: {first_fault(e)})") from e
     # A run that was allowed more steps has an older model/ until it is finished again.
     is_finished = read_summary(folder).get("status") == "finished"
     if not is_finished or not (folder / "model" / "model.safetensors").is_file():
