@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cifar_accel.console import in_time, say
-from cifar_accel.data.datasets import Dataset, Split, find_source, hub_marker, is_hub_id
+from cifar_accel.data.datasets import Dataset, Split
 from cifar_accel.data.decode import MOST_STORED, image_shape
+from cifar_accel.data.sources import find_source, hub_marker, is_hub_id
 from cifar_accel.data.splits import Splits, cut_splits
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home

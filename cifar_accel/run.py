@@ -16,8 +16,9 @@ from timm.utils import ModelEmaV3
 from cifar_accel.budget import LAST_SIZES
 from cifar_accel.console import say
 from cifar_accel.data.batches import Pipeline
-from cifar_accel.data.datasets import Dataset, Split, find_source, is_hub_id
+from cifar_accel.data.datasets import Dataset, Split
 from cifar_accel.data.decode import load_images, size_to_store, system_failures_named
+from cifar_accel.data.sources import find_source, is_hub_id
 from cifar_accel.data.splits import Splits, cut_splits
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home

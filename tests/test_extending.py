@@ -155,6 +155,6 @@ def test_the_blocks_are_checked_code(copy):
 def test_every_recipe_is_there():
     """A page without blocks would make the tests above easy."""
     files = {Path(piece.file).name for piece in pieces_of(PAGE)}
-    names = "options resolve order batches optimizers schedules recipes create surgery datasets"
+    names = "options resolve order batches optimizers schedules recipes create surgery sources"
     names += " evaluate train trackers cli signals"
     assert files == {f"{name}.py" for name in names.split()}

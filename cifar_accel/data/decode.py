@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cifar_accel.data.datasets import Dataset, Raw, Source, Split, find_source
+from cifar_accel.data.datasets import Dataset, Raw, Source, Split
+from cifar_accel.data.sources import find_source
 from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home, sha256, sync
 from cifar_accel.options.options import TrainingArguments

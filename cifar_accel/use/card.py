@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from cifar_accel.console import printable
-from cifar_accel.data.datasets import is_hub_id
+from cifar_accel.data.sources import is_hub_id
 from cifar_accel.files import last_part
 from cifar_accel.models.create import ALIASES
 from cifar_accel.options.options import TrainingArguments, in_words

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cifar_accel.console import FAILED, print_result, printable, reader_is_gone
-from cifar_accel.data.datasets import IMAGE_ENDINGS, is_image, visible_files
+from cifar_accel.data.folders import IMAGE_ENDINGS, is_image, visible_files
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.options.options import PredictArguments

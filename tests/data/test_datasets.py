@@ -13,8 +13,8 @@ import pytest
 from conftest import image_folder, parquet_folder, picture
 from PIL import Image
 
-from cifar_accel.data.datasets import find_source, hub_marker
 from cifar_accel.data.decode import load_dataset
+from cifar_accel.data.sources import find_source, hub_marker
 from cifar_accel.errors import BadInput
 
 
