@@ -31,7 +31,7 @@ find_python() {
 # Make .venv with the interpreter $1, and install $2 (the checkout, perhaps with an extra) into it.
 install_with_uv() {
   if [ ! -x "$venv/bin/python" ]; then
-    uv venv --quiet --python "$1" "$venv"
+    uv venv --quiet --seed --python "$1" "$venv"
   fi
   VIRTUAL_ENV="$venv" uv pip install --quiet \
     --constraint "$here/constraints.txt" --editable "$2"

@@ -217,14 +217,14 @@ def cells(row: Row) -> list[str]:
     """Median with its unit, range, number of values, and the goal with whether it is met."""
     if not row.values:
         return [row.note, "", "", ""]
-    mark = ""
+    goal = row.goal
     if row.met is not None:
-        mark = "met" if row.met else "MISSED"
+        goal = f"{'met' if row.met else 'MISSED'}: {goal}"
     return [
         f"{number(row.median)} {row.unit}",
         f"{number(min(row.values))} to {number(max(row.values))}",
         str(len(row.values)),
-        f"{row.goal} {mark}",
+        goal,
     ]
 
 

@@ -24,7 +24,7 @@ from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.create import build_model, forward_flops
 from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.options.recipes import recipe_defaults
-from cifar_accel.timing import Start, time_sizes
+from cifar_accel.timing import Start, time_side
 
 # Small to large, of the usual families; a ViT's patches are those of its name.
 MODELS = """
@@ -67,7 +67,7 @@ def measure(model: str, size: int, batch: int) -> dict[str, float]:
     ranks = join_processes("auto")
     with tempfile.TemporaryDirectory() as folder:
         start = Start(Path(folder), ranks, StopRequest(), splits)
-        speed = time_sizes(args, origin, start, (size,), SECONDS)
+        speed = time_side(args, origin, start, size, SECONDS)
     return figures | {
         "step_s": speed.steps[size],
         # Of an evaluation, by image.

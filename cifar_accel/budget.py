@@ -121,7 +121,7 @@ def growing_to(last: int) -> Parts:
     return tuple(parts.items())
 
 
-def fit(
+def fit_choices(
     seconds: float, speed: Speed, steps_per_epoch: int, choices: Sequence[Parts], epochs: int = 0
 ) -> list[Fitted]:
     """What fits into `seconds` with each of `choices`, best first; only those that fit at all.

@@ -20,10 +20,11 @@ from cifar_accel.console import (
     fail,
     is_main_process,
     open_stdout,
+    print_result,
     say,
 )
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
-from cifar_accel.machine.environment import whole_number
+from cifar_accel.machine.environment import mixed_precision, whole_number
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
     CompareArguments,
@@ -120,7 +121,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     # What is shown of a run is drawn by its main process.
     if opened and not opened.finished:
-        from cifar_accel.results.charts import plot_run
+        from cifar_accel.results.plots import plot_run
 
         plot_run(opened.path, say)
     return STOPPED if summary["status"] == "preempted" else 0
@@ -143,7 +144,7 @@ def with_workers(
 
 def _open(args: TrainingArguments, origin: dict[str, str]) -> Opened:
     """Open the run folder; a path that the system refuses is bad input."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = mixed_precision()
     try:
         return open_run(args, precision, say, origin)
     except OSError as error:
@@ -233,7 +234,7 @@ def study_command(argv: Sequence[str]) -> int:
 @guarded
 def report_command(argv: Sequence[str]) -> int:
     """Print the tables of all runs below a folder and write report.md and report.html there."""
-    # matplotlib and the like are loaded for this command alone.
+    # altair and jinja2 are loaded for this command alone.
     from cifar_accel.results.report import write_report
 
     args = parse(ReportArguments, argv, "cifar-accel report")
@@ -244,11 +245,12 @@ def report_command(argv: Sequence[str]) -> int:
 @guarded
 def compare_command(argv: Sequence[str]) -> int:
     """Print what the runs of two settings, or of all below a folder, say of their difference."""
-    # scipy is loaded for this command alone.
     from cifar_accel.results.compare import compare
 
     args = parse(CompareArguments, argv, "cifar-accel compare")
-    say(compare(args))
+    # What a program reads must be whole.
+    tell = print_result if args.json else say
+    tell(compare(args))
     return 0
 
 

@@ -29,7 +29,7 @@ from cifar_accel.data.splits import Splits, cut_splits
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
 from cifar_accel.launch.command import check_launcher, read_launcher_config
-from cifar_accel.machine.environment import whole_number
+from cifar_accel.machine.environment import ACCUMULATION, mixed_precision, whole_number
 from cifar_accel.machine.memory import SCRATCH, Estimate, estimate, free_memory, in_bytes
 from cifar_accel.machine.processes import check_device, chosen_device, join_processes
 from cifar_accel.machine.signals import StopRequest
@@ -40,10 +40,10 @@ from cifar_accel.options.options import TrainingArguments, flag, in_words
 from cifar_accel.options.recipes import PLANNED
 from cifar_accel.plan import Plan, make_plan, micro_batch_sizes
 from cifar_accel.records import checkpoint
-from cifar_accel.records.folder import Opened, folder_of, look_inside
+from cifar_accel.records.folder import LOCK, Opened, folder_of, look_inside
 from cifar_accel.records.trackers import wandb_mode
 from cifar_accel.run import fit_options
-from cifar_accel.timing import Start, fit_to_budget, time_sizes, with_pixels
+from cifar_accel.timing import UNKNOWN, Start, fit_to_budget, time_side, with_pixels
 from cifar_accel.trial import how_to_cut
 
 # What torchvision's two sets hold, so that a run can be planned before they are downloaded:
@@ -70,8 +70,9 @@ class Findings:
     local_processes: int
     training_images: int | None = None
     classes: int | None = None
-    # Bytes of all images of all splits.
+    # Bytes of all images of all splits as they are stored, and of those that the run has.
     image_bytes: int = 0
+    resident_bytes: int = 0
     plan: Plan | None = None
     # Bytes of a float32 copy of the model.
     weight_bytes: int = 0
@@ -82,6 +83,8 @@ class Findings:
     # Names of the checks that were BAD so far.
     failed: list[str] = field(default_factory=list)
     origin: dict[str, str] = field(default_factory=dict)
+    # Whether sizes and epochs are known, and not left to --budget.
+    is_planned: bool = True
 
 
 def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
@@ -89,12 +92,19 @@ def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
     # launch.sh tells one process that looks how many it would start.
     processes = whole_number("CIFAR_ACCEL_PROCESSES", whole_number("WORLD_SIZE"))
     local = whole_number("LOCAL_WORLD_SIZE", processes)
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    # As a start would. Where that is not possible, a check below says why.
+    precision = mixed_precision()
+    # As a start would, with what an earlier one derived. Where that is not possible, a check below
+    # says why.
+    is_planned = not args.budget
     with suppress(BadInput):
-        args, origin = fit_options(args, origin, Opened(folder_of(args)))
+        opened = Opened(folder_of(args), origin=origin)
+        with suppress(BadInput):
+            look_inside(opened, args, precision, lambda line: None)
+        is_planned |= bool(opened.derived.keys() & PLANNED)
+        args, origin = fit_options(args, origin, opened)
     found = Findings(args, precision, max(1, processes), max(1, local), origin=origin)
-    print_options(found, origin)
+    found.is_planned = is_planned
+    print_options(found)
 
     # Every check is made, whatever the one before it says.
     say("\nplan and health")
@@ -114,17 +124,19 @@ def dry_run(args: TrainingArguments, origin: dict[str, str]) -> int:
     return 0
 
 
-def print_options(found: Findings, origin: dict[str, str]) -> None:
+def print_options(found: Findings) -> None:
     """Every option with its value and where that comes from."""
     say("\noptions (flag over recipe over default; precision and processes are the launcher's)")
     args = found.args
-    rows = [(flag(f.name), in_words(getattr(args, f.name)), origin[f.name]) for f in fields(args)]
+    rows = [
+        (flag(f.name), in_words(getattr(args, f.name)), found.origin[f.name]) for f in fields(args)
+    ]
     from_launcher = "launcher" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
     rows.append(("mixed precision", found.precision, from_launcher))
     from_launcher = "launcher" if found.processes > 1 else "default"
     rows.append(("processes", str(found.processes), from_launcher))
     for name, value, source in rows:
-        if args.budget and name in map(flag, PLANNED) and source != "flag":
+        if not found.is_planned and name in map(flag, PLANNED) and source != "flag":
             value, source = "by --budget: see time", "derived"
         say(f"  {name:<22} {value:<28} {source}")
 
@@ -202,6 +214,10 @@ def check_data(found: Findings) -> str:
     found.classes = classes
     found.training_images = len(dataset.train)
     found.splits, found.side = (dataset, held_out), side
+    kept = len(dataset.train) + len(dataset.test)
+    if held_out is not dataset.test:
+        kept += len(held_out)
+    found.resident_bytes = 3 * math.prod(side) * kept
     counts = {"training": len(dataset.train)}
     if args.validation_fraction:
         counts["held-out"] = len(held_out)
@@ -278,7 +294,7 @@ def check_batch(found: Findings) -> str:
     if found.training_images is None:
         raise Note("not known without the data")
     # The same plan that a start would train by.
-    accumulation = whole_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    accumulation = whole_number(ACCUMULATION)
     found.plan = make_plan(
         found.args, found.training_images, found.processes, accumulation=accumulation
     )
@@ -319,7 +335,7 @@ def check_memory(found: Findings) -> str:
 
     # What one process needs.
     device = chosen_device(args.device)
-    resident = found.image_bytes if args.pipeline == "device" else 0
+    resident = found.resident_bytes if args.pipeline == "device" else 0
     reduced = torch.autocast("cpu", torch.bfloat16) if found.precision != "no" else nullcontext()
     # The weights, their gradients, the optimizer's moments, the average.
     copies = 2 + moments_per_weight(args) + args.model_ema
@@ -361,20 +377,20 @@ def check_time(found: Findings) -> str:
         raise Note("not known without data, model and memory")
     if found.processes > 1:
         raise Note("not timed for several processes")
-    # What an earlier start of this run derived holds; the weights need not be here.
-    opened = Opened(folder_of(found.args), origin=found.origin)
-    with suppress(BadInput):
-        look_inside(opened, found.args, found.precision, lambda line: None)
-    args = replace(found.args, **opened.derived, pretrained=False, checkpoint=None)
+    # The weights need not be here.
+    args = replace(found.args, pretrained=False, checkpoint=None)
+    path = folder_of(args)
     ranks = join_processes(args.device, found.precision)
     splits = with_pixels(found.splits, found.side)
-    if args.budget and not opened.derived.keys() & PLANNED:
+    if not found.is_planned:
+        opened = Opened(path, origin=found.origin)
         args, _, _ = fit_to_budget(args, found.origin, opened, ranks, StopRequest(), splits)
         return f"fits into {args.budget}: --image-size {args.image_size} --epochs {args.epochs}"
 
-    sides = tuple(side for side, _ in args.sizes)
-    start = Start(opened.path, ranks, StopRequest(), splits)
-    speed = time_sizes(args, found.origin, start, sides, SECONDS_TO_TIME)
+    start = Start(path, ranks, StopRequest(), splits)
+    speed = UNKNOWN
+    for side, _ in args.sizes:
+        speed = time_side(args, found.origin, start, side, SECONDS_TO_TIME, speed)
     epoch = speed.epoch(args.sizes, found.plan.steps_per_epoch)
     epochs = found.plan.stop_step / found.plan.steps_per_epoch
     whole = f"{in_time(epochs * epoch)}: {epochs:.3g} epochs of {in_time(epoch)}"
@@ -396,9 +412,9 @@ def check_folder(found: Findings) -> str:
     if not opened.sources:
         return f"{opened.path}, a new run"
     # Nobody writes it now.
-    if (opened.path / ".lock").is_file():
+    if (opened.path / LOCK).is_file():
         try:
-            FileLock(opened.path / ".lock").acquire(timeout=0).lock.release()
+            FileLock(opened.path / LOCK).acquire(timeout=0).lock.release()
         except Timeout:
             raise BadInput(
                 f"{opened.path} is in use by another process; wait, or give another --run-name"

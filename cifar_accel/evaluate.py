@@ -23,7 +23,7 @@ class Outputs:
         self.batches: dict[str, list[torch.Tensor]] = {}
 
     def add(self, logits: torch.Tensor, first_five: torch.Tensor) -> None:
-        """Keep logits float32 [b, K] (as float16) and the likeliest classes int64 [b, 5]."""
+        """Keep logits float32 [b, K] as float16, and likeliest classes int64 [b, min(5, K)]."""
         kept = {"first_five": first_five.int()}
         if self.keep_logits:
             # Beyond this is infinity.
@@ -33,7 +33,7 @@ class Outputs:
             self.batches.setdefault(name, []).append(values)
 
     def of_all_ranks(self, accelerator: Accelerator, images: int) -> dict[str, torch.Tensor]:
-        """`first_five` int32 [N, 5] and `logits` float16 [N, K], in the order of the split.
+        """`first_five` int32 [N, min(5, K)] and `logits` float16 [N, K], in the order of the split.
 
         All ranks enter, and the main process alone gets them, on the host, which waits.
         """

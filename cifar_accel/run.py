@@ -34,13 +34,14 @@ from cifar_accel.models.create import (
     name_of,
     use_channels_last,
 )
-from cifar_accel.models.finetune import derived, fit_to_model
+from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.models.weights import input_statistics
 from cifar_accel.optim.gradients import Watch
 from cifar_accel.optim.optimizers import build_optimizer, check_names
 from cifar_accel.options.options import TrainingArguments, flag, in_words
 from cifar_accel.options.policy import read_policy, strength
 from cifar_accel.options.recipes import DERIVED_LATE, PLANNED
+from cifar_accel.options.resolve import with_derived
 from cifar_accel.plan import Plan, make_plan
 from cifar_accel.records import checkpoint
 from cifar_accel.records.folder import Opened, check_images
@@ -154,7 +155,7 @@ def set_up(
     dataset, held_out = splits or load_splits(args)
     check_images(opened, dataset.name, dataset.fingerprint)
     args, origin = fit_to_images(args, origin, opened, dataset)
-    plan = plan_for(args, len(dataset.train), ranks)
+    plan = make_plan(args, len(dataset.train), ranks.world, ranks.rank, ranks.accumulation)
 
     # The model tells how its input is normalised.
     model, optimizer = make_model(args, making, len(dataset.train.classes), plan, ranks)
@@ -189,16 +190,6 @@ def set_up(
     return run, state
 
 
-def plan_for(args: TrainingArguments, images: int, ranks: Ranks) -> Plan:
-    """The plan of this process over `images`, with the launcher's accumulation.
-
-    The loop divides the loss itself: from here on Accelerate must not do it a second time.
-    """
-    accumulation = ranks.accelerator.gradient_accumulation_steps
-    ranks.accelerator.gradient_accumulation_steps = 1
-    return make_plan(args, images, ranks.world, ranks.rank, accumulation)
-
-
 # ---- options that follow from the model
 
 
@@ -207,7 +198,7 @@ def fit_options(
 ) -> tuple[TrainingArguments, dict[str, str]]:
     """The options as they hold for the model, or held at the first start of a run that goes on."""
     if opened.derived or opened.config:
-        return derived(args, origin, opened.derived)
+        return with_derived(args, origin, opened.derived)
     # --budget has fitted them before it chose sizes or epochs.
     if "derived" in (origin["image_size"], origin["epochs"]):
         return args, origin
@@ -215,7 +206,7 @@ def fit_options(
         say(f"recipe: fitting finetune to {name_of(args)}")
         args, origin = fit_to_model(args, origin)
     grows_to = LAST_SIZES[-1] if args.budget and origin["image_size"] != "flag" else 0
-    return derived(args, origin, {"stored_size": size_to_store(args, grows_to)})
+    return with_derived(args, origin, {"stored_size": size_to_store(args, grows_to)})
 
 
 def fit_to_images(
@@ -231,7 +222,7 @@ def fit_to_images(
     if args.model_ema:
         steps = args.epochs * max(1, len(dataset.train) // args.batch_size)
         values["model_ema_decay"] = min(max(0.9, 1 - 10 / steps), 0.9998)
-    return derived(args, origin, values)
+    return with_derived(args, origin, values)
 
 
 # ---- what does not exist

@@ -20,7 +20,7 @@ from cifar_accel.budget import (
     Parts,
     Speed,
     TooShort,
-    fit,
+    fit_choices,
     growing_to,
     lengthened,
     one_size,
@@ -37,10 +37,10 @@ from cifar_accel.machine.processes import Ranks, peers_expected
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.create import check_model
-from cifar_accel.models.finetune import derived, sizes_taken
+from cifar_accel.models.finetune import LONG_RUN, regularised, sizes_taken
 from cifar_accel.options.options import TrainingArguments, flag
 from cifar_accel.options.recipes import PLANNED
-from cifar_accel.options.resolve import warmup
+from cifar_accel.options.resolve import warmup, with_derived
 from cifar_accel.options.values import parse_duration
 from cifar_accel.records.folder import Opened
 from cifar_accel.records.meters import Clock
@@ -66,8 +66,6 @@ UNTIMED_STEPS = 3
 # Images over which precisions are compared, and by how much one must be faster to be named.
 IMAGES_TO_COMPARE = 64
 CLEARLY_FASTER = 1.15
-# Images evaluated at once.
-EVALUATED = 256
 # The options in which two runs of one plan agree.
 ALIKE = ("model", "dataset", "batch_size", "pipeline")
 # Nothing was timed yet.
@@ -109,13 +107,17 @@ def fit_to_budget(
     args, origin = fit_options(args, origin, opened)
     if args.plan_of:
         of_another = plan_of_another(args) if ranks.is_main else {}
-        args, origin = derived(args, origin, ranks.from_main(of_another))
-        return *with_warmup(args, origin), splits
-    splits = splits or load_splits(args)
-    say(f"budget    {args.budget}: timing a few steps")
-    best = what_fits(args, origin, Start(opened.path, ranks, stop, splits), budget)
-    chosen = {"image_size": text_of(best.parts), "epochs": best.epochs}
-    return *with_warmup(*derived(args, origin, chosen)), splits
+        chosen = ranks.from_main(of_another)
+    else:
+        splits = splits or load_splits(args)
+        say(f"budget    {args.budget}: timing a few steps")
+        best = what_fits(args, origin, Start(opened.path, ranks, stop, splits), budget)
+        chosen = {"image_size": text_of(best.parts), "epochs": best.epochs}
+    args, origin = with_warmup(*with_derived(args, origin, chosen))
+    # Before it was chosen, `fit_to_model` did not know of a long run.
+    if args.epochs > LONG_RUN:
+        args, origin = regularised(args, origin)
+    return args, origin, splits
 
 
 def what_fits(
@@ -134,8 +136,10 @@ def what_fits(
     # What is chosen has been timed, unless that would take too long.
     while sides:
         for side in sides:
-            # The steps of a slow model could take all of the time that there is.
-            if not speed.steps or AS_LONG_AS * speed.step(side) < MOST_SHARE * budget:
+            # The steps of a slow model could take all of the time that there is. Where a
+            # side did not fit into memory, larger ones are no choice any more.
+            is_quick = not speed.steps or AS_LONG_AS * speed.step(side) < MOST_SHARE * budget
+            if is_quick and any(side in dict(parts) for parts in choices):
                 seconds = min(SECONDS, SHARE * budget)
                 speed, choices = time_one_more(args, origin, start, side, seconds, speed, choices)
         tried |= set(sides)
@@ -152,7 +156,7 @@ def what_fits(
         gone = time.time() - psutil.Process().create_time()
         left = start.ranks.from_main(budget - gone - ending)
         try:
-            best, *others = fit(left, speed, steps_per_epoch, choices, epochs)
+            best, *others = fit_choices(left, speed, steps_per_epoch, choices, epochs)
         except TooShort as e:
             shortest = math.ceil((e.seconds + gone + ending) / 60)
             raise BadInput(f"--budget {args.budget}: too short; the shortest is {shortest}m") from e
@@ -179,7 +183,7 @@ def time_one_more(
     """
     try:
         with peers_expected():
-            return time_sizes(args, origin, start, (side,), seconds, speed), choices
+            return time_side(args, origin, start, side, seconds, speed), choices
     except (DoesNotFit, OutOfMemory):
         smaller = [parts for parts in choices if parts[-1][0] < side]
         if not smaller:
@@ -223,7 +227,7 @@ def with_warmup(
     if origin["warmup_epochs"] == "flag":
         warmup(args, {"epochs"})
         return args, origin
-    return derived(args, origin, warmup(replace(args, warmup_epochs=None), set()))
+    return with_derived(args, origin, warmup(replace(args, warmup_epochs=None), set()))
 
 
 def plan_of_another(args: TrainingArguments) -> dict[str, Any]:
@@ -257,57 +261,57 @@ def explain(best: Fitted, others: list[Fitted], speed: Speed, spent: float) -> N
 # ---- how long a step takes
 
 
-def time_sizes(
+def time_side(
     args: TrainingArguments,
     origin: dict[str, str],
     start: Start,
-    sides: tuple[int, ...],
+    side: int,
     seconds: float,
     known: Speed = UNKNOWN,
 ) -> Speed:
-    """Seconds of a step and of an evaluation by side, beside those that are `known`.
+    """Seconds of a step and of an evaluation at `side`, beside those that are `known`.
 
-    Steps of each side are taken for about `seconds`. All ranks enter; of their times the longest
-    count. Each side's run is set up as a training is, and is forgotten. Raises BadInput as `set_up`
-    does, DoesNotFit and OutOfMemory.
+    Steps are taken for about `seconds`. All ranks enter; of their times the longest count. The run
+    is set up as a training is, and is forgotten. Raises BadInput as `set_up` does, DoesNotFit and
+    OutOfMemory.
     """
     ranks = start.ranks
     accelerator = ranks.accelerator
-    accumulation = accelerator.gradient_accumulation_steps
     scaler_state = accelerator.scaler.state_dict() if accelerator.scaler else {}
-    origin = origin | {"image_size": "flag"}
     # From the beginning, and by a model that is fitted already.
+    of_side = replace(args, image_size=side)
+    origin = origin | {"image_size": "flag"}
     afresh = Opened(start.path, derived={"interpolation": args.interpolation})
-    speed = Speed(dict(known.steps), dict(known.evaluations), dict(known.starts))
-    for side in sides:
-        of_side = replace(args, image_size=side)
-        # What it says of itself is said by the run that follows.
-        with contextlib.redirect_stdout(io.StringIO()):
-            run, state = set_up(of_side, origin, afresh, ranks, start.stop, start.splits)
+    # What it says of itself is said by the run that follows.
+    with contextlib.redirect_stdout(io.StringIO()):
+        run, state = set_up(of_side, origin, afresh, ranks, start.stop, start.splits)
+    try:
         check_memory(run)
-        is_first = not speed.steps
-        try:
-            speed.starts[side], speed.steps[side] = _seconds_of_a_step(run, state, seconds)
-            speed.evaluations[side] = max(ranks.gather(_seconds_of_an_evaluation(run)))
-            if is_first and speed.steps[side] < seconds:
-                _name_a_faster_precision(run, side)
-        except (RuntimeError, MemoryError) as e:
-            failure = memory_explained(e, run, run.plan.order.micro_batch_size)
-            if failure is e:
-                raise
-            raise failure from None
+        first, step = _seconds_of_a_step(run, state, seconds)
+        evaluation = max(ranks.gather(_seconds_of_an_evaluation(run)))
+        if not known.steps and step < seconds:
+            _name_a_faster_precision(run, side)
+    except (RuntimeError, MemoryError) as e:
+        failure = memory_explained(e, run, run.plan.order.micro_batch_size)
+        if failure is e:
+            raise
+        raise failure from None
+    finally:
         # The training begins as if nothing had been before. Accelerate would unscale the gradients
         # of every optimizer that it has prepared, and dynamo counts what it has compiled.
         del run
         accelerator.free_memory()
-        accelerator.gradient_accumulation_steps = accumulation
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(scaler_state)
         if args.compile:
             torch._dynamo.reset()
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(ranks.device)
-    return speed
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+    return Speed(
+        known.steps | {side: step},
+        known.evaluations | {side: evaluation},
+        known.starts | {side: first},
+    )
 
 
 def with_pixels(splits: Splits, side: tuple[int, int]) -> Splits:
@@ -398,7 +402,7 @@ def _seconds_of_passes(run: Run, side: int, precision: str) -> float:
 def _seconds_of_an_evaluation(run: Run) -> float:
     """Seconds of an evaluation of the split that is evaluated while training, by a part of it."""
     pipeline = run.data.evaluation
-    size = min(run.plan.evaluation_batch_size, EVALUATED, len(pipeline.split))
+    size = min(run.plan.evaluation_batch_size, len(pipeline.split))
     model = run.model.evaluated.eval()
     batches = pipeline.evaluation_batches(size, run.ranks.world, run.ranks.rank)
 

@@ -49,7 +49,7 @@ def memory_explained(error: BaseException, run: Run, images: int, where: str = "
 
 
 def remedy(run: Run, images: int, where: str = "") -> str:
-    """One line: the largest micro-batch below `images` that does fit, found by trying."""
+    """One line: the largest micro-batch of at most half of `images` that fits, found by trying."""
     # What failed, and what can be tried instead.
     plan = run.plan
     head = f"out of memory on {run.ranks.device} with {images} images at once{where}"

@@ -25,7 +25,7 @@ SERVER.set_forkserver_preload(
     [
         "cifar_accel.train",
         "cifar_accel.dry_run",
-        "cifar_accel.results.charts",
+        "cifar_accel.results.plots",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
     ]

@@ -6,7 +6,7 @@ from cifar_accel.budget import (
     RESERVE,
     Speed,
     TooShort,
-    fit,
+    fit_choices,
     growing_to,
     lengthened,
     points_lost,
@@ -37,7 +37,7 @@ def test_noise_and_a_single_side():
 
 def test_few_images_are_seen_often():
     """3,000 steps at least, where an epoch has few."""
-    (best,) = fit(10**6, SPEED, 3, [growing_to(128)])
+    (best,) = fit_choices(10**6, SPEED, 3, [growing_to(128)])
     assert best.epochs == 1000
 
 
@@ -58,7 +58,7 @@ def test_sides_grow_in_steps_of_16():
 @pytest.mark.parametrize("minutes", [10, 15, 30, 60, 120, 600])
 def test_what_fits_is_filled(minutes):
     seconds = 60 * minutes
-    best, *others = fit(seconds, SPEED, STEPS, CHOICES)
+    best, *others = fit_choices(seconds, SPEED, STEPS, CHOICES)
     assert all(best.lost <= other.lost for other in others)
     longer = lengthened(best, seconds, SPEED, STEPS)
     assert longer.epochs == best.epochs
@@ -72,24 +72,27 @@ def test_what_fits_is_filled(minutes):
 
 
 def test_more_time_takes_larger_images():
-    sides = [fit(60 * minutes, SPEED, STEPS, CHOICES)[0].parts[-1][0] for minutes in (15, 60, 240)]
+    sides = [
+        fit_choices(60 * minutes, SPEED, STEPS, CHOICES)[0].parts[-1][0]
+        for minutes in (15, 60, 240)
+    ]
     assert sides == sorted(sides)
     assert sides[0] < sides[-1]
 
 
 def test_what_is_chosen_already():
-    (only,) = fit(3600, SPEED, STEPS, [((96, 1.0),)])
+    (only,) = fit_choices(3600, SPEED, STEPS, [((96, 1.0),)])
     assert text_of(only.parts) == 96
     assert lengthened(only, 3600, SPEED, STEPS) == only
-    assert {choice.epochs for choice in fit(3600, SPEED, STEPS, CHOICES, epochs=4)} == {4}
+    assert {choice.epochs for choice in fit_choices(3600, SPEED, STEPS, CHOICES, epochs=4)} == {4}
 
 
 def test_too_short_a_time_names_the_shortest():
     with pytest.raises(TooShort) as failure:
-        fit(30, SPEED, STEPS, CHOICES)
-    assert fit(failure.value.seconds + 1e-6, SPEED, STEPS, CHOICES)
+        fit_choices(30, SPEED, STEPS, CHOICES)
+    assert fit_choices(failure.value.seconds + 1e-6, SPEED, STEPS, CHOICES)
     with pytest.raises(TooShort):
-        fit(failure.value.seconds - 1, SPEED, STEPS, CHOICES)
+        fit_choices(failure.value.seconds - 1, SPEED, STEPS, CHOICES)
 
 
 def test_points_are_lost_to_small_images_and_few_epochs():

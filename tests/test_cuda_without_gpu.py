@@ -79,7 +79,7 @@ def drive(cache, monkeypatch, tmp_path):
         with fake_cuda.pretended() as watch:
             watch.room = room
             ranks = join_processes("cuda", precision)
-            ranks.accelerator.gradient_accumulation_steps = accumulation
+            ranks.accumulation = accumulation
             run, state = run_module.set_up(
                 args, origin, Opened(path=tmp_path), ranks, StopRequest()
             )

@@ -132,11 +132,11 @@ def posterize(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     return (x / step).floor_().mul_(step)
 
 
-def autocontrast(x: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+def autocontrast(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
     """Pillow's ImageOps.autocontrast: each channel stretched to 0..255; a flat one stays."""
-    # In the arguments' precision, float64, as Pillow computes.
-    low = x.amin((2, 3), keepdim=True).to(unused.dtype)
-    high = x.amax((2, 3), keepdim=True).to(unused.dtype)
+    # `argument` gives nothing but its precision: float64, as Pillow computes (float32 on mps).
+    low = x.amin((2, 3), keepdim=True).to(argument.dtype)
+    high = x.amax((2, 3), keepdim=True).to(argument.dtype)
     # A true division: `255 / x` would multiply by the reciprocal, which rounds twice.
     scale = torch.div(torch.full_like(low, 255), (high - low).clamp_(min=1))
     stretched = (x * scale).add_(-low * scale).clamp_(0, 255).floor_().float()

@@ -28,7 +28,7 @@ from cifar_accel.launch.command import (
 from cifar_accel.launch.study_file import read_study
 from cifar_accel.launch.study_runs import (
     StudyRun,
-    figures,
+    accuracy_and_time,
     is_finished,
     plan_runs,
     settings_of,
@@ -305,7 +305,7 @@ class Training:
         run.state = "failed" if failure else "finished"
         settled = len(in_state(self.runs, "finished", "failed"))
         left = time_left(self.runs, len(self.places.environments))
-        what = failure or figures(run)
+        what = failure or accuracy_and_time(run)
         self.say(f"{settled} of {len(self.runs)}: {what}; {left}: {run.folder}")
 
 

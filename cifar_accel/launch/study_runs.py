@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from cifar_accel.console import in_time
 from cifar_accel.errors import BadInput
-from cifar_accel.files import home, read_as
+from cifar_accel.files import home
 from cifar_accel.launch.study_file import Options, Study
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.options.parsing import parse_training
@@ -37,14 +35,6 @@ class StudyRun:
     plan_of: "StudyRun | None" = None
     # "elsewhere": another process trains it.
     state: Literal["to do", "running", "elsewhere", "finished", "failed"] = "to do"
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What is read of summary.json for an estimate."""
-
-    # Seconds of training, evaluation and saving, over all starts.
-    wall_s: Annotated[float, Field(ge=0, le=1e9)]
 
 
 # ---- words and folders
@@ -172,7 +162,7 @@ def standing(run: StudyRun) -> str:
     """How a run stands by what its folder says, in a few words."""
     summary = read_summary(run.folder)
     if run.state == "finished":
-        return f"finished, {figures(run)}"
+        return f"finished, {accuracy_and_time(run)}"
     user = user_of(run.folder)
     if user:
         return f"in progress elsewhere, {user}"
@@ -185,7 +175,7 @@ def standing(run: StudyRun) -> str:
     return "to do"
 
 
-def figures(run: StudyRun) -> str:
+def accuracy_and_time(run: StudyRun) -> str:
     """Accuracy and time of a finished run, as far as it says them."""
     accuracy = read_summary(run.folder).get("accuracy")
     told = [] if accuracy is None else [f"accuracy {accuracy:.2%}"]
@@ -200,8 +190,8 @@ def figures(run: StudyRun) -> str:
 
 def seconds_of(run: StudyRun) -> float | None:
     """How long a run took, as its summary says; None where it does not."""
-    timed = read_as(Timed, run.folder / "summary.json")
-    return timed.wall_s if timed else None
+    seconds: float | None = read_summary(run.folder).get("wall_s")
+    return seconds
 
 
 def time_left(runs: list[StudyRun], jobs: int) -> str:

@@ -19,6 +19,11 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
+def mixed_precision() -> str:
+    """The launcher's precision: no (fp32), bf16 or fp16."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def whole_number(variable: str, default: int = 1) -> int:
     """The whole number in an environment variable. Raises BadInput where there is none in it."""
     text = os.environ.get(variable, str(default))

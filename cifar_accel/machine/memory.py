@@ -41,7 +41,7 @@ def estimate(
     resident: int,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Estimate:
-    """Estimate by the forward pass of a few images on the CPU; `model` stays as it was.
+    """Estimate by forward passes of a few images on the CPU, which leave `model` in training mode.
 
     Counted are `copies` of each weight (itself, its gradient, moments, average), the `resident`
     bytes of images, and what autograd keeps for the backward pass at the precision that `autocast`

@@ -42,6 +42,9 @@ class Ranks:
         self.rank = accelerator.process_index
         self.is_main = bool(accelerator.is_main_process)
         self.device = accelerator.device
+        # The launcher's. The loop divides the loss itself; Accelerate must not do it a second time.
+        self.accumulation = accelerator.gradient_accumulation_steps
+        accelerator.gradient_accumulation_steps = 1
         # Accelerate's group, and one of its own for the hosts, which NCCL cannot be.
         self.devices: Any = torch.distributed.group.WORLD
         self.hosts: Any = None
@@ -130,8 +133,9 @@ def join_processes(
         environment.whole_number(name)
 
     # What can be refused is refused before anybody waits for anybody.
-    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    cpu = check_device(device, precision)
+    precision = mixed_precision or environment.mixed_precision()
+    check_device(device, precision)
+    cpu = chosen_device(device).type == "cpu"
     world = environment.whole_number("WORLD_SIZE")
     missing = [name for name in environment.LAUNCHER_VARIABLES if name not in os.environ]
     if world > 1 and missing:
@@ -214,8 +218,8 @@ def chosen_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def check_device(device: str, precision: str) -> bool:
-    """Whether the processor is what computes. Raises BadInput when the device cannot compute so."""
+def check_device(device: str, precision: str) -> None:
+    """Raise BadInput when the device is not there, or cannot compute so."""
     chosen = chosen_device(device).type
     # Accelerate takes the device that this names, whether or not it is there.
     named = os.environ.get("ACCELERATE_TORCH_DEVICE", chosen)
@@ -229,4 +233,3 @@ def check_device(device: str, precision: str) -> bool:
     for name in environment.SHARDING:
         if environment.is_set(f"ACCELERATE_USE_{name}"):
             raise BadInput(f"the accelerate config asks for {name}: there is MULTI_GPU alone here")
-    return chosen == "cpu"

@@ -1,6 +1,7 @@
 """What is known of a device's speed and memory, what only changes speed, and traces."""
 
 import ctypes
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -29,7 +30,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    # An L40 is no L4, and of an RTX 4090 there are slower ones with a word more.
+    model = r"\b{}\b(?! (?:Ti|D|Laptop)\b)"
+    return next(
+        (peak for part, peak in PEAK_FLOPS.items() if re.search(model.format(part), name)), None
+    )
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -82,7 +87,7 @@ def compile_model(
 
 
 def compiled_graphs() -> int:
-    """Graphs that torch.compile has made: two, for training and evaluation, is what it takes."""
+    """Graphs that torch.compile has made: one for each size in training, and one for evaluation."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 

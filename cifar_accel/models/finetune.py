@@ -11,7 +11,7 @@ from typing import Any
 from cifar_accel.errors import BadInput
 from cifar_accel.models.create import build_model, family_of, has_batch_norm
 from cifar_accel.options.options import TrainingArguments
-from cifar_accel.options.resolve import check_effects
+from cifar_accel.options.resolve import Origin, check_effects, with_derived
 
 # Sides of the input, in the order in which they are tried: 128 pixels, or the nearest that the
 # model takes; some take the size of their weights alone.
@@ -26,16 +26,6 @@ BATCH_NORM_RATE = 4.0
 # Layer decay of families other than the usual: 1 for models with batch norm, 0.8 for others.
 LAYER_DECAY = {"nfnet": 0.9}
 
-Origin = dict[str, str]
-
-
-def derived(
-    args: TrainingArguments, origin: Origin, values: dict[str, Any]
-) -> tuple[TrainingArguments, Origin]:
-    """The options with `values` where no flag says otherwise, and where each comes from."""
-    new = {name: value for name, value in values.items() if origin[name] != "flag"}
-    return replace(args, **new), origin | dict.fromkeys(new, "derived")
-
 
 def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArguments, Origin]:
     """Options as they hold for the model, and where each value comes from; to be called once.
@@ -44,36 +34,39 @@ def fit_to_model(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgum
     """
     args, origin, model = _at_a_size_it_takes(args, origin)
 
+    family = family_of(model)
+    is_normalised = has_batch_norm(model)
+
     # As its weights were trained.
     own = model.pretrained_cfg.get("interpolation")
-    interpolation = own if own in ("bilinear", "bicubic") else "bicubic"
-    args, origin = derived(args, origin, {"interpolation": interpolation})
+    values: dict[str, Any] = {"interpolation": own if own in ("bilinear", "bicubic") else "bicubic"}
 
     # How fast it learns, and how much slower early layers do. What batch norm has normalised bears
-    # more, and needs no such care.
-    normalised = has_batch_norm(model)
-    decay = LAYER_DECAY.get(family_of(model), 1.0 if normalised else 0.8)
-    args, origin = derived(args, origin, {"layer_decay": decay})
-    # With other optimizers it was not tried.
-    if normalised and args.optimizer == "adamw" and origin["learning_rate"] == "recipe":
-        faster = BATCH_NORM_RATE * args.learning_rate
-        args, origin = derived(args, origin, {"learning_rate": faster})
+    # more, and needs no such care. With other optimizers than adamw that was not tried.
+    values["layer_decay"] = LAYER_DECAY.get(family, 1.0 if is_normalised else 0.8)
+    if is_normalised and args.optimizer == "adamw" and origin["learning_rate"] == "recipe":
+        values["learning_rate"] = BATCH_NORM_RATE * args.learning_rate
 
     # NFNets diverge without adaptive clipping (Brock et al. 2021).
     is_ours = origin["clip_grad"] != "flag" and (
         origin["clip_mode"] != "flag" or args.clip_mode == "agc"
     )
-    if family_of(model) == "nfnet" and is_ours:
-        args, origin = derived(args, origin, {"clip_grad": 0.01, "clip_mode": "agc"})
+    if family == "nfnet" and is_ours:
+        values |= {"clip_grad": 0.01, "clip_mode": "agc"}
+    args, origin = with_derived(args, origin, values)
 
-    # A large model, or a long run, learns the images by heart.
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS or args.epochs > LONG_RUN:
-        if "flag" not in (origin["mixup"], origin["cutmix"]):
-            args, origin = derived(args, origin, {"cutmix": 1.0, "mixup_prob": 0.5})
-        args, origin = _with_drop_path(args, origin)
+        args, origin = regularised(args, origin)
     check_effects(args, origin)
     return args, origin
+
+
+def regularised(args: TrainingArguments, origin: Origin) -> tuple[TrainingArguments, Origin]:
+    """The options of a large model, or a long run, which learns the images by heart."""
+    if "flag" not in (origin["mixup"], origin["cutmix"]):
+        args, origin = with_derived(args, origin, {"cutmix": 1.0, "mixup_prob": 0.5})
+    return _with_drop_path(args, origin)
 
 
 def sizes_taken(args: TrainingArguments, choices: Iterable[str | int]) -> list[str | int]:
@@ -86,22 +79,18 @@ def sizes_taken(args: TrainingArguments, choices: Iterable[str | int]) -> list[s
     return taken
 
 
-def _quiet(line: str) -> None:
-    """Say nothing."""
-
-
 def _made(args: TrainingArguments) -> Any:
     """The model, with weights only where they lie in a folder here. Raises BadInput."""
     is_here = args.pretrained and args.model.startswith("local-dir:")
     bare = replace(args, pretrained=is_here, checkpoint=None)
-    return build_model(bare, 10, _quiet)
+    return build_model(bare, 10, lambda line: None)
 
 
 def _at_a_size_it_takes(
     args: TrainingArguments, origin: Origin
 ) -> tuple[TrainingArguments, Origin, Any]:
     """The options with an input size that the model takes, their origin, and the model."""
-    # A flag or --budget has chosen one.
+    # A flag has chosen one.
     if origin["image_size"] != "recipe":
         return args, origin, _made(args)
     for side in SIDES:
@@ -110,7 +99,7 @@ def _at_a_size_it_takes(
         except BadInput as e:
             failure = e
         else:
-            args, origin = derived(args, origin, {"image_size": side})
+            args, origin = with_derived(args, origin, {"image_size": side})
             return args, origin, model
     raise failure
 

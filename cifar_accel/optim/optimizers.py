@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[[Any, TrainingArguments], torch.optim.Optimizer]]
 
 
 def check_names(args: TrainingArguments) -> None:
-    """Raise BadInput for a schedule or optimizer that does not exist or cannot be driven here."""
+    """Raise BadInput for a schedule or optimizer that does not exist or cannot be driven so."""
     check_schedule(args)
     if args.optimizer in OPTIMIZERS:
         return
@@ -36,7 +36,10 @@ def check_names(args: TrainingArguments) -> None:
             f"--optimizer {args.optimizer}: unknown; there are adamw, sgdm and timm's, "
             f"such as lamb, lion and muon{near}"
         )
-    if timm.optim.get_optimizer_info(args.optimizer).second_order:
+    info = timm.optim.get_optimizer_info(args.optimizer)
+    if args.momentum != TrainingArguments.momentum and not info.has_momentum:
+        raise BadInput(f"--momentum has no effect on --optimizer {args.optimizer}, which has none")
+    if info.second_order:
         raise BadInput(f"--optimizer {args.optimizer}: needs second derivatives, unknown here")
 
 

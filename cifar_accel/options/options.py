@@ -15,6 +15,9 @@ from cifar_accel.options.values import check_sizes, parse_sizes
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Data sets that have names of their own; data/sources.py says what they are.
+BUILT_IN = ("cifar100", "cifar10", "digits")
+
 # Numbers with their bounds. tyro, which reads the words, passes over the bounds; pydantic checks
 # them afterwards, all at once (`check_bounds` in parsing.py).
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,7 +61,7 @@ class TrainingArguments:
     model_kwargs: tuple[str, ...] = ()
     """More arguments of the timm model, as in patch_size=4 drop_path_rate=0.1."""
     image_size: SizeOrSizes = 32
-    """Side of the model's input in pixels; several: 64:0.4,96:0.7,128 (64 to 40 % of the steps)."""
+    """Side of the input in pixels; 64:0.4,96:0.7,128: 64 until 40 % of the steps, 96 until 70 %."""
 
     # Data
     dataset: str = "cifar100"
@@ -157,7 +160,7 @@ class TrainingArguments:
     model_ema: bool = False
     """Keep an exponential moving average of the weights; it is what is evaluated and saved."""
     model_ema_decay: Share = 0.9998
-    """Decay of that average per step, approached: 1 - (n + 1)^(-2/3) after n steps, if less."""
+    """Decay of that average per step; after n steps it is at most 1 - (n + 1)^(-2/3)."""
 
     # Run
     seed: Seed = 3407
@@ -169,7 +172,7 @@ class TrainingArguments:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """torch.compile's mode; reduce-overhead replays the step as a CUDA graph."""
     memory_format: Volatile[Literal["auto", "contiguous", "channels_last"]] = "auto"
-    """Layout of images and weights; auto: what was measured faster for model family and device."""
+    """Layout of images and weights; auto: what was faster for the model family on CPUs."""
     max_steps: Volatile[NotNegativeInt] = 0
     """Stop after this many optimizer steps (0: no limit); the schedule is not rescaled."""
     max_time: Volatile[str | None] = None

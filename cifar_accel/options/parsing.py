@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from cifar_accel.console import fail
 from cifar_accel.errors import BadInput, did_you_mean
 from cifar_accel.files import adapter
-from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.options.options import BUILT_IN, TrainingArguments, flag
 from cifar_accel.options.recipes import recipe_defaults
 from cifar_accel.options.resolve import resolve
 
@@ -132,7 +132,7 @@ def _normal_value(name: str, value: str) -> str:
 def _is_a_name(field: str, value: str) -> bool:
     """Whether `value` is a name of ours or timm's, all in lower case, and no path or hub id."""
     if field == "dataset":
-        return value.lower() in ("cifar100", "cifar10", "digits") and not os.path.exists(value)
+        return value.lower() in BUILT_IN and not os.path.exists(value)
     if field == "model":
         return re.fullmatch(r"[\w.]+", value) is not None and not os.path.exists(value)
     is_choice = get_origin(TYPES.get(field)) is Literal

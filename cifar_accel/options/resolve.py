@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cifar_accel.errors import BadInput
 from cifar_accel.files import home
-from cifar_accel.options.options import TrainingArguments, flag
+from cifar_accel.options.options import BUILT_IN, TrainingArguments, flag
 from cifar_accel.options.policy import read_policy
 from cifar_accel.options.recipes import RECIPES
 from cifar_accel.options.values import parse_duration, parse_interval, parse_keywords
@@ -29,6 +29,8 @@ RATE_FACTORS = {"sgdm": 40.0, "sgd": 40.0, "lion": 0.2, "muon": 1.0}
 
 # What a rule makes of the options: new values by field.
 Derived = dict[str, Any]
+# Where each value comes from, by field: default, recipe, flag or derived.
+Origin = dict[str, str]
 
 
 class Need(NamedTuple):
@@ -71,12 +73,12 @@ NEEDS = {
 NEEDS_THE_MODEL = ("mixup_prob", "clip_mode")
 
 
-def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments, dict[str, str]]:
+def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments, Origin]:
     """Fill in what follows from other options and check the whole.
 
     `args` are as parsed, with the recipe's defaults underneath; `given` are the fields that the
-    user set by a flag. Returns the resolved options and, by field, where each value comes from:
-    default, recipe, flag or derived. Raises BadInput, which names the flags.
+    user set by a flag. Returns the resolved options and their origin. Raises BadInput, which names
+    the flags.
     """
     check_values(args)
 
@@ -105,6 +107,14 @@ def resolve(args: TrainingArguments, given: set[str]) -> tuple[TrainingArguments
         args = replace(args, **derived)
         origin.update(dict.fromkeys(derived, "derived"))
     return args, origin
+
+
+def with_derived(
+    args: TrainingArguments, origin: Origin, values: Derived
+) -> tuple[TrainingArguments, Origin]:
+    """The options with `values` where no flag says otherwise, and where each comes from."""
+    new = {name: value for name, value in values.items() if origin[name] != "flag"}
+    return replace(args, **new), origin | dict.fromkeys(new, "derived")
 
 
 def check_values(args: TrainingArguments) -> None:
@@ -146,8 +156,9 @@ def check_run_name(name: str) -> None:
 def absolute_paths(args: TrainingArguments) -> Derived:
     """Paths that mean the same from wherever the run is continued or evaluated."""
     paths: Derived = {}
-    # What is no folder here is the name of a data set, and is read later.
-    if os.path.isdir(home(args.dataset)):
+    # What is no folder here is the name of a data set, and is read later. Those of our own come
+    # before folders of the same name.
+    if args.dataset not in BUILT_IN and os.path.isdir(home(args.dataset)):
         paths["dataset"] = os.path.abspath(home(args.dataset))
     if args.model.startswith("local-dir:"):
         folder = home(args.model.removeprefix("local-dir:"))
@@ -266,7 +277,7 @@ def without_effect(args: TrainingArguments, given: set[str]) -> Derived:
     return derived
 
 
-def check_effects(args: TrainingArguments, origin: dict[str, str]) -> None:
+def check_effects(args: TrainingArguments, origin: Origin) -> None:
     """Raise BadInput for a flag whose effect hung on the model, and that has none."""
     for name in NEEDS_THE_MODEL:
         if origin[name] == "flag" and not NEEDS[name].is_met(args):

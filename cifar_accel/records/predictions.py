@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cifar_accel.errors import BadInput
-from cifar_accel.files import share, sync
+from cifar_accel.files import adapter, share, sync
 
 FILE = "predictions.safetensors"
 
-# The accuracy of a run on a device of another kind differs by less than this share.
+# The accuracy of a run on a device of another kind differs by less than this share, or one image.
 OTHER_DEVICE = 0.002
 
 # Larger logits are left out: classes of the first five alone are kept.
@@ -45,6 +45,11 @@ class Predictions:
     places: NDArray[np.int64]
     # By this images are known to be the same, and in the same order.
     images: str
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Equal for the same images; with their number, for a digest in a file can be anything."""
+        return self.images, len(self.labels)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -121,8 +126,8 @@ def read_predictions(run: Path, with_logits: bool = True) -> dict[str, Predictio
     try:
         with safe_open(file, "numpy") as tensors:
             metadata = tensors.metadata()
-            classes = json.loads(metadata["classes"])
-            images = json.loads(metadata["images"])
+            classes = adapter(list[str]).validate_json(metadata["classes"])
+            images = adapter(dict[str, str]).validate_json(metadata["images"])
             return {
                 kind: _read_split(tensors, kind, classes, images[kind], with_logits)
                 for kind in images
@@ -148,11 +153,15 @@ def _read_split(
     for values in (labels, first_five):
         if values.min() < 0 or values.max() >= len(classes):
             raise ValueError(f"a class {values.max()} of {len(classes)}")
+    if places.min() < 0:
+        raise ValueError(f"a place {places.min()}")
     logits = None
     if with_logits and f"{kind}.logits" in set(tensors.keys()):
         logits = tensors.get_tensor(f"{kind}.logits")
         if logits.shape != (count, len(classes)):
             raise ValueError(f"logits of {logits.shape}")
+        if not np.isfinite(logits).all():
+            raise ValueError("logits that are not finite")
     return Predictions(labels, first_five, logits, classes, places, images)
 
 
@@ -167,7 +176,8 @@ def predictions_of(
     if said is None:
         return None
     share = float(said.correct.mean())
-    if abs(share - accuracy) > OTHER_DEVICE:
+    images = len(said.labels)
+    if abs(share - accuracy) * images > max(1, OTHER_DEVICE * images) + 0.5:
         raise BadInput(
             f"{run / FILE}: is not of the run's finished model: accuracy {share:.2%}, and "
             f"{accuracy:.2%} in summary.json"

@@ -45,7 +45,7 @@ class Config:
 
     options: RecordedOptions
     # Where each option came from, by name.
-    provenance: dict[str, Any]
+    provenance: dict[str, str]
     # The command line.
     command: list[str] = field(default_factory=list)
     # The later starts of the run.
@@ -67,10 +67,14 @@ class Summary:
     total_steps: NotNegativeInt
     # Mean over the last whole epoch; None before the first. A float32 is no larger.
     train_loss: Annotated[float | None, Field(ge=0, le=1e39)]
-    # A share of 1, on the images of `tested_on`; None until the run has finished.
+    # A share of 1, on the images of `tested_on`; None while these were not read.
     accuracy: Share | None = None
     # How many images that is of.
     evaluated_images: PositiveInt | None = None
+    top5_accuracy: Share | None = None
+    images_per_s: Annotated[float | None, Field(ge=0, le=1e12)] = None
+    # Seconds of training, evaluation and saving, over all starts.
+    wall_s: Annotated[float | None, Field(ge=0, le=1e9)] = None
     error: str | None = None
 
 

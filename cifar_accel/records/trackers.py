@@ -308,7 +308,7 @@ def wandb_objects(findings: Findings) -> dict[str, Any]:
             y_true=findings.labels.tolist(),
             preds=findings.predicted.tolist(),
             class_names=findings.classes,
-            title="Test images: true and predicted class",
+            title="True and predicted class",
             split_table=True,
         )
     else:

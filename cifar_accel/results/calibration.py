@@ -34,9 +34,8 @@ def reliability(probability: NDArray[np.float64], correct: NDArray[np.bool_]) ->
     for number in range(BINS):
         inside = bins == number
         if inside.any():
-            confidence = float(probability[inside].mean())
-            accuracy = float(correct[inside].mean())
-            found.append(Bin(int(inside.sum()), confidence, accuracy))
+            means = float(probability[inside].mean()), float(correct[inside].mean())
+            found.append(Bin(int(inside.sum()), *means))
     return found
 
 
@@ -64,8 +63,11 @@ def temperature(held_out: Predictions) -> float:
     return float(np.exp(best.x))
 
 
-def at_temperature(run: Predictions, divisor: float) -> NDArray[np.float64]:
-    """float64 [N]: the probability of the predicted class, the logits divided by `divisor`."""
+def confidence(run: Predictions, divisor: float = 1.0) -> NDArray[np.float64]:
+    """float64 [N]: the probability of the predicted class, the logits divided by `divisor`.
+
+    The run must have logits.
+    """
     assert run.logits is not None
     cooled = run.logits.astype(np.float64) / divisor
     rows = np.arange(len(cooled))

@@ -1,198 +1,245 @@
-"""The plots of a run."""
+"""The charts of the page, as Vega-Lite specifications made with Altair.
 
-import math
-import os
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+Each function takes plain figures and returns a chart. Colours are those of Okabe and Ito, which
+people of any colour vision tell apart; lines differ in their dashes too.
+"""
 
-from cifar_accel.console import printable
-from cifar_accel.optim.schedules import SCHEDULES, learning_rate
-from cifar_accel.options.options import TrainingArguments
-from cifar_accel.results.runs import RunFiles, read_run
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-# matplotlib's Axes. The library is loaded where a figure is written, since that takes a second.
-Axes = Any
+import altair as alt
+import numpy as np
+from numpy.typing import NDArray
 
-# The plots of a run folder, and what each shows.
-PLOTS = {"loss.png": "loss", "accuracy.png": "accuracy", "lr.png": "learning rate"}
+from cifar_accel.results.calibration import Bin
+from cifar_accel.results.plots import points
+from cifar_accel.results.runs import RunFiles
 
-# Options that change a training image or mix two. `aa` does too, and is "none" when it is off.
-AUGMENTATIONS = (
-    "scale",
-    "crop_padding",
-    "hflip",
-    "vflip",
-    "color_jitter",
-    "reprob",
-    "mixup",
-    "cutmix",
-)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A00", "#666666"]
 
-# A curve of more points than this is drawn thin, with a smoothed one over it.
-MOST_SINGLE_POINTS = 30
+# Points of a curve.
+BINS = 200
+# The height of a row of a chart with a row a setting, in pixels.
+ROW = 26
 
-# Points of a schedule.
-LARGEST_CURVE = 2000
-
-# Figures of this size are not drawn: some a float cannot hold.
-LARGEST = 1e100
-
-# Size in inches, and dots an inch: 910 x 546 pixels.
-FIGURE_SIZE = (7, 4.2)
-FIGURE_DPI = 130
+Rows = list[dict[str, Any]]
+Chart = TypeVar("Chart", alt.Chart, alt.LayerChart)
 
 
-def plot_run(path: Path, say: Callable[[str], None]) -> None:
-    """Write loss.png, accuracy.png and lr.png into a run folder; says so, or why it could not."""
-    try:
-        run = read_run(path)
-        if run is not None and run.rows:
-            save_figure(path / "loss.png", lambda axes: draw_loss(axes, run))
-            save_figure(path / "accuracy.png", lambda axes: draw_accuracy(axes, run))
-            save_figure(path / "lr.png", lambda axes: draw_learning_rate(axes, run))
-            say(f"plots: {', '.join(PLOTS)} in {path}")
-    # Whatever goes wrong in here, the training before it is done and stays so.
-    except Exception as error:
-        say(f"warning: no plots ({type(error).__name__}: {error})")
+def intervals(rows: Rows) -> alt.LayerChart:
+    """A dot for each seed, and the mean with its interval, a row a setting.
 
-
-# ---- what is drawn
-
-
-def draw_loss(axes: Axes, run: RunFiles) -> None:
-    """Training and test loss by epoch."""
-    smoothing = run.options["smoothing"]
-    training = f"train ({_training_images(run)}"
-    if smoothing:
-        training += f", label smoothing {smoothing:g}"
-    training += ")"
-    draw_curve(axes, run, "train/loss", training, "tab:blue")
-    draw_curve(axes, run, "eval/loss", _evaluated_images(run), "tab:orange")
-    axes.set(ylabel="cross-entropy, nats", title=f"Loss: {_title(run)}")
-
-
-def draw_accuracy(axes: Axes, run: RunFiles) -> None:
-    """Training and test accuracy in percent by epoch, and the last one as a number."""
-    training = f"train ({_training_images(run)})"
-    draw_curve(axes, run, "train/accuracy", training, "tab:blue", scale=100)
-    draw_curve(axes, run, "eval/accuracy", _evaluated_images(run), "tab:orange", scale=100)
-    epochs, accuracies = points(run, "eval/accuracy", 100)
-    if epochs:
-        # Below the last point, 16 points of a font's size away from it.
-        axes.annotate(
-            f"{accuracies[-1]:.2f}%",
-            (epochs[-1], accuracies[-1]),
-            xytext=(0, -16),
-            textcoords="offset points",
-            ha="right",
-        )
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 103), title=f"Accuracy: {_title(run)}")
-
-
-def draw_learning_rate(axes: Axes, run: RunFiles) -> None:
-    """The learning rate by epoch, as the schedule has it at every step that was taken."""
-    axes.plot(*_schedule(run), color="tab:green", label="learning rate")
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    axes.set(ylabel="learning rate", title=f"Schedule: {_title(run)}")
-
-
-def draw_curve(
-    axes: Axes, run: RunFiles, key: str, label: str, color: str, scale: float = 1.0
-) -> None:
-    """The metric `key` by epoch, times `scale`."""
-    epochs, values = points(run, key, scale)
-    if len(values) <= MOST_SINGLE_POINTS:
-        axes.plot(epochs, values, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
-        return
-    axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(epochs, smooth(values), color=color, linewidth=1.8, label=f"{label}, smoothed")
-
-
-def smooth(values: list[float], share: float = 0.05) -> list[float]:
-    """Exponential moving average over about `share` of the curve, without the bias of its start.
-
-    The weights of the values seen so far are summed and divided out, as in Adam (Kingma and Ba,
-    2015).
+    `rows` have name, mean, low, high (the mean where there is no interval) and values, in percent.
     """
-    span = max(1.0, share * len(values))
-    decay = 1 - 1 / span
-    total = 0.0
-    total_weight = 0.0
-    smoothed = []
-    for value in values:
-        total = decay * total + (1 - decay) * value
-        total_weight = decay * total_weight + (1 - decay)
-        smoothed.append(total / total_weight)
-    return smoothed
+    y = _names(rows)
+    means = [{key: row[key] for key in ("name", "mean", "low", "high")} for row in rows]
+    dots = [{"name": row["name"], "accuracy": value} for row in rows for value in row["values"]]
+    seeds = (
+        alt.Chart(_data(dots))
+        .mark_circle(size=30, opacity=0.7, color=COLOURS[1])
+        .encode(
+            y=y,
+            x=alt.X(
+                "accuracy:Q",
+                title="accuracy, %",
+                scale=alt.Scale(zero=False),
+                axis=alt.Axis(tickCount=8),
+            ),
+            tooltip=_tooltips("name", "accuracy"),
+        )
+    )
+    bar, middle = _means_with_intervals(means, y, alt.X("mean:Q"))
+    return _chart(bar + seeds + middle, len(rows) * ROW)
 
 
-# ---- what is said about it
+def differences(rows: Rows, margin: float) -> alt.LayerChart:
+    """The difference of each setting to the best with its interval, in points.
+
+    `rows` have name, difference, low and high. Differences within `margin` are too small to matter.
+    """
+    y = _names(rows)
+    band = (
+        alt.Chart(_data([{"low": -margin, "high": margin}]))
+        .mark_rect(opacity=0.12, color="#888")
+        .encode(x="low:Q", x2="high:Q")
+    )
+    zero = alt.Chart(_data([{"at": 0}])).mark_rule(strokeDash=[4, 4]).encode(x="at:Q")
+    x = alt.X("difference:Q", title="difference to the best, points")
+    bar, middle = _means_with_intervals(rows, y, x)
+    return _chart(band + zero + bar + middle, len(rows) * ROW)
 
 
-def _schedule(run: RunFiles) -> tuple[list[float], list[float]]:
-    """Epochs and learning rates; by the rows of a run whose schedule is not known here."""
-    options = run.options
-    if options["scheduler"] not in SCHEDULES or "steps_per_epoch" not in options:
-        return points(run, "train/lr")
-    names = [field.name for field in fields(TrainingArguments)]
-    args = TrainingArguments(**{name: options[name] for name in names})
-    steps_per_epoch = options["steps_per_epoch"]
-    warmup_steps = round((args.warmup_epochs or 0) * steps_per_epoch)
-    last = run.rows[-1]["step"]
-    # As many as a figure can show.
-    steps = range(0, last, max(1, last // LARGEST_CURVE))
-    rates = [learning_rate(step, options["total_steps"], warmup_steps, args) for step in steps]
-    return [step / steps_per_epoch for step in steps], rates
+def binned(runs: Sequence[RunFiles], key: str, scale: float = 1.0) -> Rows:
+    """The metric `key` of runs of one setting by epoch: mean, and least and largest where several.
+
+    In at most `BINS` steps of equal length, in each of which a run's values are averaged first.
+    """
+    read = [points(run, key, scale) for run in runs]
+    curves = [np.array(of_run).T for of_run in read if of_run[0]]
+    if not curves:
+        return []
+    last = max(float(curve[:, 0].max()) for curve in curves)
+    epochs = np.linspace(0, last, BINS + 1)
+    # [runs, BINS], with gaps where a run has no point.
+    values = np.array([_means(curve, epochs) for curve in curves])
+    rows = []
+    for place in np.flatnonzero(~np.isnan(values).all(0)):
+        seen = values[:, place][~np.isnan(values[:, place])]
+        row = {"x": _short(epochs[place + 1]), "m": _short(seen.mean())}
+        if len(curves) > 1:
+            row |= {"l": _short(seen.min()), "h": _short(seen.max())}
+        rows.append(row)
+    return rows
 
 
-def points(run: RunFiles, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
-    """The epochs in which `key` was logged, and its values, times `scale`; NaN is left out."""
-    rows = [row for row in run.rows if abs(row.get(key, math.nan)) < LARGEST]
-    rows = [row for row in rows if abs(row["epoch"]) < LARGEST]
-    return [row["epoch"] for row in rows], [scale * row[key] for row in rows]
+def _means(curve: NDArray[np.float64], epochs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of a curve's points [n, 2] between each two of `epochs`; NaN where there is none."""
+    bins = np.clip(np.searchsorted(epochs, curve[:, 0], "left") - 1, 0, BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    sums = np.bincount(bins, curve[:, 1], BINS)
+    with np.errstate(invalid="ignore"):
+        means: NDArray[np.float64] = sums / counts
+    return means
 
 
-def _title(run: RunFiles) -> str:
-    dataset, model, optimizer, scheduler = run.setting
-    return printable(f"{model}, {optimizer} + {scheduler}, {dataset}")
+def _short(value: float) -> float:
+    """A number with as many digits as a chart shows."""
+    return float(f"{value:.5g}")
 
 
-def _training_images(run: RunFiles) -> str:
-    """What the training figures are of, which explains why they may lie below the test's."""
-    changed = any(run.options[name] for name in AUGMENTATIONS)
-    if run.options["aa"] != "none" or changed:
-        return "augmented batches"
-    return "batches"
+def curves(by_setting: dict[str, Rows], title: str) -> alt.LayerChart:
+    """Curves of `binned`, one a setting; a click on the legend brings one to the front."""
+    names = list(by_setting)
+    rows = [{"s": name, **row} for name, of_one in by_setting.items() for row in of_one]
+    pick = alt.selection_point(fields=["s"], bind="legend")
+    base = alt.Chart(_data(rows)).encode(
+        x=alt.X("x:Q", title="epoch", scale=alt.Scale(domainMin=0), axis=alt.Axis(tickCount=10)),
+        color=_colours("s:N", names),
+        opacity=alt.when(pick).then(alt.value(1.0)).otherwise(alt.value(0.08)),
+    )
+    line = base.mark_line(strokeWidth=1.8, point=len(rows) < 60).encode(
+        y=alt.Y("m:Q", title=title, scale=alt.Scale(zero=False)),
+        strokeDash=alt.StrokeDash("s:N", sort=names, legend=None),
+        tooltip=[
+            alt.Tooltip("s:N", title="setting"),
+            alt.Tooltip("x:Q", title="epoch"),
+            alt.Tooltip("m:Q", title=title),
+        ],
+    )
+    # The band lies behind, and must not be what a click picks.
+    band = base.mark_area(fillOpacity=0.18, strokeOpacity=0).encode(y="l:Q", y2="h:Q")
+    return _chart((band + line).add_params(pick), 300)
 
 
-def _evaluated_images(run: RunFiles) -> str:
-    return "held-out images" if run.options.get("validation_fraction") else "test"
+def superclass_map(shares: NDArray[np.float64], names: list[str]) -> alt.Chart:
+    """Of each super-class's images (row), the share taken for each super-class (column)."""
+    rows = [
+        {"true": true, "taken for": taken, "share": _short(100 * shares[i, j])}
+        for i, true in enumerate(names)
+        for j, taken in enumerate(names)
+    ]
+    chart = (
+        alt.Chart(_data(rows))
+        .mark_rect()
+        .encode(
+            x=alt.X("taken for:N", sort=names, axis=alt.Axis(labelAngle=-60, labelLimit=160)),
+            y=alt.Y("true:N", sort=names, axis=alt.Axis(labelLimit=160)),
+            color=alt.Color(
+                "share:Q",
+                # Most are right; the rest would be one colour on a straight scale.
+                scale=alt.Scale(scheme="viridis", type="sqrt"),
+                legend=alt.Legend(title="%"),
+            ),
+            tooltip=_tooltips("true", "taken for", "share"),
+        )
+    )
+    return _chart(chart, 18 * len(names))
 
 
-# ---- the file
+def reliability_chart(by_setting: dict[str, list[Bin]]) -> alt.LayerChart:
+    """Accuracy over confidence; on the diagonal a model is right as often as it says."""
+    names = list(by_setting)
+    rows = [
+        {"s": name} | {key: _short(value) for key, value in asdict(of_bin).items()}
+        for name, bins in by_setting.items()
+        for of_bin in bins
+    ]
+    diagonal = (
+        alt.Chart(_data([{"a": 0}, {"a": 1}]))
+        .mark_line(strokeDash=[4, 4], color="#888")
+        .encode(x="a:Q", y="a:Q")
+    )
+    line = (
+        alt.Chart(_data(rows))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("confidence:Q", title="confidence", scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])),
+            color=_colours("s:N", names),
+            strokeDash=alt.StrokeDash("s:N", sort=names, legend=None),
+            tooltip=_tooltips("s", "confidence", "accuracy", "images"),
+        )
+    )
+    return _chart(diagonal + line, 300)
 
 
-def save_figure(path: Path, draw: Callable[[Axes], None]) -> None:
-    """Write the PNG `path`, over epochs, with what `draw` puts into its axes."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def cost(rows: Rows) -> alt.Chart:
+    """Accuracy over the time that it took, a point a run; `rows` have name, minutes, accuracy."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    dots = (
+        alt.Chart(_data(rows))
+        .mark_point(size=60, filled=True, opacity=0.8)
+        .encode(
+            x=alt.X("minutes:Q", title="minutes, evaluations included"),
+            y=alt.Y("accuracy:Q", title="accuracy, %", scale=alt.Scale(zero=False)),
+            color=_colours("name:N", names),
+            shape=alt.Shape("name:N", sort=names, legend=None),
+            tooltip=_tooltips("name", "minutes", "accuracy", "seed"),
+        )
+    )
+    return _chart(dots, 300)
 
-    # A dollar in a run's name is a dollar, not the start of a formula.
-    with matplotlib.rc_context({"text.parse_math": False}):
-        # Not by pyplot, which keeps every figure and may want a display.
-        figure = Figure(figsize=FIGURE_SIZE, dpi=FIGURE_DPI, layout="constrained")
-        axes = FigureCanvasAgg(figure).figure.add_subplot()
-        draw(axes)
-        axes.set_xlabel("epoch")
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
 
-        # Replaced at once, so that a page never shows half a picture.
-        scratch = path.with_name(f".{path.name}")
-        figure.savefig(scratch, format="png")
-    os.replace(scratch, path)
+# ---- what the charts share
+
+
+def _data(rows: Iterable[dict[str, Any]]) -> alt.Data:
+    """Rows as a chart's own data."""
+    return alt.Data(values=list(rows))
+
+
+def _names(rows: Rows) -> alt.Y:
+    """A row of the chart for each of `rows`, in their order."""
+    order = [row["name"] for row in rows]
+    return alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=320))
+
+
+def _colours(field: str, names: list[str]) -> alt.Color:
+    """A colour for each of `names`, and the legend that tells them."""
+    return alt.Color(
+        field,
+        sort=names,
+        scale=alt.Scale(domain=names, range=COLOURS),
+        legend=alt.Legend(orient="bottom", columns=1, labelLimit=600, title=None),
+    )
+
+
+def _means_with_intervals(rows: Rows, y: alt.Y, x: alt.X) -> tuple[alt.Chart, alt.Chart]:
+    """The bars from low to high, to be seen on light and dark, and the diamonds at `x`."""
+    base = alt.Chart(_data(rows)).encode(y=y)
+    bar = base.mark_rule(strokeWidth=3, color="#888888").encode(x="low:Q", x2="high:Q")
+    middle = base.mark_point(shape="diamond", size=90, filled=True, opacity=1)
+    return bar, middle.encode(x=x, tooltip=_tooltips(*rows[0]))
+
+
+def _tooltips(*fields: str) -> list[alt.Tooltip]:
+    """What is shown of a mark below the mouse."""
+    return [alt.Tooltip(field=field, title=field) for field in fields]
+
+
+def _chart(chart: Chart, height: int) -> Chart:
+    """The chart, as wide as its place on the page and `height` pixels high."""
+    sized = chart.properties(width="container", height=height)
+    axis = alt.AxisConfig(gridOpacity=0.3)
+    return sized.configure(background="transparent", font="system-ui, sans-serif", axis=axis)

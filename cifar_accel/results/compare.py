@@ -22,8 +22,8 @@ from cifar_accel.results.comparison import (
     against,
     candidate,
     candidates_of,
+    compare_two,
     conclude,
-    figures,
     short,
 )
 from cifar_accel.results.groups import Group, group_by_seed
@@ -46,13 +46,16 @@ def compare(args: CompareArguments) -> str:
     if args.b is None:
         candidates, notes = _below(home(args.a))
         baseline = _baseline(candidates, args.baseline, home(args.a))
-        comparisons, others = against(baseline, candidates, args.margin / 100)
+        compared, others = against(baseline, candidates, args.margin / 100)
+        if not compared:
+            raise BadInput(others[0].removeprefix("not compared: "))
+        comparisons = conclude(compared)
         notes += others
     else:
         if args.baseline is not None:
             raise BadInput(f"--baseline {args.baseline}: has no effect, for A is {args.a}; omit it")
         a, b, notes = _two(home(args.a), home(args.b))
-        comparisons = conclude([figures(a, b, args.margin / 100)])
+        comparisons = conclude([compare_two(a, b, args.margin / 100)])
 
     # Shares of 1 for programs; null stands for what cannot be had.
     if args.json:
@@ -160,8 +163,8 @@ def in_lines(comparisons: list[Comparison], notes: list[str], width: int) -> str
     parts = []
     if several:
         head = (
-            f"{len(comparisons)} comparisons with one baseline, A. Each interval is of 95 % for "
-            "itself; the verdicts hold for all together (p by Holm)."
+            f"{len(comparisons)} comparisons with one baseline, A. Better and tentatively hold for "
+            "all together (p by Holm); each interval, same and new images for itself."
         )
         parts.append(_paragraph("", head, width, 0))
     for each in comparisons:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cifar_accel.errors import BadInput
 from cifar_accel.options.options import in_words
 from cifar_accel.records.predictions import FILE as PREDICTIONS
+from cifar_accel.records.predictions import Predictions
 from cifar_accel.results.groups import Group
 from cifar_accel.results.runs import COMPARED, said_by
 from cifar_accel.results.statistics import (
@@ -39,20 +40,8 @@ from cifar_accel.results.statistics import (
     wilson,
 )
 
-# Fewer common seeds than this are not worth leaving the others out for.
-LEAST_PAIRS = 3
 # Characters of an option's value in a line.
 LONGEST_VALUE = 40
-
-
-@dataclass(frozen=True)
-class Tested:
-    """Which images a finished model got right."""
-
-    correct: NDArray[np.bool_]
-    # Equal for the same images in the same order.
-    images: str
-    classes: list[str]
 
 
 @dataclass(frozen=True)
@@ -61,8 +50,8 @@ class Candidate:
 
     name: str
     group: Group
-    # By seed; a run without predictions has none.
-    tested: dict[int, Tested]
+    # By seed, without logits; a run without predictions has none.
+    tested: dict[int, Predictions]
     # A line for each run whose predictions cannot be used.
     notes: list[str]
 
@@ -109,7 +98,7 @@ class Comparison:
     difference: float
     interval: Interval | None = None
     p: float | None = None
-    # `p` as one of several comparisons; by Holm, unless `conclude` is given others.
+    # `p` as one of several comparisons: by Holm; in a report as `sections.py` has it.
     p_holm: float | None = None
     # p of the sign flips; the seeds in which B is ahead; Pearson's r; Welch's interval: of pairs.
     sign_flips: float | None = None
@@ -166,13 +155,24 @@ def candidate(name: str, group: Group) -> Candidate:
         if amiss:
             notes.append(amiss)
         if said is not None:
-            # The number of images too, for a digest in a file can be anything.
-            images = f"{said.images} {len(said.correct)}"
-            tested[run.options["seed"]] = Tested(said.correct, images, said.classes)
+            tested[run.options["seed"]] = said
     return Candidate(name, group, tested, notes)
 
 
 # ---- what must be equal
+
+
+def judged_by(options: dict[str, Any]) -> dict[str, Any]:
+    """What settings of these options must agree in to be compared, by its name in a complaint."""
+    facts = {"data, by data_fingerprint": options.get("data_fingerprint")}
+    # Data of one fingerprint may lie in two places.
+    if options.get("data_fingerprint") is None:
+        facts["data"] = options["dataset"]
+    facts |= {"class lists": options["classes"], "images tested on": options["tested_on"]}
+    cuts = ["limit_test"]
+    if options["tested_on"] == "held-out":
+        cuts += ["limit_train", "validation_fraction"]
+    return facts | {f"test images, {name}": options[name] for name in cuts}
 
 
 def _refuse(a: Candidate, b: Candidate, what: str, of_a: Any, of_b: Any) -> None:
@@ -186,24 +186,13 @@ def _refuse(a: Candidate, b: Candidate, what: str, of_a: Any, of_b: Any) -> None
 
 def _refuse_other_figures(a: Candidate, b: Candidate) -> None:
     """Raise BadInput where the accuracies of A and B are no figures of one kind."""
-    options_a, options_b = a.group.options, b.group.options
-    # Data of one fingerprint may lie in two places.
-    prints = [options.get("data_fingerprint") for options in (options_a, options_b)]
-    _refuse(a, b, "data, by data_fingerprint", *prints)
-    if prints == [None, None]:
-        _refuse(a, b, "data", options_a["dataset"], options_b["dataset"])
-    _refuse(a, b, "class lists", options_a["classes"], options_b["classes"])
+    # What the accuracies are of.
+    facts_b = judged_by(b.group.options)
+    for what, of_a in judged_by(a.group.options).items():
+        _refuse(a, b, what, of_a, facts_b.get(what))
     lists = [next(iter(each.tested.values())).classes for each in (a, b) if each.tested]
     if len(lists) == 2:
         _refuse(a, b, "class lists", *lists)
-
-    # What the accuracy is of.
-    _refuse(a, b, "images tested on", options_a["tested_on"], options_b["tested_on"])
-    cuts = ["limit_test"]
-    if options_a["tested_on"] == "held-out":
-        cuts += ["limit_train", "validation_fraction"]
-    for name in cuts:
-        _refuse(a, b, f"test images, {name}", options_a[name], options_b[name])
 
     # A run that was cut short stands for its setting beside another of as many steps alone.
     ends = [each.group.runs[0].summary for each in (a, b)]
@@ -217,7 +206,7 @@ def _refuse_other_images(a: Candidate, b: Candidate, pairs: list[tuple[int, int]
     """Raise BadInput where the runs of a pair of seeds are known to be tested on other images."""
     for seed_a, seed_b in pairs:
         if seed_a in a.tested and seed_b in b.tested:
-            of_a, of_b = a.tested[seed_a].images, b.tested[seed_b].images
+            of_a, of_b = a.tested[seed_a].identity, b.tested[seed_b].identity
             _refuse(a, b, f"test images, seeds {seed_a} and {seed_b}", of_a, of_b)
 
 
@@ -227,25 +216,20 @@ def _refuse_other_images(a: Candidate, b: Candidate, pairs: list[tuple[int, int]
 def against(
     baseline: Candidate, candidates: list[Candidate], margin: float
 ) -> tuple[list[Comparison], list[str]]:
-    """Comparisons of all others with the baseline, and a line for each that is not possible.
-
-    Raises BadInput where none is.
-    """
+    """Comparisons of all others with the baseline, without verdicts; a line for each impossible."""
     comparisons = []
     refused = []
     for other in candidates:
         if other is baseline:
             continue
         try:
-            comparisons.append(figures(baseline, other, margin))
+            comparisons.append(compare_two(baseline, other, margin))
         except BadInput as error:
-            refused.append(str(error))
-    if not comparisons:
-        raise BadInput(refused[0])
-    return conclude(comparisons), [f"not compared: {line}" for line in refused]
+            refused.append(f"not compared: {error}")
+    return comparisons, refused
 
 
-def figures(a: Candidate, b: Candidate, margin: float) -> Comparison:
+def compare_two(a: Candidate, b: Candidate, margin: float) -> Comparison:
     """What the runs of A and B say, without the verdict. `margin` is a share of 1.
 
     Raises BadInput where they cannot be compared.
@@ -258,7 +242,8 @@ def figures(a: Candidate, b: Candidate, margin: float) -> Comparison:
     # Pairs are by seed; single models are compared on the same images, whatever their seeds.
     pairs = [(seed, seed) for seed in common]
     _refuse_other_images(a, b, [(seeds_a[0], seeds_b[0])] if single else pairs)
-    if len(common) >= LEAST_PAIRS:
+    # Fewer pairs are not worth leaving the others out for.
+    if len(common) >= LEAST_RUNS:
         seeds_a = seeds_b = common
 
     # What can be said whatever the number of runs.
@@ -352,7 +337,7 @@ def _of_seeds(plain: Comparison, a: Candidate, b: Candidate) -> Comparison:
     accuracies_a, accuracies_b = a.accuracies(plain.a.seeds), b.accuracies(plain.b.seeds)
     # Welch's test stands beside the paired one, or in its place.
     welch = welch_test(accuracies_a, accuracies_b)
-    paired = plain.a.seeds == plain.b.seeds and plain.a.n >= LEAST_PAIRS
+    paired = plain.a.seeds == plain.b.seeds and plain.a.n >= LEAST_RUNS
     if paired:
         by_seed = accuracies_b - accuracies_a
         test = paired_test(by_seed)
@@ -400,7 +385,7 @@ def _new_images(
             if seed in side.seeds and seed not in candidate.tested:
                 return None, f"{run.path} has no {PREDICTIONS}; cifar-accel evaluate writes it"
         tested.append([candidate.tested[seed] for seed in side.seeds])
-    if len({run.images for runs in tested for run in runs}) > 1:
+    if len({run.identity for runs in tested for run in runs}) > 1:
         return None, f"each seed has {plain.tested_on} images of its own, so none has a mean"
     if test.interval is None:
         return None, "there is no spread over seeds"
@@ -415,7 +400,7 @@ def _new_images(
 def conclude(
     comparisons: list[Comparison], adjusted: list[float] | None = None
 ) -> list[Comparison]:
-    """The comparisons with their verdicts, which hold for all of them together.
+    """The comparisons with their verdicts; `better` and `tentatively` hold for all together.
 
     `adjusted` are the p of those that have one, for that (unset: Holm's).
     """

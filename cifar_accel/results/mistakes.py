@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
-from sklearn.metrics import confusion_matrix
 
 from cifar_accel.records.predictions import Predictions
+from cifar_accel.results.calibration import confidence
 
 Floats = NDArray[np.float64]
 
 
 def confusion(runs: Sequence[Predictions]) -> Floats:
     """How many images of each class (row) are taken for each class (column): float64 [K, K]."""
-    places = range(len(runs[0].classes))
-    counts = [confusion_matrix(run.labels, run.predicted, labels=places) for run in runs]
-    mean: Floats = np.mean(counts, axis=0)
+    classes = len(runs[0].classes)
+    pairs = np.concatenate([run.labels * classes + run.predicted for run in runs])
+    counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    mean: Floats = counts / len(runs)
     return mean
 
 
@@ -76,13 +76,6 @@ def accuracy_by_class(runs: Sequence[Predictions]) -> tuple[Floats, NDArray[np.i
     return share, images
 
 
-def probabilities(run: Predictions) -> Floats:
-    """float64 [N, K]: the model's probability of each class. The run must have logits."""
-    assert run.logits is not None
-    shares: Floats = softmax(run.logits.astype(np.float64), axis=1)
-    return shares
-
-
 @dataclass(frozen=True)
 class Mistake:
     """An image that is got wrong."""
@@ -99,7 +92,7 @@ def confident_mistakes(run: Predictions, count: int) -> list[Mistake]:
     """The `count` images that the model is surest of and gets wrong; none without logits."""
     if run.logits is None:
         return []
-    sure = probabilities(run).max(1)
+    sure = confidence(run)
     wrong = np.flatnonzero(~run.correct)
     worst = wrong[np.argsort(-sure[wrong], kind="stable")[:count]]
     return [_mistake(run, int(i), float(sure[i])) for i in worst]

@@ -27,10 +27,10 @@ from cifar_accel.data.decode import decoded_images
 from cifar_accel.errors import BadInput
 from cifar_accel.options.options import VOLATILE, flag, in_words
 from cifar_accel.records.predictions import Predictions, read_predictions
-from cifar_accel.results import figures
+from cifar_accel.results import charts as draw
 from cifar_accel.results.calibration import (
-    at_temperature,
     calibration_error,
+    confidence,
     reliability,
     temperature,
 )
@@ -43,7 +43,15 @@ from cifar_accel.results.mistakes import (
     most_confused,
 )
 from cifar_accel.results.runs import RunFiles, said_by
-from cifar_accel.results.sections import MARGIN, Entry, Section, checks, half_width, verdict_lines
+from cifar_accel.results.sections import (
+    MARGIN,
+    Entry,
+    Section,
+    checks,
+    half_width,
+    title_of,
+    verdict_lines,
+)
 from cifar_accel.results.statistics import wilson
 from cifar_accel.results.superclasses import superclass_of
 from cifar_accel.results.tables import LEGEND, NONE, Table, section_table
@@ -151,8 +159,7 @@ def _facts(runs: list[RunFiles]) -> str:
 
 def _section(section: Section, charts: Charts) -> dict[str, Any]:
     """What the template is given of a section."""
-    # Of hundreds of runs logits would take gigabytes: they are read where they are looked at.
-    everything = [said for entry in section.entries for _, said in _predictions(entry, False)]
+    everything = [said for entry in section.entries for said in entry.candidate.tested.values()]
     alike = always_taken_for_one(everything) if _on_the_same_images(everything) else []
     # Runs of an earlier version leave out where they err.
     lines = checks(section)
@@ -162,7 +169,7 @@ def _section(section: Section, charts: Charts) -> dict[str, Any]:
     shown = section.entries[:MOST_SETTINGS]
     best = section.best.group
     return {
-        "title": f"{best.setting.dataset}, {section.images}",
+        "title": title_of(section),
         "verdict": verdict_lines(section),
         "checks": lines,
         "common": _common(section),
@@ -175,12 +182,12 @@ def _section(section: Section, charts: Charts) -> dict[str, Any]:
     }
 
 
-def _predictions(entry: Entry, with_logits: bool = True) -> list[tuple[RunFiles, Predictions]]:
-    """The setting's runs that have left predictions of the images that count, with these."""
+def _predictions(entry: Entry) -> list[tuple[RunFiles, Predictions]]:
+    """The setting's runs that have left predictions of the images that count, with their logits."""
     found = []
     for run in entry.group.runs:
         # What is amiss with a file is among the notes.
-        said, _ = said_by(run, with_logits)
+        said, _ = said_by(run)
         if said is not None:
             found.append((run, said))
     return found
@@ -188,7 +195,7 @@ def _predictions(entry: Entry, with_logits: bool = True) -> list[tuple[RunFiles,
 
 def _on_the_same_images(predictions: Sequence[Predictions]) -> bool:
     """Whether there are several, all of the same images."""
-    return len(predictions) > 1 and len({said.images for said in predictions}) == 1
+    return len(predictions) > 1 and len({said.identity for said in predictions}) == 1
 
 
 def _common(section: Section) -> str:
@@ -207,7 +214,7 @@ def _comparing(section: Section, charts: Charts) -> list[Chart]:
     """Intervals, differences, curves and cost of the settings."""
     spread = [_spread(entry) for entry in section.entries]
     title = "Accuracy of each seed, mean and 95 % interval"
-    made = [charts.add(title, figures.intervals(spread))]
+    made = [charts.add(title, draw.intervals(spread))]
 
     differences = [
         {
@@ -221,19 +228,20 @@ def _comparing(section: Section, charts: Charts) -> list[Chart]:
     ]
     if differences:
         title = f"Difference to the best; within the band, {100 * MARGIN:g} points, it is too small"
-        made.append(charts.add(title, figures.differences(differences, 100 * MARGIN)))
+        made.append(charts.add(title, draw.differences(differences, 100 * MARGIN)))
 
-    held_out = any(entry.group.options["validation_fraction"] for entry in section.entries)
+    fractions = [entry.group.options["validation_fraction"] for entry in section.entries]
+    kinds = sorted({"held-out" if fraction else "test" for fraction in fractions})
     for key, (pattern, scale) in CURVES.items():
-        label = pattern.format("held-out" if held_out else "test")
+        label = pattern.format(" or ".join(kinds))
         curves = {
-            printable(entry.name): figures.binned(entry.group.runs, key, scale)
+            printable(entry.name): draw.binned(entry.group.runs, key, scale)
             for entry in section.entries
         }
         drawn = {name: rows for name, rows in curves.items() if rows}
         if drawn:
             title = f"{label[0].upper()}{label[1:]}: mean, and from the least to the largest seed"
-            made.append(charts.add(title, figures.curves(drawn, label)))
+            made.append(charts.add(title, draw.curves(drawn, label)))
 
     cost = [
         {
@@ -247,12 +255,12 @@ def _comparing(section: Section, charts: Charts) -> list[Chart]:
         if run.minutes
     ]
     if cost:
-        made.append(charts.add("Accuracy and time, a point a run", figures.cost(cost)))
+        made.append(charts.add("Accuracy and time, a point a run", draw.cost(cost)))
     return made
 
 
 def _spread(entry: Entry) -> dict[str, Any]:
-    """A row of `figures.intervals`."""
+    """A row of `charts.intervals`."""
     values = [100 * accuracy for accuracy in entry.group.accuracies]
     mean = float(np.mean(values))
     half = 100 * (half_width(entry) or 0)
@@ -274,14 +282,14 @@ def _calibration(shown: list[Entry], charts: Charts) -> list[Chart]:
         with_logits = [(run, said) for run, said in read if said.logits is not None]
         if not with_logits:
             continue
-        binned = [reliability(at_temperature(said, 1.0), said.correct) for _, said in with_logits]
+        binned = [reliability(confidence(said), said.correct) for _, said in with_logits]
         by_setting[printable(entry.name)] = binned[0]
         error = 100 * float(np.mean([calibration_error(bins) for bins in binned]))
         rows.append([entry.name, f"{error:.2f}", *_mended(with_logits)])
     if not by_setting:
         return []
     head = ["setting", "ECE, %", "temperature", "ECE with it, %"]
-    chart = figures.reliability_chart(by_setting)
+    chart = draw.reliability_chart(by_setting)
     title = "Accuracy over confidence, of each setting's first seed"
     return [charts.add(title, chart, Table("Calibration", head, rows))]
 
@@ -292,9 +300,9 @@ def _mended(with_logits: list[tuple[RunFiles, Predictions]]) -> list[str]:
     for run, said in with_logits:
         held_out = read_predictions(run.path).get("held-out")
         # Not of the images by which the run is judged.
-        if held_out and held_out.logits is not None and held_out.images != said.images:
+        if held_out and held_out.logits is not None and held_out.identity != said.identity:
             divisor = temperature(held_out)
-            bins = reliability(at_temperature(said, divisor), said.correct)
+            bins = reliability(confidence(said, divisor), said.correct)
             found.append((divisor, calibration_error(bins)))
     if not found:
         has_held_out = with_logits[0][0].options["validation_fraction"]
@@ -329,7 +337,7 @@ def _errors(entry: Entry, charts: Charts) -> dict[str, Any]:
     above = superclass_of(classes)
     if above:
         shares = between_superclasses(predictions, above)
-        chart = figures.superclass_map(shares, sorted(set(above)))
+        chart = draw.superclass_map(shares, sorted(set(above)))
         made.append(charts.add("Super-classes: what their images are taken for, in %", chart))
     return {
         "name": entry.name,

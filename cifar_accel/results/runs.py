@@ -64,7 +64,7 @@ class RunFiles:
         options = {name: self.options.get(name) for name in COMPARED}
         if options["data_fingerprint"] is not None:
             options["dataset"] = None
-        for name, digests in self.options["weights"].items():
+        for name, digests in self.config.get("weights", {}).items():
             if digests:
                 options[name] = None
         # It follows from others; runs of earlier versions had none.
@@ -85,11 +85,9 @@ class RunFiles:
 
     @property
     def minutes(self) -> float | None:
-        """Minutes of training, evaluation and saving over all starts; None where they are amiss."""
+        """Minutes of training, evaluation and saving over all starts; None where nothing says."""
         seconds = self.summary.get("wall_s")
-        if isinstance(seconds, int | float) and 0 <= seconds < 1e9:
-            return seconds / 60
-        return None
+        return None if seconds is None else seconds / 60
 
     @property
     def became(self) -> str:
@@ -119,7 +117,9 @@ def read_run(path: Path) -> RunFiles | None:
         return None
     # An earlier version had fewer options; what it did is what their defaults do.
     options = {**asdict(TrainingArguments()), **config["options"]}
-    options["weights"] = config.get("weights", {})
+    digests = [digest for of_one in config.get("weights", {}).values() for digest in of_one]
+    # Enough of each to tell them apart.
+    options["weights"] = " ".join(digest[:12] for digest in digests) or None
     options.setdefault("tested_on", "test")
     rows = []
     with suppress(OSError):

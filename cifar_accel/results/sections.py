@@ -10,19 +10,21 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_type_hints
 
 from cifar_accel.console import printable
-from cifar_accel.errors import BadInput
+from cifar_accel.options.options import PositiveShare, Share, ShareBelowOne, TrainingArguments
 from cifar_accel.results.comparison import (
     Candidate,
     Comparison,
+    against,
     candidates_of,
     conclude,
-    figures,
+    judged_by,
 )
 from cifar_accel.results.groups import Group
 from cifar_accel.results.runs import COMPARED
-from cifar_accel.results.statistics import games_howell, holm, mean_interval, welch_test
+from cifar_accel.results.statistics import LEAST_RUNS, games_howell, holm, mean_interval, welch_test
 
 # Settings that differ by less than this share are the same for all that matters.
 MARGIN = 0.005
@@ -30,6 +32,12 @@ MARGIN = 0.005
 MOST_NAMED = 4
 # Too few values of an option for the best to lie at their edge.
 FEWEST_VALUES = 3
+# Options of which there is no more than 1.
+SHARES = {
+    name
+    for name, kind in get_type_hints(TrainingArguments, include_extras=True).items()
+    if kind in (Share, ShareBelowOne, PositiveShare)
+}
 
 # How a setting stands to the best one, by the verdict on the two.
 STANDING = {"better": "below", "tentatively": "below?", "same": "= best", "cannot tell": "≈ best"}
@@ -80,33 +88,17 @@ def sections_of(groups: Sequence[Group]) -> list[Section]:
     """Sections of settings that can be compared; the one with the most runs first."""
     by_images: dict[str, list[Group]] = {}
     for group in groups:
-        by_images.setdefault(_judged_by(group), []).append(group)
+        by_images.setdefault(json.dumps(judged_by(group.options)), []).append(group)
     sections = [_section(members) for members in by_images.values()]
     return sorted(sections, key=lambda section: -sum(len(e.group.runs) for e in section.entries))
-
-
-def _judged_by(group: Group) -> str:
-    """What settings must agree in to be compared."""
-    options = group.options
-    names = ["data_fingerprint", "classes", "tested_on", "limit_test"]
-    if options["tested_on"] == "held-out":
-        names += ["validation_fraction", "limit_train"]
-    if options.get("data_fingerprint") is None:
-        names.append("dataset")
-    return json.dumps([options.get(name) for name in names])
 
 
 def _section(groups: list[Group]) -> Section:
     candidates = candidates_of(groups)
     candidates.sort(key=lambda candidate: -statistics.mean(candidate.group.accuracies))
     best = candidates[0]
-    compared: list[Comparison] = []
-    notes = [note for each in candidates for note in each.notes]
-    for other in candidates[1:]:
-        try:
-            compared.append(figures(best, other, MARGIN))
-        except BadInput as error:
-            notes.append(f"not compared: {error}")
+    compared, refused = against(best, candidates, MARGIN)
+    notes = [*(note for each in candidates for note in each.notes), *refused]
     concluded = conclude(compared, _adjusted(compared, candidates))
     comparisons = {each.b.name: _of_the_best(each) for each in concluded}
     entries = []
@@ -244,13 +236,14 @@ def checks(section: Section) -> list[str]:
         lines.append(f"repeats of a seed, which are no evidence: {repeats}; the newest counts")
     if len(groups) == 1:
         return lines
-    few = [entry.name for entry in section.entries if len(entry.group.runs) < 3]
+    few = [entry.name for entry in section.entries if len(entry.group.runs) < LEAST_RUNS]
     if few:
         which = "all settings" if len(few) == len(groups) else _some(few)
-        lines.append(f"fewer than 3 seeds: {which}")
+        lines.append(f"fewer than {LEAST_RUNS} seeds: {which}")
     if len({tuple(group.seeds) for group in groups}) > 1:
         lines.append("the settings have different seeds; where two share three, these are compared")
-    machines = {json.dumps(run.config.get("hardware"), sort_keys=True) for run in runs}
+    starts = [start for run in runs for start in (run.config, *run.config.get("resumed", []))]
+    machines = {json.dumps(start.get("hardware"), sort_keys=True) for start in starts}
     if len(machines) > 1:
         lines.append("the runs are of different machines or threads: compare no times")
     lines += [line for name in COMPARED if (line := _at_the_edge(section, name))]
@@ -268,7 +261,7 @@ def _at_the_edge(section: Section, name: str) -> str:
     if len(numbers) < FEWEST_VALUES or values[0] not in (numbers[0], numbers[-1]):
         return ""
     # Beyond nothing, and beyond the whole, there is nothing to try.
-    if values[0] in (0, 1):
+    if values[0] == 0 or (values[0] == 1 and name in SHARES):
         return ""
     side = "least" if values[0] == numbers[0] else "largest"
     return f"the best has the {side} {name} that was tried, {values[0]}: try beyond it"

@@ -74,7 +74,10 @@ def mean_interval(values: Values) -> Interval | None:
 
 
 def paired_test(differences: Values) -> TTest:
-    """The paired t test (Student 1908) of differences by seed, float64 [n], n >= 2."""
+    """The paired t test (Student 1908) of differences by seed, float64 [n].
+
+    One alone has no interval.
+    """
     n = len(differences)
     return _t_test(float(np.mean(differences)), deviation(differences) / n**0.5, n - 1)
 
@@ -260,7 +263,7 @@ def verdict(
 
     Args:
         difference: of the means; `interval` is its own, None where the runs have no spread.
-        p: of the t test, by Holm where it is one of several.
+        p: of the t test; as one of several, where there are more.
         flips: p of the sign flips; None for runs that are not paired.
         runs: of the setting that has fewer, at least 2.
         margin: settings that differ by less are the same.

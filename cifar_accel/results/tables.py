@@ -65,7 +65,7 @@ def _row(entry: Entry) -> list[str]:
 def _mean(runs: list[RunFiles], key: str, scale: float, digits: str) -> str:
     """The mean of a figure of summary.json; a run may have ended without it."""
     values = [run.summary.get(key) for run in runs]
-    known = [scale * value for value in values if isinstance(value, int | float)]
+    known = [scale * value for value in values if value is not None]
     return format(statistics.mean(known), digits) if known else NONE
 
 

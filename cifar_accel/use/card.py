@@ -198,7 +198,8 @@ def _without_folders(words: list[str], options: dict[str, Any]) -> list[str]:
     """The words of a command line with `...` for folders, which are nobody else's business."""
     told = []
     for word in words:
-        flag, equals, value = word.rpartition("=")
+        # Paths may have = in them, as those of a study have.
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         # The hub's names have a slash too.
         is_of_hub = is_hub_id(value) and value == options["dataset"]
         if not is_of_hub and ("/" in value or value.startswith("~")):

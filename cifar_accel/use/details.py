@@ -9,13 +9,12 @@ from PIL import Image
 
 from cifar_accel.records.predictions import Predictions
 from cifar_accel.records.trackers import Findings, ShownMistake
-from cifar_accel.results.calibration import calibration_error, reliability
+from cifar_accel.results.calibration import calibration_error, confidence, reliability
 from cifar_accel.results.mistakes import (
     accuracy_by_class,
     between_superclasses,
     confident_mistakes,
     most_confused,
-    probabilities,
 )
 from cifar_accel.results.statistics import wilson
 from cifar_accel.results.superclasses import superclass_of
@@ -37,8 +36,7 @@ def details(predictions: Predictions) -> dict[str, Any]:
     right, count = int(predictions.correct.sum()), len(predictions.labels)
     error = None
     if predictions.logits is not None:
-        sure = probabilities(predictions).max(1)
-        error = calibration_error(reliability(sure, predictions.correct))
+        error = calibration_error(reliability(confidence(predictions), predictions.correct))
     accuracy, images = accuracy_by_class([predictions])
     found: dict[str, Any] = {
         "accuracy_interval": list(wilson(right, count)),

@@ -35,7 +35,7 @@ from cifar_accel.records.predictions import (
 )
 from cifar_accel.records.summary import RecordedOptions, read_summary
 from cifar_accel.records.trackers import TrackedRun, start_tracker, tags_of
-from cifar_accel.results.mistakes import probabilities
+from cifar_accel.results.calibration import confidence
 from cifar_accel.use.classifier import class_names, find_model, read_classifier
 from cifar_accel.use.details import details, findings
 from cifar_accel.use.load import FinishedRun
@@ -295,7 +295,7 @@ def _wrapped(line: str) -> str:
 
 def _write_csv(file: Path, predictions: Predictions, names: list[str]) -> None:
     """`image,label,prediction,probability`: a line an image. Raises BadInput."""
-    sure = None if predictions.logits is None else probabilities(predictions).max(1)
+    sure = None if predictions.logits is None else confidence(predictions)
     classes = predictions.classes
     try:
         # Names of files need not be UTF-8.

@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 import pytest
 
 from cifar_accel.errors import BadInput
-from cifar_accel.models.finetune import derived, fit_to_model
+from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.options.recipes import DERIVED_LATE, recipe_defaults
+from cifar_accel.options.resolve import with_derived
 
 
 def fit(model, given=(), **options):
@@ -111,6 +112,6 @@ def test_what_is_derived_late_is_known_to_the_run_folder():
 def test_flags_win():
     args = recipe_defaults("finetune")
     origin = {field.name: "recipe" for field in fields(args)} | {"epochs": "flag"}
-    new, where = derived(args, origin, {"epochs": 3, "cutmix": 1.0})
+    new, where = with_derived(args, origin, {"epochs": 3, "cutmix": 1.0})
     assert (new.epochs, new.cutmix) == (args.epochs, 1.0)
     assert (where["epochs"], where["cutmix"]) == ("flag", "derived")

@@ -44,6 +44,7 @@ def test_optimizers_step(name):
         ({"optimizer": "adamm"}, "--optimizer adamm: unknown; .* did you mean adamw"),
         ({"optimizer": "lionn"}, "--optimizer lionn: unknown; .* did you mean lion"),
         ({"optimizer": "adahessian"}, "needs second derivatives"),
+        ({"optimizer": "lamb", "momentum": 0.5}, "--momentum has no effect on --optimizer lamb"),
         ({"scheduler": "cosin"}, "--scheduler cosin: unknown"),
     ],
 )

@@ -141,6 +141,15 @@ def test_the_case_of_folders_and_hub_ids_stays(tmp_path, monkeypatch):
     assert args.model == f"local-dir:{tmp_path / 'Mine'}"
 
 
+def test_a_folder_called_as_a_data_set_of_our_own(tmp_path, monkeypatch):
+    """A clone of that name in the current directory is not what the default means."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100").mkdir()
+    assert parse_training([])[0].dataset == "cifar100"
+    assert parse_training(["--dataset", "cifar100"])[0].dataset == "cifar100"
+    assert parse_training(["--dataset", "./cifar100"])[0].dataset == str(tmp_path / "cifar100")
+
+
 @pytest.mark.parametrize(
     "words, hint",
     [

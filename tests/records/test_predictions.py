@@ -79,7 +79,9 @@ def test_large_logits_are_left_out(tmp_path):
         {"test.first_five": np.full((4, 3), 3, np.int32)},
         {"test.labels": np.full(4, -1, np.int32)},
         {"test.places": np.zeros(3, np.int32)},
+        {"test.places": np.full(4, -(10**9), np.int32)},
         {"test.logits": np.zeros((4, 2), np.float16)},
+        {"test.logits": np.full((4, 3), np.nan, np.float16)},
     ],
 )
 def test_figures_that_do_not_belong_together_are_refused(tmp_path, spoilt):
@@ -91,6 +93,29 @@ def test_figures_that_do_not_belong_together_are_refused(tmp_path, spoilt):
     save_file(tensors, tmp_path / FILE, metadata)
     with pytest.raises(BadInput, match="is no file of predictions"):
         read_predictions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoilt", [{"classes": "[[], [], []]"}, {"images": '{"test": ["abc"]}'}, {"images": "3"}]
+)
+def test_names_that_are_no_text_are_refused(tmp_path, spoilt):
+    write_predictions(tmp_path, {"test": of_outputs(split_of(4), outputs_of(4), "abc")})
+    with safe_open(tmp_path / FILE, "numpy") as file:
+        metadata = file.metadata() | spoilt
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    save_file(tensors, tmp_path / FILE, metadata)
+    with pytest.raises(BadInput, match="is no file of predictions"):
+        read_predictions(tmp_path)
+
+
+@pytest.mark.parametrize("images, flips", [(4, 1), (400, 1), (10_000, 20)])
+def test_another_device_may_see_an_image_otherwise(tmp_path, images, flips):
+    said = of_outputs(split_of(images), outputs_of(images), "abc")
+    write_predictions(tmp_path, {"test": said})
+    accuracy = float(said.correct.mean())
+    assert predictions_of(tmp_path, "test", accuracy + flips / images) is not None
+    with pytest.raises(BadInput, match="is not of the run's finished model"):
+        predictions_of(tmp_path, "test", accuracy + (flips + 1) / images)
 
 
 def test_predictions_are_those_of_the_run(tmp_path):

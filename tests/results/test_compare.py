@@ -525,3 +525,14 @@ def test_neither_torch_nor_the_plots_are_loaded(tmp_path):
     command = [sys.executable, "-c", code, "compare", str(a), str(b)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "better: B is better" in done.stdout
+
+
+def test_json_that_cannot_be_written_is_told(tmp_path):
+    """A program must not take half of it for the whole."""
+    for name, smoothing in (("a", 0.1), ("b", 0.2)):
+        make_run(tmp_path / name, smoothing=smoothing)
+    words = [sys.executable, "-m", "cifar_accel.cli", "compare", str(tmp_path), "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "stdout: No space left on device" in done.stderr

@@ -33,6 +33,16 @@ def test_the_place_of_what_is_known_by_its_content_does_not_count(tmp_path):
     assert group.seeds == [0, 1, 2]
 
 
+def test_starting_weights_are_told_apart_in_a_few_characters(tmp_path):
+    for name in "ab":
+        run = make_run(tmp_path / name)
+        config = json.loads((run / "config.json").read_text())
+        config["weights"] = {"model": ["1" * 64], "checkpoint": [name * 64]}
+        (run / "config.json").write_text(json.dumps(config))
+    labels = [group.label for group in group_by_seed(find_runs(tmp_path))]
+    assert labels == [f"weights {'1' * 12} {name * 12}" for name in "ab"]
+
+
 def test_recipes_are_told_by_their_names_and_what_flags_changed(tmp_path):
     recipes = {"report": dict(smoothing=0.1, mixup=0.8), "plain": dict(smoothing=0.2, mixup=0.0)}
     for recipe, options in recipes.items():

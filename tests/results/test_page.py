@@ -10,7 +10,7 @@ from conftest import BIN, TINY, files_of, fill_up, forked, summary
 from made_runs import make_run
 
 from cifar_accel.cli import main
-from cifar_accel.results.charts import PLOTS
+from cifar_accel.results.plots import PLOTS
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,9 @@ SPOILT_SUMMARIES = {
     "an accuracy beyond floats": ending(accuracy=10**400),
     "an accuracy of NaN": ending(accuracy=float("nan")),
     "steps without end": ending(steps=10**400),
+    "a second figure beyond floats": ending(top5_accuracy=10**400),
+    "a speed that is none": ending(images_per_s=-1.0),
+    "a time beyond floats": ending(wall_s=10**400),
     "an error that is a list": ending(status="failed", error=[1]),
     "brackets": "[" * 200_000,
 }
@@ -156,12 +159,25 @@ def test_a_spoilt_summary_leaves_the_others_their_report(in_process, tmp_path):
 
 
 def test_a_spoilt_config_is_told(in_process, tmp_path):
-    for name in ("a", "b"):
-        make_run(tmp_path / name)
+    for name in "abcd":
+        make_run(tmp_path / name, smoothing=0.1 if name == "d" else 0.2)
     (tmp_path / "b" / "config.json").write_text("[" * 200_000)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    config["provenance"] = {"smoothing": ["flag"]}
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     code, out, err = in_process(main, "report", tmp_path)
     assert (code, err) == (0, "")
-    assert "- b: no config.json of a run\n" in out
+    assert "- b: no config.json of a run\n- c: no config.json of a run\n" in out
+
+
+def test_curves_say_which_images_they_are_of(in_process, tmp_path):
+    """All settings are tested on the same images at the end, and evaluated on others before."""
+    make_run(tmp_path / "a", validation_fraction=0.1)
+    in_process(main, "report", tmp_path)
+    assert "Accuracy on held-out images after" in (tmp_path / "report.html").read_text()
+    make_run(tmp_path / "b", validation_fraction=0.0)
+    in_process(main, "report", tmp_path)
+    assert "Accuracy on held-out or test images after" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("figure", [str(10**399), "NaN", "-1e400", "1e308"])

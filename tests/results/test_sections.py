@@ -1,5 +1,8 @@
 """What is said of settings, and what a reader is told before it."""
 
+import json
+
+import pytest
 from made_runs import make_run
 
 from cifar_accel.results.groups import group_by_seed
@@ -97,3 +100,22 @@ def test_a_noisy_setting_is_not_taken_for_a_sure_one(tmp_path):
         make_runs(tmp_path, [0.700, 0.701, 0.702], reprob=place / 10)
     standings = {entry.standing for entry in sections(tmp_path)[0].entries[1:]}
     assert standings == {"≈ best"}
+
+
+def test_a_run_that_moved_is_of_two_machines(tmp_path):
+    make_runs(tmp_path, [0.5, 0.6, 0.7], reprob=0.1)
+    make_runs(tmp_path, [0.5, 0.6, 0.7], reprob=0.2)
+    assert not any("machines" in line for line in checks(sections(tmp_path)[0]))
+    file = next(tmp_path.glob("*/config.json"))
+    config = json.loads(file.read_text())
+    config["resumed"] = [{"hardware": {"cpu_count": 64}}]
+    file.write_text(json.dumps(config))
+    assert any("of different machines" in line for line in checks(sections(tmp_path)[0]))
+
+
+@pytest.mark.parametrize("name, beyond", [("mixup", True), ("reprob", False)])
+def test_beyond_one_there_may_be_more_to_try(tmp_path, name, beyond):
+    for value in (0.2, 0.4, 1.0):
+        make_runs(tmp_path, [0.5 + value / 10] * 3, **{name: value})
+    lines = checks(sections(tmp_path)[0])
+    assert any(f"the best has the largest {name}" in line for line in lines) == beyond

@@ -55,6 +55,17 @@ def test_a_card_tells_no_folders(run):
     assert "Began with the weights in `net`" in card
 
 
+def test_a_command_is_told_without_its_folders(run):
+    """Those of a study have = in their names."""
+    config = read_json(run / "config.json")
+    config["command"] += ["--checkpoint=/home/ann/vit/adamw-learning_rate=0.0001"]
+    config["command"] += ["--plan-of", "/home/ann=b/x", "--resume=/home/a=b/ann"]
+    card = model_card(read_json(run / "model" / "config.json"), DIGITS, config, read_summary(run))
+    assert "--checkpoint=.../adamw-learning_rate=0.0001" in card
+    assert "--plan-of .../x --resume=.../ann" in card
+    assert "/home" not in card
+
+
 def test_the_hubs_data_sets_have_their_name_there(run):
     assert metadata(card_of(run, dataset="cifar100"))["datasets"] == ["uoft-cs/cifar100"]
     assert metadata(card_of(run, dataset="ann/cats"))["datasets"] == ["ann/cats"]

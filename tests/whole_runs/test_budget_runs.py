@@ -8,13 +8,17 @@ import pytest
 from conftest import TWO, rows, sha256, summary
 
 from cifar_accel import timing
-from cifar_accel.budget import LAST_SIZES, growing_to, one_size
+from cifar_accel.budget import LAST_SIZES, Fitted, growing_to, one_size
+from cifar_accel.errors import DoesNotFit
 from cifar_accel.files import read_json
 from cifar_accel.machine.processes import join_processes
+from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.options.recipes import recipe_defaults
-from cifar_accel.timing import what_to_try, with_room
+from cifar_accel.records.folder import Opened
+from cifar_accel.run import load_splits
+from cifar_accel.timing import Start, fit_to_budget, what_fits, what_to_try, with_room
 
 # A tiny model whose weights are of a run of its own.
 BUDGET = "--recipe finetune --batch-size 32 --limit-train 256 --limit-test 100 --tracker none"
@@ -91,6 +95,59 @@ def test_only_sizes_that_the_model_takes_are_tried(model, words, growing, single
     assert sorted(choices) == sorted(expected)
 
 
+@pytest.fixture
+def start(tmp_path):
+    """What --budget has before it times a step: options, their origin, and the rest of a start."""
+    args = replace(
+        recipe_defaults("finetune"),
+        model="test_vit",
+        pretrained=False,
+        dataset="digits",
+        batch_size=32,
+        limit_train=256,
+        limit_test=100,
+        data_dir=str(tmp_path / "data"),
+        run_name="a",
+        warmup_epochs=0.0,
+        budget="1000h",
+    )
+    origin = {field.name: "recipe" for field in fields(args)}
+    args, origin = fit_to_model(args, origin)
+    return args, origin, Start(tmp_path, join_processes("cpu"), StopRequest(), load_splits(args))
+
+
+def test_a_size_that_does_not_fit_takes_larger_ones_with_it(start, monkeypatch):
+    """And leaves nothing behind: the launcher's accumulation holds for those that follow."""
+    args, origin, start = start
+    start.ranks.accumulation = 4
+    tried = []
+
+    def has_room_below_96(run):
+        tried.append(run.args.input_size)
+        assert run.plan.accumulation == 4
+        if run.args.input_size >= 96:
+            raise DoesNotFit("too large")
+
+    monkeypatch.setattr(timing, "check_memory", has_room_below_96)
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    best = what_fits(args, origin, start, 3.6e6)
+    assert tried == [64, 96, 32, 48]
+    assert best.parts[-1] == (64, 1.0)
+    assert not start.ranks.accelerator._models
+
+
+def test_a_long_plan_is_regularised_as_a_long_run_is(start, monkeypatch):
+    """`fit_to_model` has seen the recipe's few epochs alone."""
+    args, origin, start = start
+    monkeypatch.setattr(timing, "what_fits", lambda *words: Fitted(one_size(64), 40, 1.0))
+    rest = (start.ranks, start.stop, start.splits)
+    planned, _, _ = fit_to_budget(args, origin, Opened(start.path), *rest)
+    origin = origin | {"image_size": "flag", "epochs": "flag"}
+    by_flags, _ = fit_to_model(replace(args, image_size=64, epochs=40), origin)
+    assert planned.cutmix == by_flags.cutmix == 1.0
+    assert planned.model_kwargs == by_flags.model_kwargs != ()
+
+
 def test_what_memory_has_no_room_for_is_not_chosen(monkeypatch):
     """A host that has as much left as is taken has room for twice the pixels."""
     ranks = join_processes("cpu")
@@ -116,6 +173,11 @@ def test_a_later_start_keeps_the_plan_though_the_time_is_over(trainer, weights, 
     (first.run / "summary.json").unlink()
     for folder in sorted((first.run / "checkpoints").iterdir())[1:]:
         folder.rename(tmp_path / folder.name)
+    # A look at it says so, and not what the recipe has.
+    seen = trainer(*words, "--dry-run", base=weights).stdout
+    assert re.search(rf"--image-size +{plan[0]} +derived", seen)
+    assert "by --budget" not in seen
+    assert "timing" not in seen
     again = trainer(*words, base=weights, launcher=TWO)
     assert "resume: from" in again.stdout
     assert "timing" not in again.stdout

@@ -10,6 +10,9 @@ import yaml
 from conftest import FRESH, TINY, TWO, files_of, forked
 from PIL import Image
 
+from cifar_accel.dry_run import Findings, check_data
+from cifar_accel.options.parsing import parse_training
+
 
 @pytest.fixture
 def dry(tmp_path, cache, monkeypatch):
@@ -214,6 +217,14 @@ def test_images_of_unequal_size_are_counted_as_they_will_be_stored(dry, tmp_path
     code, out = dry(*words, "--crop-padding", "40")
     assert code == 2
     assert "images' side of 32" in line(out, "data")
+
+
+def test_images_that_are_cut_away_take_no_memory(cache):
+    args, origin = parse_training([*TINY, "--data-dir", cache])
+    found = Findings(args, "no", 1, 1, origin=origin)
+    check_data(found)
+    # 256 to train on, 100 to test, of 1,797 images of 3 * 8 * 8 bytes.
+    assert (found.image_bytes, found.resident_bytes) == (1797 * 192, 356 * 192)
 
 
 def test_under_a_launcher_one_process_speaks(dry):

@@ -31,7 +31,7 @@ from cifar_accel.cli import evaluate_command, main, train_command
 from cifar_accel.files import read_json
 from cifar_accel.records.predictions import read_predictions
 from cifar_accel.records.trackers import wandb_config, wandb_row
-from cifar_accel.results.charts import PLOTS
+from cifar_accel.results.plots import PLOTS
 
 
 def wandb_rows(file: Path) -> list[dict]:

@@ -3,7 +3,7 @@ from made_runs import make_run
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cifar_accel.results.charts import (
+from cifar_accel.results.plots import (
     PLOTS,
     draw_learning_rate,
     plot_run,
