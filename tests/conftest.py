@@ -239,13 +239,23 @@ def forked(
         )
 
 
+@pytest.fixture(autouse=True)
+def handlers_restored():
+    """A command sets signal handlers of its own, and so does a StopRequest."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(wakeup)
+
+
 @pytest.fixture
 def in_process(capfd, monkeypatch, tmp_path):
     """Call a command in this process: (exit code, stdout, stderr). For what takes little time."""
     monkeypatch.chdir(tmp_path)
-    # The command sets handlers of its own.
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def call(function, *words):
         try:
@@ -254,15 +264,23 @@ def in_process(capfd, monkeypatch, tmp_path):
             code = e.code
         return (code, *capfd.readouterr())
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, cache) -> Path:
+    """The folder of a finished run of test_nfnet on handwritten digits, which nobody changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    places = ["--data-dir", cache, "--save-dir", str(folder)]
+    done = forked([*TINY, *places, "--tracker", "none", "--epochs", "1"], folder)
+    assert done.returncode == 0, done.stderr
+    return newest_run(folder)
 
 
 @pytest.fixture
-def run(trainer) -> Path:
-    """The folder of a finished run of test_nfnet on handwritten digits."""
-    return trainer("--tracker", "none", "--epochs", "1").run
+def run(finished_run, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished_run, tmp_path / "ck" / finished_run.name))
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_a_signal_stops_both_ranks(words, tmp_path):
     assert checkpoint.newest_valid(run, print) is not None
 
 
-def test_a_step_that_is_not_finite(words, tmp_path):
+def test_a_step_that_is_not_finite_on_a_gpu(words, tmp_path):
     options = words(*"--run-name a --log-every 50".split())
     spoil = partial(forked_runs.spoil_images, 13, 1)
     failed = forked_runs.finish(options, tmp_path / "log", 2, hook=spoil)

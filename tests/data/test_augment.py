@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from cifar_accel.data import augment
+from cifar_accel.data.draws import draw_policy
 from cifar_accel.data.order import Mixing
+from cifar_accel.options.policy import read_policy
 from cifar_accel.options.recipes import recipe_defaults
 
 PLAIN = recipe_defaults("plain")
@@ -58,6 +60,17 @@ def test_crop_boxes_are_distributed_as_timms():
     for a, b in zip(np.sort(ours, 0).T, np.sort(theirs, 0).T, strict=True):
         difference = np.searchsorted(a, grid, "right") - np.searchsorted(b, grid, "right")
         assert np.abs(difference).max() / n < 1.95 * (2 / n) ** 0.5
+
+
+def test_operations_are_of_the_size_that_images_become():
+    """Crop and resizing come before them: images are moved by shares of what they are then."""
+    policy = read_policy("rand-m9-n3-mstd0.5")
+    epoch, index = np.zeros(200, np.int64), np.arange(200)
+    program = augment.draw(PLAIN, policy, epoch, index, (32, 32), 48).program
+    expected = draw_policy(policy, PLAIN.seed, epoch, index, (48, 48))
+    assert np.array_equal(program.arguments, expected.arguments)
+    other = draw_policy(policy, PLAIN.seed, epoch, index, (32, 32))
+    assert not np.array_equal(program.arguments, other.arguments)
 
 
 def test_a_box_that_never_fits_is_the_largest_in_the_centre():

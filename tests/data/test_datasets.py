@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def test_real_cifar100(cifar, cache):
     np.testing.assert_allclose(means, (0.5071, 0.4865, 0.4409), atol=1e-4)
 
 
+class Command:
+    """A shell command that unpickling runs."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __reduce__(self):
+        return os.system, (self.text,)
+
+
 def test_torchvisions_cifar_files(tmp_path, monkeypatch):
     """The download's own format, made here, md5 included: a wrong md5 is never unpickled."""
     from torchvision import datasets
@@ -107,6 +118,16 @@ def test_torchvisions_cifar_files(tmp_path, monkeypatch):
     content = pickle.loads((base / "test").read_bytes())
     assert np.array_equal(data.test.images.reshape(10, -1), content["data"])
     assert data.test.labels.tolist() == content["fine_labels"]
+
+    # What has another md5 is downloaded anew, which fails here, and never unpickled.
+    other = tmp_path / "other"
+    shutil.copytree(base, other / base.name)
+    (other / base.name / "train").write_bytes(pickle.dumps(Command(f"touch {tmp_path}/ran")))
+    monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/nothing")
+    source = find_source("cifar100", other, print)
+    with pytest.raises(BadInput, match="cannot be downloaded"):
+        list(source.read())
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- folders

@@ -87,6 +87,11 @@ def test_several_hosts_are_reached_by_the_interface_that_leads_there(launched, m
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
 
 
+def test_a_dead_host_is_told_within_two_minutes():
+    """The tests of it wait for less."""
+    assert processes.SHORT_WAIT * processes.DEVICES_WAIT < 120
+
+
 @pytest.mark.parametrize("yes", ["yes", "on", "TRUE", "1", "t", "y"])
 @pytest.mark.parametrize("plugin", SHARDING)
 def test_plugins_are_refused_however_yes_is_said(monkeypatch, plugin, yes):

@@ -147,7 +147,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(saved):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
         with pytest.raises(OSError):
-            saved(2)
+            saved(2, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

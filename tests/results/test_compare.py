@@ -332,7 +332,7 @@ def test_all_against_a_baseline(said, tmp_path):
     assert adjusted[largest] == pytest.approx(raw[largest])
     assert [one["verdict"] for one in every] == ["better", "better", "same"]
     out = said(tmp_path)
-    assert out.startswith("3 comparisons with one baseline, A. Each interval is of 95 % for itself")
+    assert out.startswith("3 comparisons with one baseline, A. Better and tentatively hold for all")
     assert "by Holm p = 0.0" in out
 
 

@@ -46,7 +46,8 @@ def test_a_finished_run_leaves_its_card(run):
 
 def test_a_card_tells_no_folders(run):
     """Where things lie on the machine of the one who trained is nobody's business."""
-    assert str(run.parent) not in (run / "model" / "README.md").read_text()
+    where = read_json(run / "config.json")["options"]["save_dir"]
+    assert where not in (run / "model" / "README.md").read_text()
     card = card_of(
         run, dataset="/home/ann/photos", model="local-dir:/home/ann/net", pretrained=True
     )

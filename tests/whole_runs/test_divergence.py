@@ -76,6 +76,29 @@ def test_a_loss_that_is_not_finite_on_one_rank(words, tmp_path):
     assert read_json(tmp_path / "ck" / "a" / "diverged.json")["step"] == 13
 
 
+def spoil_a_weight() -> None:
+    """Hook: after the step that ends at 16 a weight is infinite; its loss and gradients are not."""
+    from cifar_accel import train
+
+    take_step = train.take_step
+
+    def spoilt(run, step, *words):
+        take_step(run, step, *words)
+        if step == 15:
+            list(run.model.module.parameters())[-1].data[0] = float("inf")
+
+    train.take_step = spoilt
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(words, tmp_path):
+    options = words(*"--run-name a --tracker none".split())
+    failed = forked_runs.finish(options, tmp_path / "log", hook=spoil_a_weight)
+    assert failed.codes == [1]
+    said = (tmp_path / "log").read_text()
+    assert "the weights are not finite after step 16" in said and "Traceback" not in said
+    assert checkpoint.newest_valid(tmp_path / "ck" / "a", print).name == "step-00000008"
+
+
 def test_what_a_run_prints_of_a_divergence(trainer):
     done = trainer(*"--learning-rate 1e30 --warmup-epochs 0".split(), check=1)
     assert done.stderr.count("\n") == 1

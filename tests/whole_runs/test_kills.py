@@ -36,23 +36,25 @@ def test_killed_at_random_moments_is_never_killed(words, tmp_path, kills, worlds
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
 
     def options(name):
-        return words(*EVERYTHING, "--micro-batch-size", "8", "--run-name", name)
+        draws = "--cutmix 1 --model-kwargs drop_rate=0.2 drop_path_rate=0.1".split()
+        return words(*EVERYTHING, *draws, "--micro-batch-size", "8", "--run-name", name)
 
     whole = tmp_path / "ck" / "whole"
     forked_runs.finish(options("whole"), tmp_path / "a", worlds[0], environment=environment)
 
     # A run may be over before it was killed so often: then another one is begun.
-    done = 0
-    resumed = 0
+    done = resumed = attempts = 0
     while done < kills:
-        run = tmp_path / "ck" / f"after-{done}"
+        attempts += 1
+        assert attempts <= 3 * kills, "the runs are over before they can be killed"
+        run = tmp_path / "ck" / f"attempt-{attempts}"
         log = tmp_path / run.name
         done += forked_runs.finish_with_kills(
             options(run.name),
             log,
             run,
             kills=kills - done,
-            seed=done,
+            seed=attempts,
             worlds=worlds,
             environment=environment,
         )
@@ -140,7 +142,7 @@ def save_for_ever(run: Path, log: Path) -> None:
             model = {"w": parameter.data}
             average = {"w": parameter.data * 2}
             state = {"step": step}
-            checkpoint.save_checkpoint(run, model, optimizer.state_dict(), average, state, 2)
+            checkpoint.save_checkpoint(run, model, optimizer.state_dict(), average, state, 1)
             f.write(f"{step}\n")
             f.flush()
 

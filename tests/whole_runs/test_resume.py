@@ -11,7 +11,6 @@ import pytest
 import timm
 from conftest import (
     ROOT,
-    TWO,
     contents,
     files_of,
     heed_signals,
@@ -45,38 +44,6 @@ TINY_VIT = (
 
 
 # ---- killed
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        (
-            "--mixup 0.5 --cutmix 1 --model-ema --save-every 5steps "
-            "--model-kwargs drop_rate=0.2 drop_path_rate=0.1"
-        ).split(),
-    ],
-)
-def test_killed_and_resumed_is_never_killed(trainer, tmp_path, words):
-    words = [*words, *"--tracker none --epochs 6".split()]
-    whole = trainer(*words, "--run-name", "whole").run
-
-    # Killed some steps after a checkpoint.
-    run = tmp_path / "ck" / "killed"
-    command = trainer.command(*words, "--run-name", "killed")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    wait_for((run / "metrics.jsonl").exists)
-    wait_for(lambda: '"step": 18' in (run / "metrics.jsonl").read_text())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "summary.json").exists(), "the kill came too late to test anything"
-
-    done = trainer(*words, "--run-name", "killed")
-    assert "resume: from" in done.stdout
-    assert sha256(run) == sha256(whole)
-    assert without_clock(rows(run)) == without_clock(rows(whole))
-    for key in ("accuracy", "best_accuracy", "train_loss", "steps"):
-        assert summary(run)[key] == summary(whole)[key]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(trainer):
@@ -145,28 +112,6 @@ def test_a_signal_leaves_a_checkpoint_and_143(trainer, tmp_path, number):
     first, second = wandb_runs(run)
     assert first.name == second.name
     assert wandb_summary(second)["summary"]["test/accuracy"] == summary(run)["accuracy"]
-
-
-def test_two_processes_stop_together_and_resume_as_one(trainer, tmp_path):
-    words = [*RUN_A, "--epochs", "16"]
-    run = tmp_path / "ck" / "a"
-    process = subprocess.Popen(
-        trainer.command(*words, launcher=TWO),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for((run / "metrics.jsonl").exists)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert (run / "PREEMPTED").exists()
-    assert summary(run)["status"] == "preempted"
-    stopped_at = summary(run)["steps"]
-    assert stopped_at < 128
-
-    assert "resume: from" in trainer(*words).stdout
-    assert steps(run)[-1] == 128
-    assert len(set(steps(run))) == len(steps(run))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import forked_runs
 import numpy as np
 import pytest
 import timm
@@ -26,12 +27,17 @@ from conftest import (
     wandb_runs,
     wandb_summary,
 )
+from safetensors.numpy import load_file
 
+from cifar_accel import train
 from cifar_accel.cli import evaluate_command, main, train_command
+from cifar_accel.errors import DoesNotFit
 from cifar_accel.files import read_json
+from cifar_accel.records.meters import Clock
 from cifar_accel.records.predictions import read_predictions
 from cifar_accel.records.trackers import wandb_config, wandb_row
 from cifar_accel.results.plots import PLOTS
+from cifar_accel.step import take_step
 
 
 def wandb_rows(file: Path) -> list[dict]:
@@ -70,6 +76,7 @@ def test_what_a_run_leaves(trainer, in_process, tmp_path):
         assert (run / name).exists(), name
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == ["step-00000016", "step-00000024"]
+    assert_the_average_is_what_counts(run)
     assert not list(run.rglob("*.tmp"))
 
     # The same command again trains nothing.
@@ -87,6 +94,18 @@ def test_what_a_run_leaves(trainer, in_process, tmp_path):
     assert f"{result['accuracy']:.4%}" in out
     assert "100 test images" in out
     assert accuracy_by_timm(moved) == result["accuracy"]
+
+
+def assert_the_average_is_what_counts(run: Path) -> None:
+    """With --model-ema it goes on from step to step, and is what is saved."""
+    last = run / "checkpoints" / "step-00000024"
+    average = load_file(last / "ema.safetensors")
+    saved = load_file(run / "model" / "model.safetensors")
+    assert saved.keys() == average.keys()
+    assert all((saved[name] == average[name]).all() for name in saved)
+    for other in (last / "model.safetensors", last.parent / "step-00000016" / "ema.safetensors"):
+        weights = load_file(other)
+        assert any((weights[name] != average[name]).any() for name in average)
 
 
 def assert_config_is_whole(run: Path) -> None:
@@ -143,14 +162,16 @@ def accuracy_by_timm(run: Path) -> float:
 
 
 def test_two_processes_are_one_run(trainer):
-    words = "--mixup 0.5 --epochs 3 --group pair --run-name".split()
+    # An odd number of test images: the ranks' shares differ.
+    words = "--mixup 0.5 --epochs 3 --group pair --limit-test 99 --run-name".split()
     one = trainer(*words, "one").run
     two = trainer(*words, "two", launcher=TWO).run
     for row, expected in zip(rows(two), rows(one), strict=True):
         assert row["step"] == expected["step"]
         assert row["train/lr"] == expected["train/lr"]
         assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
-    assert summary(two)["evaluated_images"] == 100
+        assert row.get("eval/loss") == pytest.approx(expected.get("eval/loss"), rel=1e-4)
+    assert summary(two)["evaluated_images"] == 99
 
     # One run of wandb too, with every row.
     (file,) = wandb_runs(two)
@@ -264,6 +285,81 @@ def test_every_kind_of_step_trains(in_process, cache, tmp_path, words):
     (file,) = tmp_path.rglob("metrics.jsonl")
     losses = [row["train/loss"] for row in rows(file.parent)]
     assert losses[-1] < losses[0]
+
+
+def test_what_acts_in_a_step_has_an_effect(trainer):
+    def losses(*words):
+        run = trainer(*"--epochs 1 --log-every 1 --tracker none --run-name".split(), *words).run
+        return [row["train/loss"] for row in rows(run)]
+
+    plain = losses("plain")
+    for name, words in (
+        ("clipped", ["--clip-grad", "0.05"]),
+        ("bce", ["--bce-loss"]),
+        ("spared", ["--no-decay-all", "--weight-decay", "1"]),
+    ):
+        changed = losses(name, *words)
+        assert changed[-1] != plain[-1], name
+        # The first loss is of the same weights.
+        assert (changed[0] == plain[0]) == (name != "bce")
+
+
+def test_a_checkpoint_by_the_clock_is_for_all_ranks(words, tmp_path):
+    """The clock of any of them says when."""
+    options = "--save-every 10m --keep-checkpoints 9 --run-name a --tracker none".split()
+    log = tmp_path / "log"
+    done = forked_runs.finish(words(*options), log, 2, hook=ten_minutes_on_rank_1)
+    assert done.codes == [0, 0], log.read_text()
+    folders = (tmp_path / "ck" / "a" / "checkpoints").iterdir()
+    assert sorted(int(folder.name[-4:]) for folder in folders) == [5, 32]
+
+
+def ten_minutes_on_rank_1() -> None:
+    """Hook: ten minutes are over after the fifth step, by the clock of rank 1."""
+    minutes_up = Clock.minutes_up
+    asked = 0
+
+    def passed(self, minutes):
+        nonlocal asked
+        asked += 1
+        return minutes_up(self, minutes) or (asked == 5 and os.environ["RANK"] == "1")
+
+    Clock.minutes_up = passed
+
+
+def test_what_does_not_fit_is_told_before_the_first_step(in_process, cache, tmp_path, monkeypatch):
+    """A GPU is tried; here the trial is made to fail."""
+
+    def fails(run):
+        raise DoesNotFit("out of memory with 32 images at once")
+
+    monkeypatch.setattr(train, "check_memory", fails)
+    places = ["--data-dir", cache, "--save-dir", tmp_path / "ck"]
+    code, _, err = in_process(train_command, *TINY, *places)
+    assert code == 2
+    assert err == "cifar_accel: out of memory with 32 images at once\n"
+    assert not (tmp_path / "ck").exists()
+
+
+def test_every_layer_learns_at_its_own_rate(in_process, cache, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(run, step, *words):
+        take_step(run, step, *words)
+        rate = run.plan.learning_rate(step)
+        seen.append([group["lr"] / rate for group in run.optimizer.param_groups])
+
+    monkeypatch.setattr(train, "take_step", watched)
+    base = [*TINY, "--data-dir", cache, "--save-dir", tmp_path, "--tracker", "none"]
+    words = "--model test_vit --model-kwargs patch_size=8 --layer-decay 0.5 --max-steps 2".split()
+    code, _, err = in_process(train_command, *base, *words)
+    assert code == 0, err
+    # From the head backwards: it, the blocks, the embedding.
+    assert len(seen) == 2
+    layers = sorted({round(scale, 9) for scale in seen[0]}, reverse=True)
+    assert layers == [0.5**layer for layer in range(len(layers))]
+    assert len(layers) > 3
+    assert seen[1] == pytest.approx(seen[0])
 
 
 @pytest.mark.parametrize("model", ["test_vit --model-kwargs patch_size=8", "test_resnet"])

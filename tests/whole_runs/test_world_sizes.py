@@ -6,11 +6,14 @@ from conftest import LONG, rows, summary
 
 from cifar_accel.data.order import Order
 
+# Up to 24, and the largest powers of two with their neighbours; all of them in the long form.
+SOME_WORLDS = [*range(1, 25), *(2**n + near for n in (6, 8, 10) for near in (-1, 0))]
 
-@pytest.mark.parametrize("accumulations", [(1, 2), pytest.param((3, 4, 8), marks=LONG)])
-def test_each_global_batch_is_cut_once_for_1_to_1024_processes(accumulations):
-    for world in range(1, 1025):
-        for accumulation in accumulations:
+
+@pytest.mark.parametrize("worlds", [SOME_WORLDS, pytest.param(range(1, 1025), marks=LONG)])
+def test_each_global_batch_is_cut_once_for_1_to_1024_processes(worlds):
+    for world in worlds:
+        for accumulation in (1, 2, 3, 4, 8):
             batch = 2 * world * accumulation
             positions = []
             for rank in range(world):
@@ -20,11 +23,18 @@ def test_each_global_batch_is_cut_once_for_1_to_1024_processes(accumulations):
             assert sorted(positions) == list(range(batch))
 
 
-@LONG
-@pytest.mark.parametrize("pipeline", ["device", "timm"])
-@pytest.mark.parametrize("model", ["test_nfnet", "test_vit"])
-def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipeline):
-    """More than fifty steps on 1, 2 and 4 processes with 1, 2 and 4 accumulation steps."""
+@pytest.mark.parametrize(
+    "model, pipeline, counts",
+    [
+        ("test_nfnet", "device", (1, 2)),
+        pytest.param("test_nfnet", "device", (1, 2, 4), marks=LONG),
+        pytest.param("test_nfnet", "timm", (1, 2, 4), marks=LONG),
+        pytest.param("test_vit", "device", (1, 2, 4), marks=LONG),
+        pytest.param("test_vit", "timm", (1, 2, 4), marks=LONG),
+    ],
+)
+def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipeline, counts):
+    """More than fifty steps on so many processes with so many accumulation steps."""
     options = [
         *"--mixup 0.5 --cutmix 1 --hflip 0.5 --log-every 1 --tracker none".split(),
         *f"--epochs 7 --learning-rate 1e-3 --model {model} --pipeline {pipeline}".split(),
@@ -35,8 +45,8 @@ def test_world_size_and_accumulation_change_nothing(words, tmp_path, model, pipe
         options += ["--workers", "1"]
 
     expected = None
-    for world in (1, 2, 4):
-        for accumulation in (1, 2, 4):
+    for world in counts:
+        for accumulation in counts:
             name = f"w{world}a{accumulation}"
             run = tmp_path / "ck" / name
             own = ("--micro-batch-size", str(32 // world // accumulation), "--run-name", name)
