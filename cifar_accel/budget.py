@@ -142,14 +142,19 @@ def fit_choices(
 
 
 def lengthened(fitted: Fitted, seconds: float, speed: Speed, steps_per_epoch: int) -> Fitted:
-    """`fitted` with its last part longer and its first shorter, so that it takes `seconds`."""
+    """`fitted` with a longer last part, so that it takes `seconds`; the first part yields first."""
     *firsts, (last, _) = fitted.parts
     left = seconds * (1 - RESERVE) - fitted.seconds
-    if not firsts or left <= 0:
-        return fitted
-    # What a run costs more for each step that moves from the first part to the last.
-    first, end_of_first = firsts[0]
-    gain = fitted.epochs * steps_per_epoch * (speed.step(last) - speed.step(first))
-    moved = min(end_of_first, left / gain) if gain > 0 else 0.0
+    taken = fitted.seconds + left
+    # The share of the steps that goes to the last part.
+    moved = begin = 0.0
+    for side, end in firsts:
+        # What the run costs more for a share of its steps at the last size in place of this one.
+        cost = fitted.epochs * steps_per_epoch * (speed.step(last) - speed.step(side))
+        length = end - begin
+        share = length if cost * length <= left else left / cost
+        moved += share
+        left -= cost * share
+        begin = end
     kept = [(side, round(end - moved, 3)) for side, end in firsts if end - moved > 0.005]
-    return Fitted((*kept, (last, 1.0)), fitted.epochs, fitted.seconds + moved * gain)
+    return Fitted((*kept, (last, 1.0)), fitted.epochs, taken - left)

@@ -71,6 +71,15 @@ def test_what_fits_is_filled(minutes):
         assert takes >= seconds * (1 - RESERVE) * 0.9
 
 
+def test_what_is_left_goes_on_to_the_second_part():
+    """Of one epoch the first part alone may be too little."""
+    (only,) = fit_choices(270, SPEED, STEPS, [growing_to(96)])
+    longer = lengthened(only, 270, SPEED, STEPS)
+    (side, share), last = longer.parts
+    assert (side, last) == (64, (96, 1.0)) and 0 < share < 0.3
+    assert longer.seconds == pytest.approx(243)
+
+
 def test_more_time_takes_larger_images():
     sides = [
         fit_choices(60 * minutes, SPEED, STEPS, CHOICES)[0].parts[-1][0]

@@ -5,8 +5,8 @@ import pytest
 
 from cifar_accel.records.predictions import Predictions
 from cifar_accel.results.calibration import (
-    at_temperature,
     calibration_error,
+    confidence,
     reliability,
     temperature,
 )
@@ -121,8 +121,8 @@ def test_the_temperature_mends_confidence():
     divisor = temperature(run)
     # (0.7 / 0.15) = (0.95 / 0.025) ** (1 / T)
     assert divisor == pytest.approx(np.log(38) / np.log(0.7 / 0.15), rel=1e-2)
-    cooled = at_temperature(run, divisor)
+    cooled = confidence(run, divisor)
     assert cooled.mean() == pytest.approx(0.7, abs=1e-2)
-    before = calibration_error(reliability(at_temperature(run, 1.0), run.correct))
+    before = calibration_error(reliability(confidence(run), run.correct))
     after = calibration_error(reliability(cooled, run.correct))
     assert before == pytest.approx(0.25, abs=1e-2) and after < 0.01
