@@ -2,11 +2,13 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from cifar_accel.errors import BadInput, first_line
 from cifar_accel.files import home, read_json
@@ -67,11 +69,12 @@ def _is_weight(value: Any) -> bool:
 def load_weights(model: torch.nn.Module, path: str) -> str:
     """Load `path` (see `read_weights`) into `model` in place; returns a line on what matched.
 
-    A classifier of another size keeps its new values. Raises BadInput when anything else is missing
-    or has another shape.
+    A classifier of another size keeps its new values, and position embeddings are resampled. Raises
+    BadInput when anything else is missing or has another shape.
     """
     file, state = read_weights(path)
     own = model.state_dict()
+    resampled = _fit_positions(model, state, own)
     matched = {n: t for n, t in state.items() if n in own and t.shape == own[n].shape}
     fresh = [name for name in own if name not in matched]
 
@@ -89,13 +92,33 @@ def load_weights(model: torch.nn.Module, path: str) -> str:
     model.load_state_dict(matched, strict=False)
 
     # What was new to the model, or to the file.
-    line = f"model: {len(matched)} of {len(own)} tensors from {file}"
+    line = f"model: {len(matched)} of {len(own)} tensors from {file}{resampled}"
     if fresh:
         line += f"; new: {', '.join(fresh)}"
     unused = [name for name in state if name not in own]
     if unused:
         line += f"; not used: {len(unused)}, first {unused[0]}"
     return line
+
+
+def _fit_positions(model: Any, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:
+    """Resample a ViT's position embeddings in `state` to the grid of `model`, as timm does it.
+
+    Returns a word on it; "" where there is nothing to do, or where they are no square grid.
+    """
+    theirs, ours = state.get("pos_embed"), own.get("pos_embed")
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if theirs is None or ours is None or grid is None or theirs.shape == ours.shape:
+        return ""
+    # [1, tokens, width]: first those that are of no patch, if they have any.
+    before = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    if theirs.ndim != 3 or theirs.shape[::2] != ours.shape[::2]:
+        return ""
+    side = math.isqrt(max(0, theirs.shape[1] - before))
+    if not side or side**2 != theirs.shape[1] - before:
+        return ""
+    state["pos_embed"] = resample_abs_pos_embed(theirs, grid, num_prefix_tokens=before)
+    return f"; pos_embed resampled from {side}x{side} to {grid[0]}x{grid[1]}"
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:

@@ -63,6 +63,25 @@ def test_another_number_of_classes_keeps_a_new_classifier(tmp_path):
     assert torch.equal(model.state_dict()["stem.conv1.weight"], source["stem.conv1.weight"])
 
 
+def test_a_vit_goes_on_at_another_size(tmp_path):
+    """With the very embeddings that timm makes for it from the same file."""
+    small = replace(PLAIN, model="test_vit", image_size=64)
+    save_model(build_model(small, 10, quiet), tmp_path / "model", small, DIGITS)
+    said = []
+    large = replace(small, image_size=96, checkpoint=str(tmp_path / "model"))
+    model = build_model(large, 10, said.append)
+    assert "pos_embed resampled from 4x4 to 6x6" in said[0]
+    expected = timm.create_model(
+        f"local-dir:{tmp_path / 'model'}", pretrained=True, num_classes=10, img_size=96
+    )
+    assert torch.equal(model.pos_embed, expected.pos_embed)
+    # What is no square grid is refused.
+    state = expected.state_dict() | {"pos_embed": torch.zeros(1, 8, 64)}
+    save_file(state, tmp_path / "bent.safetensors")
+    with pytest.raises(BadInput, match="does not fit --model: pos_embed has shape"):
+        build_model(replace(large, checkpoint=str(tmp_path / "bent.safetensors")), 10, quiet)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     vit = build_model(replace(PLAIN, model="test_vit"), 10, quiet)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
