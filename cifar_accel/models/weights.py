@@ -110,10 +110,10 @@ def _fit_positions(model: Any, state: dict[str, torch.Tensor], own: dict[str, to
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if theirs is None or ours is None or grid is None or theirs.shape == ours.shape:
         return ""
-    # [1, tokens, width]: first those that are of no patch, if they have any.
-    before = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    # [1, tokens, width], of which the first may be of no patch.
     if theirs.ndim != 3 or theirs.shape[::2] != ours.shape[::2]:
         return ""
+    before = ours.shape[1] - math.prod(grid)
     side = math.isqrt(max(0, theirs.shape[1] - before))
     if not side or side**2 != theirs.shape[1] - before:
         return ""

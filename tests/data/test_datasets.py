@@ -17,6 +17,7 @@ from PIL import Image
 from cifar_accel.data.decode import load_dataset
 from cifar_accel.data.sources import find_source, hub_marker
 from cifar_accel.errors import BadInput
+from cifar_accel.options.options import BUILT_IN
 
 
 def pixels_of(file: bytes) -> np.ndarray:
@@ -78,6 +79,11 @@ def test_real_cifar100(cifar, cache):
     assert np.bincount(data.test.labels).tolist() == [100] * 100
     means = data.train.images.mean((0, 2, 3)) / 255
     np.testing.assert_allclose(means, (0.5071, 0.4865, 0.4409), atol=1e-4)
+
+
+def test_names_of_our_own_are_those_that_options_know():
+    with pytest.raises(BadInput, match=f"there are {', '.join(BUILT_IN)}, a folder or a hub id"):
+        find_source("nothing", Path("data"), print)
 
 
 class Command:
