@@ -17,7 +17,7 @@ import pytest
 from conftest import image_folder, parquet_folder, picture, wait_for
 from filelock import FileLock
 from PIL import Image
-from test_datasets import load
+from test_folders import load
 
 from cifar_accel.data.decode import (
     MOST_STORED,
