@@ -1,6 +1,7 @@
 """A process that dies, or no longer answers, ends the others of its run."""
 
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
@@ -23,6 +24,25 @@ def wait_briefly(seconds: float) -> None:
     from cifar_accel.machine import processes
 
     processes.SHORT_WAIT = seconds
+
+
+def stand_still(function: str, briefly: float) -> None:
+    """Hook: rank 1 stops where it would call that function of the loop for the step after 4.
+
+    No row is due there, so that the ranks wait briefly.
+    """
+    from cifar_accel import train
+
+    wait_briefly(briefly)
+    called = getattr(train, function)
+
+    def stop_before(run, *arguments):
+        if run.ranks.rank == 1 and next(calls) == 4:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return called(run, *arguments)
+
+    calls = itertools.count()
+    setattr(train, function, stop_before)
 
 
 def save_slowly(briefly: float, seconds: float) -> None:
@@ -55,12 +75,16 @@ def test_when_one_rank_dies_the_other_ends(words, tmp_path, dies):
     assert GONE in said and "Traceback" not in said
 
 
-def test_when_one_rank_stands_still_the_other_ends(words, tmp_path):
-    """As with a dead host: its connections stay open, and nothing comes over them."""
-    hook = partial(wait_briefly, 2.0)
+@pytest.mark.parametrize("function", ["agree", "take_step"])
+def test_when_one_rank_stands_still_the_other_ends(words, tmp_path, function):
+    """As with a dead host: its connections stay open, and nothing comes over them.
+
+    The other waits for it with its host, or with its device.
+    """
+    hook = partial(stand_still, function, 2.0)
     training = forked_runs.Training(words(*LONG_RUN), tmp_path / "log", 2, hook=hook)
-    wait_for((tmp_path / "ck" / "a" / "metrics.jsonl").exists)
-    os.kill(training.ranks[1].pid, signal.SIGSTOP)
+    stopped = psutil.Process(training.ranks[1].pid)
+    wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED)
     began = time.monotonic()
     training.ranks[0].join(60)
     took = time.monotonic() - began
@@ -130,11 +154,15 @@ def two_hosts():
 
 def be_on_a_host(names: list[str]) -> None:
     """Hook: this rank is alone on a host of `two_hosts`."""
+    from cifar_accel.machine import processes
+
     host = names[int(os.environ["RANK"])]
     with open(f"/run/netns/{host}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
     os.environ |= {"MASTER_ADDR": "10.77.0.1", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     wait_briefly(3.0)
+    # The cable may be pulled while a rank evaluates.
+    processes.LONG_WAIT = 20.0
 
 
 def test_a_pulled_cable_ends_the_run_on_both_hosts(words, tmp_path, two_hosts):
