@@ -222,6 +222,17 @@ def has_batch_norm(model: torch.nn.Module) -> bool:
     return any(isinstance(layer, batch_norm) for layer in model.modules())
 
 
+def set_input_size(model: Any, image_size: int, classes: int, where: str) -> None:
+    """Make `model` take images of `image_size` pixels; a ViT's position embeddings are resampled.
+
+    Raises BadInput, which names the model as `where`, when it cannot take them.
+    """
+    # A CNN takes any size as it is.
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=image_size)
+    check_logits(model, image_size, classes, where)
+
+
 def check_logits(model: torch.nn.Module, image_size: int, classes: int, where: str) -> None:
     """Raise BadInput, which names the model as `where`, unless an image gives logits [classes]."""
     try:

@@ -229,6 +229,8 @@ class EvaluateArguments:
     """A run folder, its model/, or a local-dir model of timm (which needs --dataset)."""
     dataset: str | None = None
     """Other images than the run's, or where these lie now; a folder of classes will do."""
+    image_size: PositiveInt | None = None
+    """Another input size in pixels than the model's own."""
     json: bool = False
     """Print JSON, with every class; shares are of 1."""
     predictions: str | None = None

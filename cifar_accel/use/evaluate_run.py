@@ -24,6 +24,7 @@ from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import Outputs, evaluate
 from cifar_accel.files import home
 from cifar_accel.machine.processes import Ranks, join_processes
+from cifar_accel.models.create import set_input_size
 from cifar_accel.options.options import EvaluateArguments, TrainingArguments
 from cifar_accel.records.predictions import FILE as PREDICTIONS
 from cifar_accel.records.predictions import (
@@ -65,6 +66,8 @@ def evaluate_run(
         raise BadInput(f"--tracker {args.tracker}: {args.run} lies in no run folder to log beside")
     images = _images(judged, note)
     split = images.split
+    if not judged.has_own_size:
+        note(f"note: at {options.input_size} pixels, which is not the model's own size")
 
     ranks = join_processes(options.device, options.mixed_precision, note)
     figures, said = _evaluate(args, judged, split, ranks)
@@ -80,7 +83,7 @@ def evaluate_run(
     else:
         _say_figures(result, f"{images.kind} images of {options.dataset}", say)
     # A run of an earlier version has none, and a file may be damaged.
-    if run and images.is_own and not _has_predictions(run, images.kind):
+    if run and images.is_own and judged.has_own_size and not _has_predictions(run, images.kind):
         _write_predictions(run.folder, images.kind, predictions, note)
     if run and args.tracker != "none":
         _log(judged, run, args.tracker, images, predictions, figures, note)
@@ -103,8 +106,15 @@ class _Judged:
     options: RecordedOptions
     # The run that it is of.
     run: FinishedRun | None
+    # Side in pixels of the images that it was made for.
+    own_size: int
     # Whether --dataset names the images.
     is_given: bool
+
+    @property
+    def has_own_size(self) -> bool:
+        """Whether its images are of the size that it was made for."""
+        return self.options.input_size == self.own_size
 
 
 def _find(args: EvaluateArguments) -> _Judged:
@@ -112,15 +122,21 @@ def _find(args: EvaluateArguments) -> _Judged:
     if args.predictions is not None:
         _check_place(args.predictions)
     folder, run = find_model(args.run)
-    given: dict[str, Any] = {"dataset": _test_alone(args.dataset), "data_dir": args.data_dir}
+    given: dict[str, Any] = {
+        "dataset": _test_alone(args.dataset),
+        "data_dir": args.data_dir,
+        "image_size": args.image_size,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     given["device"] = args.device
     if run:
         # The run's options say how its images are made; they may lie elsewhere now.
         model: Any = run.model()
-        return _Judged(
-            model, class_names(folder), replace(run.options, **given), run, bool(args.dataset)
-        )
+        options = replace(run.options, **given)
+        names = class_names(folder)
+        if args.image_size:
+            set_input_size(model, args.image_size, options.classes, f"{folder}: the model")
+        return _Judged(model, names, options, run, run.options.input_size, bool(args.dataset))
 
     # A model alone says how its images are made, and not which.
     if not args.dataset:
@@ -132,9 +148,11 @@ def _find(args: EvaluateArguments) -> _Judged:
             f"{folder}: its images are made by {made['interpolation']} and crop {made['crop_mode']}"
             "; here they are made by bilinear or bicubic and the centre"
         )
+    if args.image_size:
+        classes = len(classifier.classes)
+        set_input_size(classifier.module, args.image_size, classes, f"{folder}: the model")
     plain = TrainingArguments(
-        **given,
-        image_size=classifier.size,
+        **{"image_size": classifier.size} | given,
         interpolation=made["interpolation"],
         crop_pct=made["crop_pct"],
     )
@@ -145,7 +163,7 @@ def _find(args: EvaluateArguments) -> _Judged:
         input_mean=tuple(made["mean"]),
         input_std=tuple(made["std"]),
     )
-    return _Judged(classifier.module, classifier.classes, options, None, True)
+    return _Judged(classifier.module, classifier.classes, options, None, classifier.size, True)
 
 
 def _test_alone(dataset: str | None) -> str | None:
@@ -351,7 +369,8 @@ def _log(
         group=options.group,
         job_type="evaluate",
         config=run.config["options"]
-        | {"dataset": options.dataset, "data_fingerprint": images.fingerprint},
+        | {"dataset": options.dataset, "data_fingerprint": images.fingerprint}
+        | {"image_size": options.image_size},
         folder=run.folder,
         run_id=None,
         tags=tags_of(options, images.kind),

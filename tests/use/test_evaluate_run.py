@@ -25,14 +25,13 @@ NAMES = ["ant", "bee", "cow", "dog"]
 def made_run(tmp_path):
     """Gives the folder of a run on `dataset` whose model names its classes `names`."""
 
-    def make(dataset, names):
+    def make(dataset, names, name="run", **options):
+        options = {"model": "test_nfnet", "pretrained": False, "run_name": "a"} | options
         args = replace(
             recipe_defaults("digits"),
-            model="test_nfnet",
-            pretrained=False,
-            run_name="a",
             dataset=str(dataset),
             data_dir=str(tmp_path / "cache"),
+            **options,
         )
         facts = {
             "mixed_precision": "no",
@@ -41,7 +40,7 @@ def made_run(tmp_path):
             "input_std": [0.25, 0.25, 0.25],
         }
         config = {"options": asdict(args) | facts, "provenance": {}}
-        folder = tmp_path / "run"
+        folder = tmp_path / name
         save_model(build_model(args, len(names), str), folder / "model", args, names)
         (folder / "config.json").write_text(json.dumps(config))
         ending = {"status": "finished", "steps": 1, "total_steps": 1, "train_loss": 1}
@@ -107,6 +106,28 @@ def test_images_that_have_changed_since_are_told(tmp_path, made_run):
     assert "not those" not in said(str(data))
 
 
+@pytest.mark.parametrize("model", ["test_nfnet", "test_vit"])
+def test_another_size(tmp_path, made_run, model):
+    """As a run of that size that has the same weights."""
+    data = parquet_folder(tmp_path / "data")
+    run = made_run(data, NAMES, model=model, image_size=32)
+    weights = str(run / "model" / "model.safetensors")
+    larger = made_run(data, NAMES, "larger", model=model, image_size=48, checkpoint=weights)
+    said = []
+    args = EvaluateArguments(str(run), device="cpu", image_size=48)
+    result = evaluate_run(args, said.append, said.append)
+    assert "note: at 48 pixels, which is not the model's own size" in said
+    # Nothing of it is left in the run folder.
+    assert not (run / PREDICTIONS).exists()
+    assert result == figures(larger)
+
+
+def test_a_size_that_the_model_cannot_take(tmp_path, made_run):
+    run = made_run(parquet_folder(tmp_path / "data"), NAMES, model="test_vit", image_size=32)
+    with pytest.raises(BadInput, match=r"--image-size 33: .*model cannot take it: .* patch size"):
+        figures(run, image_size=33)
+
+
 def test_an_older_model_of_a_run_that_goes_on_is_not_taken_for_it(tmp_path, made_run):
     run = made_run(parquet_folder(tmp_path / "data"), NAMES)
     (run / "summary.json").unlink()
@@ -161,14 +182,16 @@ def test_a_model_alone_is_judged_as_its_run_is(tmp_path, trainer, cache):
     data = parquet_folder(tmp_path / "data")
     words = ("--dataset", str(data), "--limit-train", "0", "--limit-test", "0", "--epochs", "1")
     run = trainer(*words, "--batch-size", "4", "--tracker", "none").run
-    expected = figures(run)
+    expected = {size: figures(run, image_size=size) for size in (None, 48)}
+    assert expected[None]["loss"] != expected[48]["loss"]
     # Still in its run folder it is the run's.
-    assert figures(run / "model") == expected
+    assert figures(run / "model") == expected[None]
     moved = (run / "model").rename(tmp_path / "moved")
     given = {"dataset": str(data), "data_dir": cache}
-    alone = figures(moved, **given)
-    assert alone["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    assert alone["classes"] == expected["classes"]
+    for size, as_the_run in expected.items():
+        alone = figures(moved, image_size=size, **given)
+        assert alone["loss"] == pytest.approx(as_the_run["loss"], rel=1e-6)
+        assert alone["classes"] == as_the_run["classes"]
     with pytest.raises(BadInput, match="is a model without its run: give --dataset FOLDER"):
         figures(moved)
     with pytest.raises(BadInput, match="--tracker wandb: .* lies in no run folder"):
