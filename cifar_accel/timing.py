@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from cifar_accel.budget import (
+    BATCH_NORM_GROWTH,
     GROWTH,
     LAST_SIZES,
     RESERVE,
@@ -37,7 +38,7 @@ from cifar_accel.machine.processes import Ranks, peers_expected
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.create import check_model
-from cifar_accel.models.finetune import LONG_RUN, regularised, sizes_taken
+from cifar_accel.models.finetune import LONG_RUN, is_of_batch_norm, regularised, sizes_taken
 from cifar_accel.options.options import TrainingArguments, flag
 from cifar_accel.options.recipes import PLANNED
 from cifar_accel.options.resolve import warmup, with_derived
@@ -213,8 +214,9 @@ def what_to_try(
         return [args.sizes], tuple(side for side, _ in args.sizes)
     # Some models take one size a run, some a few sides, some one alone.
     choices = []
+    growth = BATCH_NORM_GROWTH if is_of_batch_norm(args) else GROWTH
     for last in LAST_SIZES:
-        ways = (growing_to(last), one_size(last))
+        ways = (growing_to(last, growth), one_size(last))
         choices += [way for way in ways if sizes_taken(args, [text_of(way)])][:1]
     sides = [side for side in FIRST_SIDES if sizes_taken(args, [side])]
     return choices or [args.sizes], tuple(sides or [args.input_size])

@@ -3,6 +3,7 @@
 import pytest
 
 from cifar_accel.budget import (
+    BATCH_NORM_GROWTH,
     RESERVE,
     Speed,
     TooShort,
@@ -51,6 +52,7 @@ def test_sides_grow_in_steps_of_16():
     assert growing_to(128) == parse_sizes("64:0.4,96:0.7,128")
     for last in (64, 96, 160, 192, 224):
         assert all(side % 16 == 0 for side, _ in growing_to(last))
+    assert growing_to(128, BATCH_NORM_GROWTH) == parse_sizes("96:0.6,128")
     # At the least size, parts of one side are one part.
     assert growing_to(32) == ((32, 1.0),)
 

@@ -69,6 +69,11 @@ def regularised(args: TrainingArguments, origin: Origin) -> tuple[TrainingArgume
     return _with_drop_path(args, origin)
 
 
+def is_of_batch_norm(args: TrainingArguments) -> bool:
+    """Whether the model that the options name has batch norm. Raises BadInput."""
+    return has_batch_norm(_made(args))
+
+
 def sizes_taken(args: TrainingArguments, choices: Iterable[str | int]) -> list[str | int]:
     """Those of `choices`, texts of --image-size, that the model takes."""
     taken = []

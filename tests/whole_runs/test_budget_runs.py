@@ -16,6 +16,7 @@ from cifar_accel.machine.signals import StopRequest
 from cifar_accel.machine.speed import peak_memory_mib
 from cifar_accel.models.finetune import fit_to_model
 from cifar_accel.options.recipes import recipe_defaults
+from cifar_accel.options.values import parse_sizes
 from cifar_accel.records.folder import Opened
 from cifar_accel.run import load_splits
 from cifar_accel.timing import Start, fit_to_budget, what_fits, what_to_try, with_room
@@ -93,6 +94,14 @@ def test_only_sizes_that_the_model_takes_are_tried(model, words, growing, single
     assert first == sides
     expected = [*map(growing_to, growing), *map(one_size, single)]
     assert sorted(choices) == sorted(expected)
+
+
+def test_a_model_with_batch_norm_begins_nearer_to_its_last_size():
+    args = replace(recipe_defaults("finetune"), model="test_resnet")
+    args, origin = fit_to_model(args, {field.name: "recipe" for field in fields(args)})
+    choices, _ = what_to_try(args, origin)
+    assert parse_sizes("96:0.6,128") in choices
+    assert parse_sizes("64:0.4,96:0.7,128") not in choices
 
 
 @pytest.fixture
