@@ -21,7 +21,7 @@ MOST_PARAMETERS = 8e6
 LONG_RUN = 25
 
 # AdamW's learning rate of models with batch norm, over that of others (docs/accuracy.md).
-BATCH_NORM_RATE = 4.0
+BATCH_NORM_RATE = 2.0
 
 # Layer decay of families other than the usual: 1 for models with batch norm, 0.8 for others.
 LAYER_DECAY = {"nfnet": 0.9}
