@@ -1,7 +1,7 @@
 """Which sizes and how many epochs fit into a given time. Loads no torch.
 
 The rule: of the sizes, each grown to from a smaller one and for as many epochs as fit, the one that
-loses least by `points_lost`. What is left of the time goes from the run's first part to its last.
+loses least by `points_lost`. What is left of the time moves steps from the first parts to the last.
 """
 
 import math

@@ -307,6 +307,8 @@ def check_schedule(found: Findings) -> str:
     plan = found.plan
     if plan is None:
         raise Note("not known without the data")
+    if not found.is_planned:
+        raise Note("by --budget: see time")
     steps = f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up"
     return f"{found.args.scheduler}, {steps}: {plan.rates()}"
 
@@ -355,6 +357,8 @@ def check_memory(found: Findings) -> str:
     )
     if device.type == "cpu":
         text += "; the libraries take nearly 1 GiB more"
+    if not found.is_planned:
+        text += f"; at {args.input_size} px, and --budget may choose others"
     if need.total(images) > room:
         raise BadInput(f"{text}. {what_would_fit(args, plan, need, room)}")
     found.fits = True

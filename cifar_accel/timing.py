@@ -253,7 +253,7 @@ def explain(best: Fitted, others: list[Fitted], speed: Speed, spent: float) -> N
     evaluation = ", ".join(in_time(seconds) for seconds in speed.evaluations.values())
     say(f"budget    a step takes {speed.in_words()}; an evaluation {evaluation}")
     say(f"budget    start and end take {in_time(spent)}; {RESERVE:.0%} of the rest are kept back")
-    say("budget    sizes                   epochs  minutes  points below the best, estimated")
+    say("budget    sizes                   epochs  minutes  points lost, estimated")
     for choice in (best, *others):
         sizes, minutes = str(text_of(choice.parts)), choice.seconds / 60
         mark = "  <- this" if choice is best else ""

@@ -149,6 +149,7 @@ def option_tables() -> list[str]:
 def recipe_list() -> list[str]:
     """Lines of the page: what each recipe sets."""
     lines = ["", "## What the recipes set", ""]
+    lines += ["`finetune` derives more from the model and the images: [data](data.md#recipes).", ""]
     for recipe, changes in RECIPES.items():
         settings = ", ".join(setting(name, value) for name, value in changes.items())
         lines.append(f"- `{recipe}`: {settings}")

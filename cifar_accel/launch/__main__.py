@@ -36,7 +36,7 @@ def tour() -> int:
     print()
     code = report_command(["checkpoint/tour"]) or code
     print("\nThe real thing on CIFAR-100, in about an hour (downloads the images and the weights):")
-    print("    ./launch.sh --recipe finetune --model deit_tiny_patch16_224 --budget 1h")
+    print("    ./launch.sh --recipe finetune --model tf_efficientnet_lite0 --budget 1h")
     return code
 
 

@@ -1,6 +1,7 @@
-"""What the recipe `finetune` makes of a model and its images, where no flag says otherwise.
+"""What the recipe `finetune` makes of a model, where no flag says otherwise.
 
-Its fixed part is in options/recipes.py. How much each ingredient gives is in docs/accuracy.md.
+Its fixed part is in options/recipes.py, and what follows from the images in run.py. How much each
+ingredient gives is in docs/accuracy.md.
 """
 
 from collections.abc import Iterable
@@ -13,8 +14,8 @@ from cifar_accel.models.create import build_model, family_of, has_batch_norm
 from cifar_accel.options.options import TrainingArguments
 from cifar_accel.options.resolve import Origin, check_effects, with_derived
 
-# Sides of the input, in the order in which they are tried: 128 pixels, or the nearest that the
-# model takes; some take the size of their weights alone.
+# Sides of the input, in the order in which they are tried: some models take few of them, or the
+# size of their weights alone.
 SIDES = (128, 112, 144, 160, 192, 224, 240, 256, 288, 299, 336, 384, 448)
 # A model with more parameters, or a longer run, is regularised.
 MOST_PARAMETERS = 8e6

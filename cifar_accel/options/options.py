@@ -75,7 +75,7 @@ class TrainingArguments:
     validation_fraction: ShareBelowOne = 0.0
     """Share of each class's training images held out; the test set is read once, at the end."""
     stored_size: PositiveInt | None = None
-    """Side of the decoded copies of images of unequal size (unset: what --scale needs, to 512)."""
+    """Side of decoded copies of large or unequal images (unset: what crops need, capped)."""
     pipeline: Literal["device", "timm"] = "device"
     """device: images live and are augmented on the device; timm: PIL in worker processes."""
     workers: Volatile[NotNegativeIntOrNone] = None
@@ -124,7 +124,7 @@ class TrainingArguments:
     epochs: PositiveInt = 25
     """Passes over the training set."""
     budget: str | None = None
-    """Fit sizes and epochs to this long, start included: 30m, 2h (with --recipe finetune)."""
+    """Choose sizes and epochs that take this long, with start and end: 30m, 2h (finetune)."""
     plan_of: Volatile[str | None] = None
     """A run folder whose sizes and epochs --budget takes over (a study's first seed's)."""
     batch_size: PositiveInt = 256

@@ -33,8 +33,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         smoothing=0.1,
         decay_all=False,
     ),
-    # ImageNet weights on small images, resized. What follows from the model and the images
-    # (models/finetune.py) stands here for a small one; a flag overrides either.
+    # ImageNet weights on small images, resized. What follows from the model
+    # (models/finetune.py) and the images (run.py) stands here for small ones; flags override it.
     "finetune": dict(
         image_size=128,
         crop_padding=4,

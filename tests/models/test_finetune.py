@@ -87,7 +87,7 @@ def test_layers_decay_where_there_is_no_batch_norm():
     assert decays == {"test_vit": 0.8, "test_resnet": 1.0, "test_nfnet": 0.9}
 
 
-def test_models_with_batch_norm_learn_at_four_times_the_rate():
+def test_models_with_batch_norm_learn_at_twice_the_rate():
     """Of adamw; the rates of other optimizers are derived before, and stay."""
     assert fit("test_vit")[0].learning_rate == 1e-3
     args, origin = fit("test_resnet")
