@@ -24,7 +24,7 @@ from cifar_accel.console import (
     say,
 )
 from cifar_accel.errors import BadInput, TrainingError, did_you_mean
-from cifar_accel.machine.environment import mixed_precision, whole_number
+from cifar_accel.machine.environment import mixed_precision, prepare_libraries, whole_number
 from cifar_accel.machine.signals import StopRequest
 from cifar_accel.options.options import (
     CompareArguments,
@@ -70,6 +70,8 @@ def guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], i
     @functools.wraps(work)
     def command(argv: Sequence[str]) -> int:
         open_stdout()
+        # Any of the commands may load them, and --dry-run times steps as a training takes them.
+        prepare_libraries()
         try:
             return work(argv)
         except (BadInput, TrainingError) as error:
@@ -160,13 +162,6 @@ def load_and_train(
     if opened:
         stop.last_act = opened.discard
     say("loading torch, timm and accelerate")
-    # The libraries read these while they are loaded. What a Mac's GPU lacks is computed on its
-    # processor; torch says so once for each operation.
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes
-    # a small model several times slower (benchmarks/LOG.md); on an idle one this is as good.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     stop.loading = True
     from cifar_accel.train import train
 

@@ -309,7 +309,7 @@ def check_schedule(found: Findings) -> str:
         raise Note("not known without the data")
     if not found.is_planned:
         raise Note("by --budget: see time")
-    steps = f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up"
+    steps = f"{plan.total_steps:,} steps{plan.sizes_left_out()}, {plan.warmup_steps:,} of warm-up"
     return f"{found.args.scheduler}, {steps}: {plan.rates()}"
 
 
@@ -389,7 +389,10 @@ def check_time(found: Findings) -> str:
     if not found.is_planned:
         opened = Opened(path, origin=found.origin)
         args, _, _ = fit_to_budget(args, found.origin, opened, ranks, StopRequest(), splits)
-        return f"fits into {args.budget}: --image-size {args.image_size} --epochs {args.epochs}"
+        plan = f"--image-size {args.image_size} --epochs {args.epochs}"
+        if args.plan_of:
+            return f"as in {args.plan_of}: {plan}"
+        return f"fits into {args.budget}: {plan}"
 
     start = Start(path, ranks, StopRequest(), splits)
     speed = UNKNOWN

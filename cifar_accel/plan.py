@@ -125,6 +125,7 @@ class Plan:
         args = self.args
         epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
         steps = f"{epochs} x {self.steps_per_epoch:,} = {self.total_steps:,}"
+        steps += self.sizes_left_out()
         if self.stop_step < self.total_steps:
             steps += f", stopping after {self.stop_step:,}"
         derived = {name: " (derived)" for name, of in (origin or {}).items() if of == "derived"}
@@ -136,6 +137,17 @@ class Plan:
             "steps": steps,
             "schedule": f"{args.scheduler}, {peak}, {warmup}",
         }
+
+    def sizes_left_out(self) -> str:
+        """A word on sizes whose share of the steps is less than one step; or nothing."""
+        ends = [round(share * self.total_steps) for _, share in self.args.sizes]
+        lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        names = [
+            f"{size} px"
+            for (size, _), steps in zip(self.args.sizes, lengths, strict=True)
+            if not steps
+        ]
+        return f" (none at {', '.join(names)})" if names else ""
 
     def rates(self) -> str:
         """The learning rate at the steps that show its shape."""

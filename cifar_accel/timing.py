@@ -67,8 +67,9 @@ UNTIMED_STEPS = 3
 # Images over which precisions are compared, and by how much one must be faster to be named.
 IMAGES_TO_COMPARE = 64
 CLEARLY_FASTER = 1.15
-# The options in which two runs of one plan agree.
-ALIKE = ("model", "dataset", "batch_size", "pipeline")
+# The options in which two runs of one plan agree, beside those of the plan that are given.
+ALIKE = {"model", "dataset", "limit_train", "limit_test", "validation_fraction"}
+ALIKE |= {"batch_size", "pipeline"}
 # Nothing was timed yet.
 UNKNOWN = Speed({}, {}, {})
 # Seconds for what comes after the last evaluation: weights, plots, the tracker's end.
@@ -107,7 +108,7 @@ def fit_to_budget(
     check_model(args, say)
     args, origin = fit_options(args, origin, opened)
     if args.plan_of:
-        of_another = plan_of_another(args) if ranks.is_main else {}
+        of_another = plan_of_another(args, origin) if ranks.is_main else {}
         chosen = ranks.from_main(of_another)
     else:
         splits = splits or load_splits(args)
@@ -232,7 +233,7 @@ def with_warmup(
     return with_derived(args, origin, warmup(replace(args, warmup_epochs=None), set()))
 
 
-def plan_of_another(args: TrainingArguments) -> dict[str, Any]:
+def plan_of_another(args: TrainingArguments, origin: dict[str, str]) -> dict[str, Any]:
     """Sizes and epochs of the run that --plan-of names. Raises BadInput."""
     folder = home(str(args.plan_of))
     config = read_as(Config, folder / "config.json")
@@ -241,11 +242,13 @@ def plan_of_another(args: TrainingArguments) -> dict[str, Any]:
             f"--plan-of {folder}: has no plan of --budget {args.budget}; in a study this is the "
             "first seed's run, which must have begun"
         )
-    for name in ALIKE:
+    planned = PLANNED - {"warmup_epochs"}
+    given = {name for name in planned if origin[name] == "flag"}
+    for name in sorted(ALIKE | given):
         if getattr(config.options, name) != getattr(args, name):
             raise BadInput(f"--plan-of {folder}: is of another {flag(name)}")
     say(f"budget    {args.budget}: the plan of {folder}")
-    return {name: getattr(config.options, name) for name in PLANNED - {"warmup_epochs"}}
+    return {name: getattr(config.options, name) for name in planned}
 
 
 def explain(best: Fitted, others: list[Fitted], speed: Speed, spent: float) -> None:

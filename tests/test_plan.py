@@ -47,6 +47,12 @@ def test_sizes_are_a_function_of_the_step():
     assert {plan(image_size=48).image_size(step) for step in range(24)} == {48}
 
 
+def test_a_size_without_a_step_is_told():
+    assert plan(image_size="16:0.4,24:0.7,32").sizes_left_out() == ""
+    made = plan(image_size="16:0.01,24:0.99,32")
+    assert made.lines()["steps"] == "3 epochs x 8 = 24 (none at 16 px, 32 px)"
+
+
 def test_what_steps_take_goes_with_their_pixels():
     made = plan(image_size="16:0.5,32", max_steps=20)
     assert [made.work(step) for step in (0, 4, 12, 13, 24)] == [0, 1, 3, 4, 15]

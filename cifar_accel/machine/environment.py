@@ -14,6 +14,16 @@ NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
+def prepare_libraries() -> None:
+    """Set what torch and OpenMP read while they are loaded, unless the user has set it."""
+    # What a Mac's GPU lacks is computed on its processor; torch says so once for each operation.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # GNU's OpenMP lets threads spin 300,000 rounds for each other, which on a busy processor makes
+    # a small model several times slower (benchmarks/LOG.md); on an idle one this is as good.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def is_set(variable: str) -> bool:
     """Whether an environment variable says yes, in any of the ways that Accelerate takes."""
     return os.environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")

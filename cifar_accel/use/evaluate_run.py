@@ -23,6 +23,7 @@ from cifar_accel.data.splits import cut_splits, limit
 from cifar_accel.errors import BadInput
 from cifar_accel.evaluate import Outputs, evaluate
 from cifar_accel.files import home
+from cifar_accel.machine.memory import is_out_of_memory
 from cifar_accel.machine.processes import Ranks, join_processes
 from cifar_accel.models.create import set_input_size
 from cifar_accel.options.options import EvaluateArguments, TrainingArguments
@@ -138,7 +139,8 @@ def _find(args: EvaluateArguments) -> _Judged:
             set_input_size(model, args.image_size, options.classes, f"{folder}: the model")
         return _Judged(model, names, options, run, run.options.input_size, bool(args.dataset))
 
-    # A model alone says how its images are made, and not which.
+    # A model alone says how its images are made, and not which; a folder may be no model at all.
+    class_names(folder)
     if not args.dataset:
         raise BadInput(f"{args.run}: is a model without its run: give --dataset FOLDER")
     classifier = read_classifier(folder, "cpu", run)
@@ -276,10 +278,13 @@ def _evaluate(
                 ranks.accelerator, model, batches, len(split), layout, outputs=outputs
             )
             tensors = outputs.of_all_ranks(ranks.accelerator, len(split))
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        elsewhere = ", or give --device cpu" if ranks.device.type != "cpu" else ""
         raise BadInput(
             f"no room on {ranks.device} for {len(split):,} images and --batch-size "
-            f"{args.batch_size}; make it smaller, or give --device cpu"
+            f"{args.batch_size}; make it smaller{elsewhere}"
         ) from e
     return figures, {name: values.numpy() for name, values in tensors.items()}
 

@@ -1,8 +1,10 @@
 import csv
 import json
+import resource
 from dataclasses import asdict, replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import image_folder, parquet_folder
@@ -122,6 +124,19 @@ def test_another_size(tmp_path, made_run, model):
     assert result == figures(larger)
 
 
+def test_images_that_no_memory_is_left_for(tmp_path, made_run):
+    run = made_run(parquet_folder(tmp_path / "data"), NAMES, model="test_resnet", image_size=32)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    # Room for one image, and not for a batch.
+    room = psutil.Process().memory_info().vms + 1000 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (room, before[1]))
+    try:
+        with pytest.raises(BadInput, match="no room on cpu for .*--batch-size 256; make it small"):
+            figures(run, image_size=2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_a_size_that_the_model_cannot_take(tmp_path, made_run):
     run = made_run(parquet_folder(tmp_path / "data"), NAMES, model="test_vit", image_size=32)
     with pytest.raises(BadInput, match=r"--image-size 33: .*model cannot take it: .* patch size"):
@@ -192,6 +207,8 @@ def test_a_model_alone_is_judged_as_its_run_is(tmp_path, trainer, cache):
         alone = figures(moved, image_size=size, **given)
         assert alone["loss"] == pytest.approx(as_the_run["loss"], rel=1e-6)
         assert alone["classes"] == as_the_run["classes"]
+    with pytest.raises(BadInput, match="is neither a finished run nor a model"):
+        figures(tmp_path)
     with pytest.raises(BadInput, match="is a model without its run: give --dataset FOLDER"):
         figures(moved)
     with pytest.raises(BadInput, match="--tracker wandb: .* lies in no run folder"):

@@ -216,6 +216,34 @@ def test_flags_are_checked_in_a_fresh_process():
     assert is_one_line(done.stderr), done.stderr
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("train", "--dataset digits --model test_vit --no-pretrained"),
+        ("train", "--dataset digits --model test_vit --no-pretrained --dry-run"),
+        ("evaluate", "folder"),
+        ("predict", "folder image.png"),
+        ("export", "folder --out other"),
+    ],
+)
+def test_what_openmp_reads_is_set_before_torch_is_loaded(command, words, tmp_path):
+    code = f"""
+import os, sys
+from importlib.abc import MetaPathFinder
+class Ending(MetaPathFinder):
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Ending())
+from cifar_accel.cli import main
+main({[command, *words.split()]!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "10000"
+
+
 def test_a_complaint_is_one_line_where_the_terminal_has_no_box_characters():
     code = (
         "import sys; from cifar_accel.cli import train_command; "

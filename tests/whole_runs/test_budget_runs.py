@@ -65,6 +65,9 @@ def test_a_plan_fits_the_time_and_is_kept(trainer, weights):
     assert planned(other.run) == (size, epochs, warmup)
     refused = trainer(*words[:-2], "--plan-of", "nowhere", "--run-name", "c", base=weights, check=2)
     assert "has no plan of --budget 20s" in refused.stderr
+    for given, name in ((["--limit-train", "128"], "limit-train"), (["--epochs", "1"], "epochs")):
+        refused = trainer(*words, *given, "--dry-run", base=weights, check=2)
+        assert f"--plan-of {run}: is of another --{name}" in refused.stdout
 
     # Timing leaves nothing behind: flags that say the same train the same.
     flags = ["--image-size", str(size), "--epochs", str(epochs), "--run-name", "d"]
