@@ -61,22 +61,26 @@ class Plan:
         """Learning rate of optimizer step `step`, counted from 0."""
         return schedules.learning_rate(step, self.total_steps, self.warmup_steps, self.args)
 
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """The sizes in turn, each with its first step and the one after its last."""
+        ends = [round(share * self.total_steps) for _, share in self.args.sizes]
+        sizes = [size for size, _ in self.args.sizes]
+        return list(zip(sizes, [0, *ends[:-1]], ends, strict=True))
+
     def image_size(self, step: int) -> int:
         """Side in pixels of the images of optimizer step `step`, counted from 0."""
-        for size, share in self.args.sizes:
-            if step < round(share * self.total_steps):
+        for size, _, end in self.parts:
+            if step < end:
                 return size
         return self.args.input_size
 
     def work(self, steps: int) -> float:
         """What the first `steps` steps take, in steps at the last size: time goes with pixels."""
-        taken = 0.0
-        begin = 0
-        for size, share in self.args.sizes:
-            end = min(steps, round(share * self.total_steps))
-            taken += (end - begin) * (size / self.args.input_size) ** 2
-            begin = end
-        return taken
+        return sum(
+            (min(steps, end) - min(steps, begin)) * (size / self.args.input_size) ** 2
+            for size, begin, end in self.parts
+        )
 
     # ---- what is due after a step
 
@@ -140,13 +144,7 @@ class Plan:
 
     def sizes_left_out(self) -> str:
         """A word on sizes whose share of the steps is less than one step; or nothing."""
-        ends = [round(share * self.total_steps) for _, share in self.args.sizes]
-        lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        names = [
-            f"{size} px"
-            for (size, _), steps in zip(self.args.sizes, lengths, strict=True)
-            if not steps
-        ]
+        names = [f"{size} px" for size, begin, end in self.parts if begin == end]
         return f" (none at {', '.join(names)})" if names else ""
 
     def rates(self) -> str:

@@ -68,8 +68,9 @@ UNTIMED_STEPS = 3
 IMAGES_TO_COMPARE = 64
 CLEARLY_FASTER = 1.15
 # The options in which two runs of one plan agree, beside those of the plan that are given.
-ALIKE = {"model", "dataset", "limit_train", "limit_test", "validation_fraction"}
-ALIKE |= {"batch_size", "pipeline"}
+ALIKE = {"model", "dataset", "pipeline", "batch_size"}
+# And those that say how many images there are.
+ALIKE_IMAGES = {"limit_train", "limit_test", "validation_fraction"}
 # Nothing was timed yet.
 UNKNOWN = Speed({}, {}, {})
 # Seconds for what comes after the last evaluation: weights, plots, the tracker's end.
@@ -244,7 +245,7 @@ def plan_of_another(args: TrainingArguments, origin: dict[str, str]) -> dict[str
         )
     planned = PLANNED - {"warmup_epochs"}
     given = {name for name in planned if origin[name] == "flag"}
-    for name in sorted(ALIKE | given):
+    for name in sorted(ALIKE | ALIKE_IMAGES | given):
         if getattr(config.options, name) != getattr(args, name):
             raise BadInput(f"--plan-of {folder}: is of another {flag(name)}")
     say(f"budget    {args.budget}: the plan of {folder}")

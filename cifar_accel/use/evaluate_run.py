@@ -139,11 +139,10 @@ def _find(args: EvaluateArguments) -> _Judged:
             set_input_size(model, args.image_size, options.classes, f"{folder}: the model")
         return _Judged(model, names, options, run, run.options.input_size, bool(args.dataset))
 
-    # A model alone says how its images are made, and not which; a folder may be no model at all.
-    class_names(folder)
+    # A model alone says how its images are made, and not which.
+    classifier = read_classifier(folder, "cpu", run)
     if not args.dataset:
         raise BadInput(f"{args.run}: is a model without its run: give --dataset FOLDER")
-    classifier = read_classifier(folder, "cpu", run)
     made = classifier.input
     if made["interpolation"] not in ("bilinear", "bicubic") or made["crop_mode"] != "center":
         raise BadInput(
